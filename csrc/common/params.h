@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/activation.h"
+
+// What the kernels take: plain pointers and sizes, so that they know nothing of torch. Every matrix is
+// dense and row-major; a row is one sample. For a convolution the features of a row are ordered
+// (h, w, c), the memory order of channels_last.
+
+namespace fdfa {
+
+enum class Noise : int { gaussian, rademacher };
+constexpr const char* kNoiseNames[] = {"gaussian", "rademacher"};
+constexpr int kNoiseCount = 2;
+
+enum class Rule : int { ema, adam, gradient };
+
+struct NoiseParams {
+  const int64_t* state;  // [3] in device memory: seed, step, global index of the first sample
+  int64_t block;         // which block of the network
+  Noise kind;
+};
+
+// y = f(z + bias),  ty = f'(z + bias) * tz + u       (Algorithm 1, lines 11 to 15)
+// Outputs may alias the inputs of the same shape.
+template <class T>
+struct EpilogueParams {
+  const T* z;     // [samples, features] product without bias; null: perturb only, ty = tz + u
+  const T* tz;    // [samples, features] its tangent; null: zero
+  const T* bias;  // [channels], added to feature i as bias[i % channels]; null: zero
+  T* y;           // [samples, features]; null where z is
+  T* ty;          // [samples, features]
+  T* pre;         // [samples, features] pre-activation, where f' needs it; null elsewhere
+  int64_t samples, features, channels;
+  Activation activation;
+  NoiseParams noise;
+};
+
+// G = tangentᵀ u / samples; B is moved by the rule; delta = (error B) ⊙ f'   (Algorithm 1, lines 22,
+// 23)
+//   ema       B ← (1 - lr) B + lr G, then delta from the new B            (eq. 8)
+//   adam      one Adam step on the gradient B - G, delta from the new B     (Appendix A)
+//   gradient  gradient ← B - G, delta from the unchanged B                  (eq. 10)
+template <class T>
+struct FeedbackParams {
+  float* feedback;         // [outputs, features] B
+  float* exp_avg;          // [outputs, features] Adam's moments; null for the other rules
+  float* exp_avg_sq;       // [outputs, features]
+  float* gradient;         // [outputs, features] for rule gradient, else null
+  const int64_t* updates;  // [1] in device memory: number of this Adam step, from 1
+  const float* error;      // [samples, outputs] gradient of the loss at the network's output
+  const float* tangent;    // [samples, outputs] tangent of the network's output
+  const T* gate;           // [samples, features] what f' is taken from; null: f' = 1
+  T* delta;                // [samples, features]
+  int64_t samples, features, outputs;
+  Activation activation;
+  NoiseParams noise;
+  Rule rule;
+  float lr, beta1, beta2, eps;
+};
+
+template <class F>
+auto with_noise(Noise value, F&& f) {
+  if (value == Noise::rademacher) return f(std::integral_constant<Noise, Noise::rademacher>{});
+  return f(std::integral_constant<Noise, Noise::gaussian>{});
+}
+
+}  // namespace fdfa

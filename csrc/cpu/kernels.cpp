@@ -1,0 +1,96 @@
+#include "cpu/kernels.h"
+
+#include <atomic>
+#include <cstring>
+
+#include "cpu/kernel_table.h"
+
+namespace fdfa::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  const IsaKernels* kernels;
+  bool supported;
+};
+
+// Best first.
+const Isa* all_isas(int64_t& count) {
+  static const Isa isas[] = {
+#if defined(__x86_64__)
+      {"avx512", &avx512::kernels,
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {"avx2", &avx2::kernels,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c")},
+#endif
+      {"baseline", &baseline::kernels, true},
+  };
+  count = sizeof isas / sizeof isas[0];
+  return isas;
+}
+
+const Isa* best_isa() {
+  int64_t count;
+  const Isa* isa = all_isas(count);
+  while (!isa->supported) ++isa;
+  return isa;
+}
+
+std::atomic<const Isa*>& current() {
+  static std::atomic<const Isa*> isa{best_isa()};
+  return isa;
+}
+
+const KernelTable<float>& table(float) { return current().load()->kernels->f32; }
+const KernelTable<bfloat16>& table(bfloat16) { return current().load()->kernels->bf16; }
+const KernelTable<float16>& table(float16) { return current().load()->kernels->f16; }
+
+}  // namespace
+
+const char* isa() { return current().load()->name; }
+
+bool select_isa(const char* name) {
+  int64_t count;
+  const Isa* isas = all_isas(count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (std::strcmp(isas[i].name, name) == 0 && isas[i].supported) {
+      current().store(&isas[i]);
+      return true;
+    }
+  }
+  return false;
+}
+
+template <class T>
+int64_t epilogue_units(const EpilogueParams<T>& p) {
+  return p.samples * ((p.features + kEpilogueRun - 1) / kEpilogueRun);
+}
+
+template <class T>
+void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
+  table(T{}).epilogue(p, begin, end);
+}
+
+template <class T>
+int64_t feedback_units(const FeedbackParams<T>& p) {
+  return (p.features + kTileColumns - 1) / kTileColumns;
+}
+
+template <class T>
+void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
+  table(T{}).feedback_step(p, begin, end);
+}
+
+#define FDFA_INSTANTIATE(T)                                              \
+  template int64_t epilogue_units<T>(const EpilogueParams<T>&);          \
+  template void epilogue<T>(const EpilogueParams<T>&, int64_t, int64_t); \
+  template int64_t feedback_units<T>(const FeedbackParams<T>&);          \
+  template void feedback_step<T>(const FeedbackParams<T>&, int64_t, int64_t);
+FDFA_INSTANTIATE(float)
+FDFA_INSTANTIATE(bfloat16)
+FDFA_INSTANTIATE(float16)
+#undef FDFA_INSTANTIATE
+
+}  // namespace fdfa::cpu

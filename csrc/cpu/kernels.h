@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/params.h"
+
+// The CPU kernels for T = float, bfloat16 and float16. Work is cut into independent units, so that the
+// caller may spread [0, units) over threads as it likes.
+
+namespace fdfa::cpu {
+
+// A unit is a run of one sample's features.
+template <class T>
+int64_t epilogue_units(const EpilogueParams<T>& p);
+template <class T>
+void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end);
+
+// A unit is a tile of columns of B, with everything that belongs to them.
+template <class T>
+int64_t feedback_units(const FeedbackParams<T>& p);
+template <class T>
+void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end);
+
+// The instruction set in use: "avx512", "avx2" or "baseline".
+const char* isa();
+
+// Takes another one, for tests. Returns false, and changes nothing, where this CPU lacks it.
+bool select_isa(const char* name);
+
+}  // namespace fdfa::cpu

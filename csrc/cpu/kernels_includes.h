@@ -1,0 +1,14 @@
+#pragma once
+
+// What kernels.inl needs, included before the target of an instruction set is set: functions of the
+// standard library must stay at the baseline, since the linker keeps only one copy of each.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <iterator>
+#include <vector>
+
+#include "common/adam.h"
+#include "common/noise.h"
+#include "cpu/kernel_table.h"

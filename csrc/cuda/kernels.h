@@ -1,0 +1,18 @@
+#pragma once
+
+#include "common/params.h"
+#include "cuda/launch.h"
+
+// The CUDA kernels' host side. Parameters are read when the launch is issued and pointers are to
+// device memory; the work is queued on `stream` and the launch error, if any, is returned. T is float,
+// bfloat16 or float16.
+
+namespace fdfa::cuda {
+
+template <class T>
+cudaError_t launch_epilogue(const EpilogueParams<T>& params, cudaStream_t stream);
+
+template <class T>
+cudaError_t launch_feedback_step(const FeedbackParams<T>& params, cudaStream_t stream);
+
+}  // namespace fdfa::cuda

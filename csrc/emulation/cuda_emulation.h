@@ -1,0 +1,78 @@
+#pragma once
+
+#include <cstdint>
+
+// Runs CUDA kernels on the host with an ordinary C++ compiler, to test them, and their barriers under a
+// thread sanitizer, where there is no GPU. Each thread of a thread block is a real thread; thread
+// blocks run one after another, so __shared__ is static storage. Covers what this project's kernels
+// use.
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+using cudaStream_t = void*;  // launches are synchronous, so that streams mean nothing
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+extern thread_local dim3 threadIdx, blockIdx;
+extern thread_local dim3 blockDim, gridDim;
+
+namespace emulation {
+
+// Waits for the threads of the block that have not left the kernel.
+void block_barrier();
+// The same for the calling thread's warp.
+void warp_barrier();
+// Gives `value` to the warp and returns that of `lane`. All threads of the warp must take part.
+uint32_t exchange(uint32_t value, unsigned lane);
+// The calling thread's place in its warp.
+unsigned lane();
+
+// Calls body(context) once for every thread of the grid.
+cudaError_t run_grid(dim3 grid, dim3 block, void (*body)(const void*), const void* context);
+
+// kernel(arguments...) over the grid; returns when it has ended.
+template <class... Arguments>
+cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStream_t,
+                   Arguments... arguments) {
+  const auto call = [&] { kernel(arguments...); };
+  using Call = decltype(call);
+  return run_grid(grid, block, [](const void* context) { (*static_cast<Call*>(context))(); }, &call);
+}
+
+template <class T>
+T shuffle(T value, unsigned lane) {
+  static_assert(sizeof(T) == sizeof(uint32_t), "shuffles move words of 32 bits");
+  uint32_t word;
+  __builtin_memcpy(&word, &value, sizeof word);
+  word = exchange(word, lane);
+  __builtin_memcpy(&value, &word, sizeof word);
+  return value;
+}
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::block_barrier(); }
+inline void __syncwarp(unsigned = ~0u) { emulation::warp_barrier(); }
+
+// A lane past the end of the warp gives the caller its own value, as in CUDA.
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulation::shuffle(value, static_cast<unsigned>(lane) % 32);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  const unsigned lane = emulation::lane();
+  return emulation::shuffle(value, lane + delta < 32 ? lane + delta : lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulation::shuffle(value, (emulation::lane() ^ static_cast<unsigned>(mask)) % 32);
+}

@@ -1,0 +1,108 @@
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "ops/ops.h"
+
+// The local gradient of a block: from δ at its pre-activation to its weight and bias (Algorithm 1, line
+// 23). y and ty are marked as not differentiable, so that no gradient can pass from block to block.
+
+namespace fdfa {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct Linear : torch::autograd::Function<Linear> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
+                               const Tensor& weight, const OptionalTensor& bias,
+                               const Tensor& noise_state, int64_t block, c10::string_view activation,
+                               c10::string_view noise) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fdfa::linear", "")
+                               .typed<decltype(fdfa::linear)>();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, ty, pre] = op.call(x, tangent, weight, bias, noise_state, block, activation, noise);
+    ctx->save_for_backward({x});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->mark_non_differentiable({y, ty});
+    ctx->set_materialize_grads(false);
+    return {y, ty, pre};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    Tensor weight_grad, bias_grad;
+    if (const Tensor& delta = grads[2]; delta.defined()) {
+      const Tensor x = ctx->get_saved_variables()[0];
+      const Tensor rows = delta.flatten(0, -2);
+      if (ctx->needs_input_grad(1)) weight_grad = rows.t().mm(x.flatten(0, -2));
+      if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) bias_grad = rows.sum(0);
+    }
+    return {Tensor(), Tensor(), weight_grad, bias_grad, Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+struct Conv2d : torch::autograd::Function<Conv2d> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
+                               const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                               const Tensor& noise_state, int64_t block, c10::string_view activation,
+                               c10::string_view noise) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fdfa::conv2d", "")
+                               .typed<decltype(fdfa::conv2d)>();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, ty, pre] = op.call(x, tangent, weight, bias, stride, padding, dilation, groups,
+                                noise_state, block, activation, noise);
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["stride"] = stride.vec();
+    ctx->saved_data["padding"] = padding.vec();
+    ctx->saved_data["dilation"] = dilation.vec();
+    ctx->saved_data["groups"] = groups;
+    ctx->mark_non_differentiable({y, ty});
+    ctx->set_materialize_grads(false);
+    return {y, ty, pre};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(13);
+    if (const Tensor& delta = grads[2]; delta.defined()) {
+      const variable_list saved = ctx->get_saved_variables();
+      const Tensor &x = saved[0], &weight = saved[1];
+      const bool wants_bias = ctx->saved_data["has_bias"].toBool();
+      const std::array<int64_t, 1> bias_sizes{weight.size(0)};
+      auto [unused, weight_grad, bias_grad] = at::convolution_backward(
+          delta, x, weight, wants_bias ? at::OptionalIntArrayRef(bias_sizes) : std::nullopt,
+          ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector(),
+          ctx->saved_data["dilation"].toIntVector(), /*transposed=*/false, /*output_padding=*/{0, 0},
+          ctx->saved_data["groups"].toInt(), {false, true, wants_bias});
+      result[2] = weight_grad;
+      result[3] = bias_grad;
+    }
+    return result;
+  }
+};
+
+Dual linear_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+                     const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
+                     c10::string_view activation, c10::string_view noise) {
+  const auto out = Linear::apply(x, tangent, weight, bias, noise_state, block, activation, noise);
+  return {out[0], out[1], out[2]};
+}
+
+Dual conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+                     const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                     at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
+                     c10::string_view activation, c10::string_view noise) {
+  const auto out = Conv2d::apply(x, tangent, weight, bias, stride, padding, dilation, groups,
+                                 noise_state, block, activation, noise);
+  return {out[0], out[1], out[2]};
+}
+
+}  // namespace
+}  // namespace fdfa
+
+TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
+  m.impl("linear", fdfa::linear_autograd);
+  m.impl("conv2d", fdfa::conv2d_autograd);
+}

@@ -1,0 +1,146 @@
+#include <ATen/ATen.h>
+
+#include "ops/checks.h"
+#include "ops/launch.h"
+#include "ops/ops.h"
+
+namespace fdfa {
+namespace {
+
+int64_t features_of(const Tensor& t) { return t.size(0) == 0 ? 0 : t.numel() / t.size(0); }
+
+// In place on the library's products z = W x and tz = W tangent, both dense in feature order; where
+// there is no tangent, `tz` is memory for the result. Returns the pre-activation.
+Tensor finish(const Tensor& z, const Tensor& tz, bool has_tangent, const OptionalTensor& bias,
+              int64_t channels, const Tensor& noise_state, int64_t block, Activation activation,
+              Noise noise) {
+  const bool keep_pre = derivative_needs_pre_activation(activation);
+  // Elsewhere `pre` only carries a gradient: the shape of z, strides of zero, one element of memory.
+  const Tensor pre = keep_pre
+                         ? at::empty_like(z)
+                         : at::empty_strided(z.sizes(), std::vector<int64_t>(z.dim(), 0), z.options());
+  const Tensor bias_dense = bias ? bias->contiguous() : Tensor();
+  with_storage(z.scalar_type(), [&](auto storage) {
+    using T = decltype(storage);
+    EpilogueParams<T> p;
+    p.z = p.y = pointer<T>(z);
+    p.ty = pointer<T>(tz);
+    p.tz = has_tangent ? p.ty : nullptr;
+    p.bias = bias ? pointer<T>(bias_dense) : nullptr;
+    p.pre = keep_pre ? pointer<T>(pre) : nullptr;
+    p.samples = z.size(0);
+    p.features = features_of(z);
+    p.channels = channels;
+    p.activation = activation;
+    p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, noise};
+    launch(p, z.device());
+  });
+  return pre;
+}
+
+void check_operands(const char* op, const Tensor& x, const OptionalTensor& tangent,
+                    const Tensor& weight, const OptionalTensor& bias, const Tensor& noise_state) {
+  check_floating(op, "x", x);
+  check_like(op, "weight", weight, "x", x);
+  if (tangent) {
+    check_like(op, "tangent", *tangent, "x", x);
+    check_shape(op, "tangent", *tangent, x.sizes());
+  }
+  if (bias) {
+    check_like(op, "bias", *bias, "x", x);
+    check_shape(op, "bias", *bias, {weight.size(0)});
+  }
+  check_counter(op, "noise_state", noise_state, 3, x);
+}
+
+}  // namespace
+
+Tensor next_noise(Tensor state) {
+  check_counter("next_noise", "state", state, 3, state);
+  Tensor snapshot = state.clone();
+  state.select(0, 1).add_(1);
+  return snapshot;
+}
+
+Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+            const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
+            c10::string_view activation, c10::string_view noise) {
+  const char* op = "linear";
+  TORCH_CHECK(weight.dim() == 2, "fdfa::linear: weight must be [out_features, in_features]; got ",
+              weight.sizes());
+  TORCH_CHECK(x.dim() >= 2 && x.size(-1) == weight.size(1), "fdfa::linear: x must be [N, *, ",
+              weight.size(1), "]; got ", x.sizes());
+  check_operands(op, x, tangent, weight, bias, noise_state);
+  const Activation f = parse_activation(op, activation);
+  const Noise kind = parse_noise(op, noise);
+
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  const auto product = [&](const Tensor& input) {
+    Tensor out = at::empty(sizes, x.options());
+    Tensor rows = out.view({-1, weight.size(0)});
+    at::mm_out(rows, input.reshape({-1, weight.size(1)}), weight.t());
+    return out;
+  };
+  Tensor y = product(x);
+  Tensor ty = tangent ? product(*tangent) : at::empty_like(y);
+  Tensor pre = finish(y, ty, tangent.has_value(), bias, weight.size(0), noise_state, block, f, kind);
+  return {y, ty, pre};
+}
+
+Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+            const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+            at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
+            c10::string_view activation, c10::string_view noise) {
+  const char* op = "conv2d";
+  TORCH_CHECK(x.dim() == 4, "fdfa::conv2d: x must be [N, C, H, W]; got ", x.sizes());
+  TORCH_CHECK(weight.dim() == 4,
+              "fdfa::conv2d: weight must be [out_channels, in_channels / groups, kh, "
+              "kw]; got ",
+              weight.sizes());
+  check_operands(op, x, tangent, weight, bias, noise_state);
+  const Activation f = parse_activation(op, activation);
+  const Noise kind = parse_noise(op, noise);
+
+  constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
+  const Tensor weight_dense = weight.contiguous(kOrder);
+  const auto product = [&](const Tensor& input) {
+    return at::convolution(input.contiguous(kOrder), weight_dense, {}, stride, padding, dilation,
+                           /*transposed=*/false, /*output_padding=*/{0, 0}, groups)
+        .contiguous(kOrder);
+  };
+  Tensor y = product(x);
+  Tensor ty = tangent ? product(*tangent) : at::empty_like(y);
+  Tensor pre = finish(y, ty, tangent.has_value(), bias, weight.size(0), noise_state, block, f, kind);
+  return {y, ty, pre};
+}
+
+Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,
+               c10::string_view noise) {
+  const char* op = "perturb";
+  TORCH_CHECK(y.dim() >= 2, "fdfa::perturb: y must be [N, *features]; got ", y.sizes());
+  check_floating(op, "y", y);
+  if (tangent) {
+    check_like(op, "tangent", *tangent, "y", y);
+    check_shape(op, "tangent", *tangent, y.sizes());
+  }
+  check_counter(op, "noise_state", noise_state, 3, y);
+  const Noise kind = parse_noise(op, noise);
+
+  const auto order = y.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const Tensor tz = tangent ? tangent->contiguous(order) : Tensor();
+  Tensor ty = at::empty(y.sizes(), y.options(), order);
+  with_storage(y.scalar_type(), [&](auto storage) {
+    using T = decltype(storage);
+    EpilogueParams<T> p{};
+    p.tz = tangent ? pointer<T>(tz) : nullptr;
+    p.ty = pointer<T>(ty);
+    p.samples = y.size(0);
+    p.features = p.channels = features_of(y);
+    p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, kind};
+    launch(p, y.device());
+  });
+  return ty;
+}
+
+}  // namespace fdfa

@@ -1,0 +1,43 @@
+#include "ops/launch.h"
+
+#include <ATen/Parallel.h>
+
+#include "cpu/kernels.h"
+
+namespace fdfa {
+namespace {
+
+// Units that are worth a thread: about 4096 elements of work in an epilogue.
+constexpr int64_t kEpilogueGrain = 4;
+constexpr int64_t kFeedbackGrain = 1;
+
+}  // namespace
+
+template <class T>
+void launch(const EpilogueParams<T>& params, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(params, device);
+#endif
+  (void)device;
+  at::parallel_for(0, cpu::epilogue_units(params), kEpilogueGrain,
+                   [&](int64_t begin, int64_t end) { cpu::epilogue(params, begin, end); });
+}
+
+template <class T>
+void launch(const FeedbackParams<T>& params, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(params, device);
+#endif
+  (void)device;
+  at::parallel_for(0, cpu::feedback_units(params), kFeedbackGrain,
+                   [&](int64_t begin, int64_t end) { cpu::feedback_step(params, begin, end); });
+}
+
+template void launch<float>(const EpilogueParams<float>&, const at::Device&);
+template void launch<bfloat16>(const EpilogueParams<bfloat16>&, const at::Device&);
+template void launch<float16>(const EpilogueParams<float16>&, const at::Device&);
+template void launch<float>(const FeedbackParams<float>&, const at::Device&);
+template void launch<bfloat16>(const FeedbackParams<bfloat16>&, const at::Device&);
+template void launch<float16>(const FeedbackParams<float16>&, const at::Device&);
+
+}  // namespace fdfa

@@ -1,0 +1,42 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "common/dtype.h"
+#include "common/params.h"
+
+// From an operator to its kernel: the CPU's thread pool, or the current CUDA stream of the device.
+
+namespace fdfa {
+
+template <class T>
+void launch(const EpilogueParams<T>& params, const at::Device& device);
+template <class T>
+void launch(const FeedbackParams<T>& params, const at::Device& device);
+
+#if defined(FDFA_WITH_CUDA)
+template <class T>
+void launch_cuda(const EpilogueParams<T>& params, const at::Device& device);
+template <class T>
+void launch_cuda(const FeedbackParams<T>& params, const at::Device& device);
+#endif
+
+// The kernels' storage type for a tensor's dtype, given to f as a value of it.
+template <class F>
+void with_storage(at::ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case at::kBFloat16:
+      return f(bfloat16{});
+    case at::kHalf:
+      return f(float16{});
+    default:
+      return f(float{});
+  }
+}
+
+template <class T>
+T* pointer(const at::Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+}  // namespace fdfa

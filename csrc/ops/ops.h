@@ -1,0 +1,41 @@
+#pragma once
+
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+// The operators behind torch.ops.fdfa, for the CPU and CUDA alike. schema.cpp says what each does.
+
+namespace fdfa {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Dual = std::tuple<Tensor, Tensor, Tensor>;  // y, its tangent, pre-activation
+
+Tensor next_noise(Tensor state);
+
+Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+            const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
+            c10::string_view activation, c10::string_view noise);
+
+Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+            const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+            at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
+            c10::string_view activation, c10::string_view noise);
+
+Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,
+               c10::string_view noise);
+
+Tensor feedback_step(Tensor feedback, const OptionalTensor& exp_avg, const OptionalTensor& exp_avg_sq,
+                     const OptionalTensor& updates, const Tensor& error, const Tensor& tangent,
+                     const Tensor& gate, const Tensor& noise_state, int64_t block,
+                     c10::string_view activation, c10::string_view noise, double lr, double beta1,
+                     double beta2, double eps);
+
+std::tuple<Tensor, Tensor> feedback_gradient(const Tensor& feedback, const Tensor& error,
+                                             const Tensor& tangent, const Tensor& gate,
+                                             const Tensor& noise_state, int64_t block,
+                                             c10::string_view activation, c10::string_view noise);
+
+}  // namespace fdfa

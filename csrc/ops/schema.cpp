@@ -1,0 +1,58 @@
+#include "ops/ops.h"
+
+// Every operator's schema. Shapes: N samples, K network outputs, D features of a block (for images
+// [C, H, W] in channels_last memory, so counted in (h, w, c) order).
+
+TORCH_LIBRARY(fdfa, m) {
+  // Returns a copy of state, int64 [3] = (seed, step, index of the batch's first sample), and advances
+  // the step. One operator, so that no compiler can read the state after it has moved.
+  m.def("next_noise(Tensor(a!) state) -> Tensor");
+
+  // a = x Wᵀ + b, y = f(a), ty = (tangent Wᵀ) ⊙ f'(a) + u       (Algorithm 1, lines 10 to 15)
+  // x, tangent [N, *, in_features]; weight [out_features, in_features]; bias [out_features].
+  // Returns (y, ty, pre), each [N, *, out_features]. Gradients flow through `pre` alone, which stands
+  // for the pre-activation: its gradient is δ, and from it come those of weight and bias. It has memory
+  // of its own only where f' needs its values (gelu, silu). x gets no gradient: blocks are local.
+  m.def(
+      "linear(Tensor x, Tensor? tangent, Tensor weight, Tensor? bias, Tensor noise_state, int block, "
+      "str activation, str noise) -> (Tensor y, Tensor ty, Tensor pre)");
+
+  // The same for a convolution: x, tangent [N, C, H, W]; weight [out_channels, C / groups, kh, kw].
+  // Results are in channels_last.
+  m.def(
+      "conv2d(Tensor x, Tensor? tangent, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+      "int[2] dilation, int groups, Tensor noise_state, int block, str activation, str noise) -> "
+      "(Tensor y, Tensor ty, Tensor pre)");
+
+  // ty = tangent + u for a block's output y [N, *features], in y's shape; images in channels_last.
+  m.def("perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise) -> Tensor");
+
+  // G = tangentᵀ u / N; moves feedback B [K, *features] by eq. 8 (exp_avg absent) or by a step of Adam
+  // on the gradient B - G, the `updates`-th one (int64 [1]). Then δ = (error B) ⊙ f'(gate), in gate's
+  // shape [N, *features]: y, or the pre-activation for gelu and silu. error and tangent [N, K].
+  m.def(
+      "feedback_step(Tensor(a!) feedback, Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, Tensor? "
+      "updates, "
+      "Tensor error, Tensor tangent, Tensor gate, Tensor noise_state, int block, str activation, "
+      "str noise, float lr, float beta1, float beta2, float eps) -> Tensor");
+
+  // (δ from the feedback as it is, B - G), for a torch optimizer to move B (eq. 10).
+  m.def(
+      "feedback_gradient(Tensor feedback, Tensor error, Tensor tangent, Tensor gate, "
+      "Tensor noise_state, int block, str activation, str noise) -> (Tensor delta, Tensor gradient)");
+}
+
+#define FDFA_IMPLEMENT(key)                               \
+  TORCH_LIBRARY_IMPL(fdfa, key, m) {                      \
+    m.impl("next_noise", fdfa::next_noise);               \
+    m.impl("linear", fdfa::linear);                       \
+    m.impl("conv2d", fdfa::conv2d);                       \
+    m.impl("perturb", fdfa::perturb);                     \
+    m.impl("feedback_step", fdfa::feedback_step);         \
+    m.impl("feedback_gradient", fdfa::feedback_gradient); \
+  }
+
+FDFA_IMPLEMENT(CPU)
+#if defined(FDFA_WITH_CUDA)
+FDFA_IMPLEMENT(CUDA)
+#endif

@@ -1,0 +1,34 @@
+#include <cstring>
+
+#include "cuda/kernels.h"
+#include "tests/kernel_cases.h"
+
+// The CUDA kernels in emulation, against the reference that the CPU kernels are held to. The argument
+// "small" takes few and small cases, for the run under a thread sanitizer.
+
+namespace {
+
+using namespace fdfa;
+
+struct EmulatedCuda {
+  template <class T>
+  static void epilogue(const EpilogueParams<T>& p) {
+    CHECK(cuda::launch_epilogue(p, nullptr) == cudaSuccess);
+  }
+
+  template <class T>
+  static void feedback_step(const FeedbackParams<T>& p) {
+    CHECK(cuda::launch_feedback_step(p, nullptr) == cudaSuccess);
+  }
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
+    test::test_kernels<EmulatedCuda>({{2, 33}, {4, 33}, {10, 65}}, 211, 19);
+  } else {
+    test::test_kernels<EmulatedCuda>(test::all_sizes(), 151, 17);
+  }
+  return test::failures();
+}

@@ -1,0 +1,240 @@
+#pragma once
+
+#include <cstdio>
+#include <initializer_list>
+#include <vector>
+
+#include "tests/check.h"
+#include "tests/reference.h"
+
+// Every shape, type, rule and optional pointer, for any implementation of the kernels. A Backend has
+//   template <class T> static void epilogue(const EpilogueParams<T>&);
+//   template <class T> static void feedback_step(const FeedbackParams<T>&);
+
+namespace fdfa::test {
+
+// What rounding a value of type T to store it, and f' of a rounded y, may cost, relative to 1 +
+// |value|.
+template <class T>
+constexpr double kTolerance = 2e-5;
+template <>
+inline constexpr double kTolerance<bfloat16> = 1.6e-2;
+template <>
+inline constexpr double kTolerance<float16> = 2e-3;
+
+// An array with a margin at both ends that nobody may write. `shift` moves its start off the alignment
+// that vector accesses need.
+template <class T>
+class Array {
+ public:
+  Array(int64_t size, uint32_t key, int64_t shift = 0) : size_(size), start_(kMargin + shift) {
+    values_.resize(size + 2 * kMargin + shift);
+    for (size_t i = 0; i < values_.size(); ++i) {
+      const Philox4 r = philox4x32_10({static_cast<uint32_t>(i), 0, 0, 0}, key, 0);
+      values_[i] = from_float<T>(static_cast<float>(r.x0) / 2147483648.0f - 1.0f);
+    }
+  }
+
+  T* data() { return values_.data() + start_; }
+  int64_t size() const { return size_; }
+
+  void check_close_to(const Array& expected, double tolerance, const char* name) const {
+    for (int64_t i = 0; i < static_cast<int64_t>(values_.size()); ++i) {
+      const double value = to_float(values_[i]), reference = to_float(expected.values_[i]);
+      const bool margin = i < start_ || i >= start_ + size_;
+      const double allowed = margin ? 0.0 : tolerance * (1.0 + std::abs(reference));
+      check_near(value, reference, allowed, margin ? "margin" : name, __FILE__, __LINE__);
+    }
+  }
+
+ private:
+  static constexpr int64_t kMargin = 32;
+  int64_t size_, start_;
+  std::vector<T> values_;
+};
+
+constexpr int64_t kState[3] = {0x5EED00000001, 11, 1000};
+
+struct Sizes {
+  std::vector<int64_t> samples, features, outputs;
+};
+
+// The odd sizes; 132 is a whole number of quads yet not of tiles.
+inline Sizes all_sizes() { return {{0, 1, 2, 33}, {1, 3, 4, 31, 129, 132, 151}, {1, 10, 65, 130}}; }
+
+// Takes one of `stride` cases, for backends that cannot afford all. A prime stride meets every value of
+// every loop.
+class Selection {
+ public:
+  explicit Selection(int stride) : stride_(stride) {}
+  bool next() { return count_++ % stride_ == 0; }
+
+ private:
+  int stride_, count_ = 0;
+};
+
+struct EpilogueCase {
+  int64_t samples, features, channels, shift;
+  Activation activation;
+  Noise noise;
+  bool has_product, has_tangent, has_bias, in_place;
+};
+
+template <class T>
+struct EpilogueArrays {
+  explicit EpilogueArrays(const EpilogueCase& c)
+      : z(c.samples * c.features, 1, c.shift),
+        tz(c.samples * c.features, 2, c.shift),
+        bias(c.channels, 3, c.shift),
+        y(c.samples * c.features, 4, c.shift),
+        ty(c.samples * c.features, 5, c.shift),
+        pre(c.samples * c.features, 6, c.shift) {}
+
+  EpilogueParams<T> params(const EpilogueCase& c) {
+    const bool in_place_tangent = c.in_place && c.has_tangent;
+    const bool has_pre = c.has_product && derivative_needs_pre_activation(c.activation);
+    return {c.has_product ? z.data() : nullptr,
+            c.has_tangent ? tz.data() : nullptr,
+            c.has_bias ? bias.data() : nullptr,
+            c.has_product ? (c.in_place ? z : y).data() : nullptr,
+            (in_place_tangent ? tz : ty).data(),
+            has_pre ? pre.data() : nullptr,
+            c.samples,
+            c.features,
+            c.channels,
+            c.activation,
+            {kState, 2, c.noise}};
+  }
+
+  Array<T> z, tz, bias, y, ty, pre;
+};
+
+template <class Backend, class T>
+void test_epilogue_case(const EpilogueCase& c) {
+  EpilogueArrays<T> actual(c), expected(c);
+  Backend::template epilogue<T>(actual.params(c));
+  epilogue<T>(expected.params(c));
+  actual.z.check_close_to(expected.z, kTolerance<T>, "z or y");
+  actual.tz.check_close_to(expected.tz, kTolerance<T>, "tz or ty");
+  actual.y.check_close_to(expected.y, kTolerance<T>, "y");
+  actual.ty.check_close_to(expected.ty, kTolerance<T>, "ty");
+  actual.pre.check_close_to(expected.pre, kTolerance<T>, "pre");
+}
+
+// As a linear block (a channel per feature) and as a convolution with the fewest channels that fit.
+inline std::vector<int64_t> channel_counts(int64_t features) {
+  for (int64_t c = 2; c < features; ++c) {
+    if (features % c == 0) return {features, c};
+  }
+  return {features, 1};
+}
+
+template <class Backend, class T>
+void test_epilogue(const Sizes& sizes, int stride) {
+  Selection selection(stride);
+  for (int64_t samples : sizes.samples)
+    for (int64_t features : sizes.features)
+      for (int64_t channels : channel_counts(features))
+        for (int64_t shift : {0, 1})
+          for (int f = 0; f < kActivationCount; ++f)
+            for (Noise noise : {Noise::gaussian, Noise::rademacher})
+              for (int flags = 0; flags < 16; ++flags) {
+                if (!selection.next()) continue;
+                test_epilogue_case<Backend, T>({samples, features, channels, shift,
+                                                static_cast<Activation>(f), noise, (flags & 1) == 0,
+                                                (flags & 2) == 0, (flags & 4) == 0, (flags & 8) != 0});
+              }
+}
+
+struct FeedbackCase {
+  int64_t samples, features, outputs, updates;
+  Activation activation;
+  Noise noise;
+  Rule rule;
+  bool has_gate;
+};
+
+template <class T>
+struct FeedbackArrays {
+  explicit FeedbackArrays(const FeedbackCase& c)
+      : feedback(c.outputs * c.features, 1),
+        exp_avg(c.outputs * c.features, 2),
+        exp_avg_sq(c.outputs * c.features, 3),
+        gradient(c.outputs * c.features, 4),
+        error(c.samples * c.outputs, 5),
+        tangent(c.samples * c.outputs, 6),
+        gate(c.samples * c.features, 7),
+        delta(c.samples * c.features, 8),
+        updates(c.updates) {
+    for (int64_t i = 0; i < exp_avg_sq.size(); ++i) exp_avg_sq.data()[i] = 1.0f + exp_avg.data()[i] / 2;
+  }
+
+  FeedbackParams<T> params(const FeedbackCase& c) {
+    const bool adam = c.rule == Rule::adam;
+    return {feedback.data(),
+            adam ? exp_avg.data() : nullptr,
+            adam ? exp_avg_sq.data() : nullptr,
+            c.rule == Rule::gradient ? gradient.data() : nullptr,
+            adam ? &updates : nullptr,
+            error.data(),
+            tangent.data(),
+            c.has_gate ? gate.data() : nullptr,
+            delta.data(),
+            c.samples,
+            c.features,
+            c.outputs,
+            c.activation,
+            {kState, 2, c.noise},
+            c.rule,
+            0.03f,
+            0.9f,
+            0.999f,
+            1e-8f};
+  }
+
+  Array<float> feedback, exp_avg, exp_avg_sq, gradient, error, tangent;
+  Array<T> gate, delta;
+  int64_t updates;
+};
+
+template <class Backend, class T>
+void test_feedback_case(const FeedbackCase& c) {
+  FeedbackArrays<T> actual(c), expected(c);
+  Backend::template feedback_step<T>(actual.params(c));
+  feedback_step<T>(expected.params(c));
+  actual.feedback.check_close_to(expected.feedback, kTolerance<float>, "B");
+  actual.exp_avg.check_close_to(expected.exp_avg, kTolerance<float>, "exp_avg");
+  actual.exp_avg_sq.check_close_to(expected.exp_avg_sq, kTolerance<float>, "exp_avg_sq");
+  actual.gradient.check_close_to(expected.gradient, kTolerance<float>, "gradient");
+  actual.delta.check_close_to(expected.delta, kTolerance<T>, "delta");
+}
+
+template <class Backend, class T>
+void test_feedback(const Sizes& sizes, int stride) {
+  Selection selection(stride);
+  int activation = 0;
+  for (int64_t samples : sizes.samples)
+    for (int64_t features : sizes.features)
+      for (int64_t outputs : sizes.outputs)
+        for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient})
+          for (Noise noise : {Noise::gaussian, Noise::rademacher})
+            for (int64_t updates : {1, 1000})
+              for (bool has_gate : {true, false}) {
+                if (!selection.next()) continue;
+                const auto f = static_cast<Activation>(activation++ % kActivationCount);
+                test_feedback_case<Backend, T>(
+                    {samples, features, outputs, updates, f, noise, rule, has_gate});
+              }
+}
+
+template <class Backend>
+void test_kernels(const Sizes& sizes, int epilogue_stride, int feedback_stride) {
+  test_epilogue<Backend, float>(sizes, epilogue_stride);
+  test_epilogue<Backend, bfloat16>(sizes, epilogue_stride);
+  test_epilogue<Backend, float16>(sizes, epilogue_stride);
+  test_feedback<Backend, float>(sizes, feedback_stride);
+  test_feedback<Backend, bfloat16>(sizes, feedback_stride);
+  test_feedback<Backend, float16>(sizes, feedback_stride);
+}
+
+}  // namespace fdfa::test

@@ -1,0 +1,134 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/noise.h"
+#include "common/params.h"
+
+// The kernels again: one plain loop per formula, in double, with nothing of theirs but the noise (which
+// noise_test checks) and the conversions of types (dtype_test).
+
+namespace fdfa::test {
+
+inline double activate(Activation f, double a) {
+  switch (f) {
+    case Activation::identity:
+      return a;
+    case Activation::relu:
+      return a > 0 ? a : 0;
+    case Activation::leaky_relu:
+      return a > 0 ? a : static_cast<double>(kLeakySlope) * a;
+    case Activation::tanh:
+      return std::tanh(a);
+    case Activation::sigmoid:
+      return 1 / (1 + std::exp(-a));
+    case Activation::gelu:
+      return a * std::erfc(-a / std::sqrt(2.0)) / 2;
+    case Activation::silu:
+      return a / (1 + std::exp(-a));
+  }
+  return NAN;
+}
+
+// f' from y, or from the pre-activation for gelu and silu.
+inline double slope_at(Activation f, double gate) {
+  constexpr double kPi = 3.14159265358979323846;
+  const double sigmoid = 1 / (1 + std::exp(-gate));
+  switch (f) {
+    case Activation::identity:
+      return 1;
+    case Activation::relu:
+      return gate > 0 ? 1 : 0;
+    case Activation::leaky_relu:
+      return gate > 0 ? 1 : static_cast<double>(kLeakySlope);
+    case Activation::tanh:
+      return 1 - gate * gate;
+    case Activation::sigmoid:
+      return gate * (1 - gate);
+    case Activation::gelu:
+      return std::erfc(-gate / std::sqrt(2.0)) / 2 +
+             gate * std::exp(-gate * gate / 2) / std::sqrt(2 * kPi);
+    case Activation::silu:
+      return sigmoid + gate * sigmoid * (1 - sigmoid);
+  }
+  return NAN;
+}
+
+// f' from the pre-activation.
+inline double slope(Activation f, double a) {
+  return slope_at(f, derivative_needs_pre_activation(f) ? a : activate(f, a));
+}
+
+inline double noise(const NoiseParams& p, int64_t sample, int64_t feature) {
+  const NoiseStream stream = noise_stream(p.state, p.block, sample);
+  const uint32_t quad = static_cast<uint32_t>(feature / 4);
+  float u[4];
+  if (p.kind == Noise::gaussian) {
+    noise4<Noise::gaussian>(stream, quad, u[0], u[1], u[2], u[3]);
+  } else {
+    noise4<Noise::rademacher>(stream, quad, u[0], u[1], u[2], u[3]);
+  }
+  return u[feature % 4];
+}
+
+template <class T>
+void epilogue(const EpilogueParams<T>& p) {
+  for (int64_t n = 0; n < p.samples; ++n) {
+    for (int64_t i = 0; i < p.features; ++i) {
+      const int64_t at = n * p.features + i;
+      double tangent = p.tz ? to_float(p.tz[at]) : 0.0;
+      if (p.z) {
+        const double a = to_float(p.z[at]) + (p.bias ? double{to_float(p.bias[i % p.channels])} : 0.0);
+        tangent *= slope(p.activation, a);
+        p.y[at] = from_float<T>(static_cast<float>(activate(p.activation, a)));
+        if (p.pre) p.pre[at] = from_float<T>(static_cast<float>(a));
+      }
+      p.ty[at] = from_float<T>(static_cast<float>(tangent + noise(p.noise, n, i)));
+    }
+  }
+}
+
+// B's new value; moves the moments.
+template <class T>
+double moved(const FeedbackParams<T>& p, int64_t at, double g) {
+  const double b = p.feedback[at];
+  if (p.rule == Rule::ema) return (1 - double{p.lr}) * b + p.lr * g;
+  if (p.rule == Rule::gradient) {
+    p.gradient[at] = static_cast<float>(b - g);
+    return b;
+  }
+  const double t = static_cast<double>(*p.updates);
+  const double m = p.beta1 * p.exp_avg[at] + (1 - double{p.beta1}) * (b - g);
+  const double v = p.beta2 * p.exp_avg_sq[at] + (1 - double{p.beta2}) * (b - g) * (b - g);
+  p.exp_avg[at] = static_cast<float>(m);
+  p.exp_avg_sq[at] = static_cast<float>(v);
+  const double mean = m / (1 - std::pow(double{p.beta1}, t));
+  const double square = v / (1 - std::pow(double{p.beta2}, t));
+  return b - p.lr * mean / (std::sqrt(square) + p.eps);
+}
+
+template <class T>
+void feedback_step(const FeedbackParams<T>& p) {
+  if (p.samples == 0) return;
+  for (int64_t i = 0; i < p.features; ++i) {
+    for (int64_t k = 0; k < p.outputs; ++k) {
+      double g = 0;
+      for (int64_t n = 0; n < p.samples; ++n) g += p.tangent[n * p.outputs + k] * noise(p.noise, n, i);
+      const int64_t at = k * p.features + i;
+      p.feedback[at] = static_cast<float>(moved(p, at, g / static_cast<double>(p.samples)));
+    }
+    for (int64_t n = 0; n < p.samples; ++n) {
+      double sum = 0;
+      for (int64_t k = 0; k < p.outputs; ++k) {
+        sum += double{p.error[n * p.outputs + k]} * p.feedback[k * p.features + i];
+      }
+      const int64_t at = n * p.features + i;
+      const double f = p.gate ? slope_at(p.activation, to_float(p.gate[at])) : 1.0;
+      p.delta[at] = from_float<T>(static_cast<float>(sum * f));
+    }
+  }
+}
+
+}  // namespace fdfa::test

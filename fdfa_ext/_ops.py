@@ -1,0 +1,175 @@
+"""Loads the compiled operators and gives them their fake kernels (shapes without data)."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REBUILD = "Rebuild it in the project's folder with: pip install --no-build-isolation ."
+
+
+def _release(version: str) -> str:
+    """'2.13' of '2.13.0+cpu': within it torch keeps its binary interface."""
+    found = re.match(r"\d+\.\d+", version)
+    return found.group() if found else version
+
+
+def _load_extension() -> Any:
+    built_for = Path(__file__).with_name("_built_for.txt")
+    if not built_for.exists():
+        raise ImportError(f"fdfa_ext's compiled extension is missing. {_REBUILD}")
+    version = built_for.read_text().strip()
+    if _release(version) != _release(torch.__version__):
+        raise ImportError(
+            f"fdfa_ext was built for torch {version}, but torch {torch.__version__} is installed. {_REBUILD}"
+        )
+    try:
+        return import_module("fdfa_ext._C")
+    except ImportError as error:
+        raise ImportError(f"fdfa_ext's compiled extension does not load: {error}. {_REBUILD}") from error
+
+
+extension = _load_extension()
+
+# The operators' schemas and comments: csrc/ops/schema.cpp.
+fused = torch.ops.fdfa
+
+
+def _dual_outputs(y: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    keeps_pre = activation in ("gelu", "silu")
+    pre = torch.empty_like(y) if keeps_pre else y.new_empty_strided(y.shape, [0] * y.dim())
+    return y, torch.empty_like(y), pre
+
+
+@torch.library.register_fake("fdfa::next_noise")
+def _(state: Tensor) -> Tensor:
+    torch._check(state.shape == (3,), lambda: f"fdfa::next_noise: state must be [3], got {state.shape}")
+    return torch.empty_like(state)
+
+
+@torch.library.register_fake("fdfa::linear")
+def _(
+    x: Tensor,
+    tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(
+        x.shape[-1] == weight.shape[1],
+        lambda: f"fdfa::linear: x must be [N, *, {weight.shape[1]}], got {x.shape}",
+    )
+    return _dual_outputs(x.new_empty([*x.shape[:-1], weight.shape[0]]), activation)
+
+
+@torch.library.register_fake("fdfa::conv2d")
+def _(
+    x: Tensor,
+    tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    y = torch.empty(
+        [x.shape[0], weight.shape[0], *size],
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    return _dual_outputs(y, activation)
+
+
+@torch.library.register_fake("fdfa::perturb")
+def _(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:
+    order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=order)
+
+
+def _delta(feedback: Tensor, gate: Tensor) -> Tensor:
+    order = torch.contiguous_format if feedback.is_contiguous() else torch.channels_last
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device, memory_format=order)
+
+
+def _check_feedback(op: str, feedback: Tensor, error: Tensor, gate: Tensor) -> None:
+    torch._check(
+        feedback.shape[0] == error.shape[1] and feedback.shape[1:] == gate.shape[1:],
+        lambda: (
+            f"fdfa::{op}: feedback must be [K, *features] = {[error.shape[1], *gate.shape[1:]]}, "
+            f"got {list(feedback.shape)}"
+        ),
+    )
+
+
+@torch.library.register_fake("fdfa::feedback_step")
+def _(
+    feedback: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    updates: Tensor | None,
+    error: Tensor,
+    tangent: Tensor,
+    gate: Tensor,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> Tensor:
+    _check_feedback("feedback_step", feedback, error, gate)
+    return _delta(feedback, gate)
+
+
+@torch.library.register_fake("fdfa::feedback_gradient")
+def _(
+    feedback: Tensor,
+    error: Tensor,
+    tangent: Tensor,
+    gate: Tensor,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+) -> tuple[Tensor, Tensor]:
+    _check_feedback("feedback_gradient", feedback, error, gate)
+    return _delta(feedback, gate), torch.empty_like(feedback)
+
+
+def build_info() -> dict[str, str]:
+    """What this build of the package was made for and what it runs on, as text for people."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        package = version("fdfa_ext")
+    except PackageNotFoundError:
+        package = "not installed, imported from its source folder"
+    cuda = extension.cuda_version
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "fdfa_ext": package,
+        "built for torch": extension.torch_version,
+        "running torch": torch.__version__,
+        "CUDA kernels": f"CUDA {cuda}, architectures {extension.cuda_architectures}" if cuda else "not built",
+        "GPU": gpu,
+        "CPU kernels": extension.cpu_isa(),
+        "CPU threads": str(torch.get_num_threads()),
+    }

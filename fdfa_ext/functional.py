@@ -1,0 +1,229 @@
+"""The dual pass of a training step and the star that joins its blocks to the network's output.
+
+Tangents travel between the blocks on torch's forward-mode dual tensors, so that any torch module may
+stand between them. Blocks unpack them, call an operator that takes the tangent as an argument, and make
+the dual again: an operator of torch.library that is given a dual tensor drops its tangent in silence.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdfa_ext import reference
+from fdfa_ext._ops import fused
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda a: a,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+NEEDS_PRE_ACTIVATION = ("gelu", "silu")
+NOISES = ("gaussian", "rademacher")
+BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
+
+
+@dataclass
+class BlockRecord:
+    """What the feedback step needs of one block once the output's error is known."""
+
+    name: str
+    index: int
+    handle: Tensor  # [N, *features]: δ is handed to it, and autograd goes on to the block's parameters
+    gate: Tensor  # [N, *features]: what f' is taken from
+    activation: str  # f, or "identity" where the block's own autograd holds f'
+
+
+@dataclass
+class DualPass:
+    """One forward pass of primal and tangent: noise, operators, and the blocks met so far."""
+
+    noise_state: Tensor  # int64 [3]: seed, step, index of the batch's first sample
+    noise: str
+    backend: Any
+    records: list[BlockRecord] = field(default_factory=list)
+
+
+@dataclass
+class BlockPass:
+    """A block's view of the dual pass: the pass and the block's own name and place in the noise."""
+
+    dual: DualPass
+    name: str
+    index: int
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """x [N, *, in_features] (dual) → [N, *, out_features] (dual). Algorithm 1, lines 10 to 16."""
+        x, tangent = self._enter(x)
+        y, ty, pre = self.dual.backend.linear(
+            x, tangent, weight, bias, self.dual.noise_state, self.index, activation, self.dual.noise
+        )
+        return self._leave(y, ty, pre, activation)
+
+    def conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        activation: str,
+    ) -> Tensor:
+        """x [N, C, H, W] (dual) → [N, C', H', W'] (dual), in channels_last."""
+        x, tangent = self._enter(x)
+        y, ty, pre = self.dual.backend.conv2d(
+            x,
+            tangent,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            self.dual.noise_state,
+            self.index,
+            activation,
+            self.dual.noise,
+        )
+        return self._leave(y, ty, pre, activation)
+
+    def chain(self, x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+        """Any torch modules, one after the other, perturbed at the end of the last."""
+        x, tangent = self._enter(x)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        y = x if tangent is None else forward_ad.make_dual(x, tangent)
+        for position, module in enumerate(modules):
+            y = module(y)
+            if tangent is not None and forward_ad.unpack_dual(y).tangent is None:
+                raise RuntimeError(
+                    f"FDFA: block '{self.name}': its module {position} ({type(module).__name__}) dropped "
+                    "the tangent; it needs operations that torch can differentiate in forward mode"
+                )
+        y, ty = forward_ad.unpack_dual(y)
+        gate = y.detach()
+        ty = self.dual.backend.perturb(
+            gate,
+            None if ty is None else ty.detach(),
+            self.dual.noise_state,
+            self.index,
+            self.dual.noise,
+        )
+        self._record(y, gate, "identity")
+        return forward_ad.make_dual(gate, ty)
+
+    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Primal and tangent of a block's input, cut off from whatever made them."""
+        if any(record.index == self.index for record in self.dual.records):
+            raise RuntimeError(
+                f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix belongs "
+                "to one place in the network, so use two blocks (they may share a weight)"
+            )
+        primal, tangent = forward_ad.unpack_dual(x)
+        if primal.grad_fn is not None:
+            raise RuntimeError(
+                f"FDFA: the input of block '{self.name}' depends on parameters of a module before it that "
+                "is no block: they would get no gradient. Put that module into an FDFABlock"
+            )
+        return primal.detach(), None if tangent is None else tangent.detach()
+
+    def _leave(self, y: Tensor, ty: Tensor, pre: Tensor, activation: str) -> Tensor:
+        gate = pre.detach() if activation in NEEDS_PRE_ACTIVATION else y
+        self._record(pre, gate, activation)
+        return forward_ad.make_dual(y, ty)
+
+    def _record(self, handle: Tensor, gate: Tensor, activation: str) -> None:
+        self.dual.records.append(BlockRecord(self.name, self.index, handle, gate, activation))
+
+
+@dataclass(frozen=True)
+class FeedbackRule:
+    """How B follows G = dᵀu / N: "ema" (eq. 8), "adam" (Appendix A) or "grad" (eq. 10, by an optimizer)."""
+
+    kind: str
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+
+
+class Star(torch.autograd.Function):
+    """The one autograd node between the loss and all blocks (Algorithm 1, lines 18 to 24).
+
+    Forward returns the network's output as it is. Backward gets e = ∂L/∂output [N, K], passes it on to
+    the modules after the last block, and gives every block its δ by a feedback step. No path leads from
+    one block to another.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        output: Tensor,
+        tangent: Tensor,
+        noise_state: Tensor,
+        noise: str,
+        backend: str,
+        rule: tuple[str, float, float, float, float],
+        blocks: tuple[tuple[int, str], ...],
+        updates: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        """tensors: for each block its handle, then each gate, each B, exp_avg and exp_avg_sq."""
+        n = len(blocks)
+        gates = tensors[n : 2 * n]
+        ctx.save_for_backward(tangent, noise_state, *gates)
+        # B and its moments move in place from step to step, so autograd must not watch their versions.
+        ctx.matrices = tensors[2 * n :]
+        ctx.updates = updates
+        ctx.noise, ctx.backend, ctx.rule, ctx.blocks = noise, backend, rule, blocks
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (error,) = grads
+        tangent, noise_state, *gates = ctx.saved_tensors
+        backend = BACKENDS[ctx.backend]
+        kind, lr, beta1, beta2, eps = ctx.rule
+        n = len(ctx.blocks)
+        deltas: list[Tensor] = []
+        gradients: list[Tensor | None] = []
+        if kind == "adam":
+            ctx.updates.add_(1)
+        for i, (index, activation) in enumerate(ctx.blocks):
+            feedback, exp_avg, exp_avg_sq = ctx.matrices[i], ctx.matrices[n + i], ctx.matrices[2 * n + i]
+            if kind == "grad":
+                delta, gradient = backend.feedback_gradient(
+                    feedback, error, tangent, gates[i], noise_state, index, activation, ctx.noise
+                )
+                gradients.append(gradient)
+            else:
+                delta = backend.feedback_step(
+                    feedback,
+                    exp_avg,
+                    exp_avg_sq,
+                    ctx.updates if kind == "adam" else None,
+                    error,
+                    tangent,
+                    gates[i],
+                    noise_state,
+                    index,
+                    activation,
+                    ctx.noise,
+                    lr,
+                    beta1,
+                    beta2,
+                    eps,
+                )
+                gradients.append(None)
+            deltas.append(delta)
+        nothing = [None] * n
+        return (error, *[None] * 7, *deltas, *nothing, *gradients, *nothing, *nothing)

@@ -1,0 +1,21 @@
+#!/bin/sh
+# Compiles every CUDA source for the architectures below, warnings as errors. Needs nvcc but no GPU and
+# no torch. Without nvcc it says so and succeeds, unless FDFA_CUDA=1 asks for CUDA.
+set -eu
+cd "$(dirname "$0")/.."
+
+nvcc=${NVCC:-nvcc}
+if ! command -v "$nvcc" >/dev/null; then
+  echo "nvcc not found, CUDA sources not compiled"
+  [ "${FDFA_CUDA:-}" != 1 ]
+  exit
+fi
+
+objects=$(mktemp -d)
+trap 'rm -rf "$objects"' EXIT
+for source in csrc/cuda/*.cu; do
+  "$nvcc" -std=c++17 -O3 -Icsrc -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
+    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+    -c "$source" -o "$objects/$(basename "$source").o"
+  echo "compiled $source"
+done

@@ -1,0 +1,89 @@
+"""Builds fdfa_ext._C: for the CPU, and for CUDA where torch has it and nvcc is there.
+
+Environment: FDFA_CUDA=1 demands CUDA and fails without it, FDFA_CUDA=0 leaves it out;
+TORCH_CUDA_ARCH_LIST names the GPU architectures (default: 8.0, 9.0 and PTX of 9.0, which later GPUs
+compile when they first load it); MAX_JOBS limits the compiler processes.
+"""
+
+import os
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        "fdfa_ext is compiled against the torch that will run it, and pip's isolated build environment "
+        "hides that one. Install torch first, then build with:\n"
+        "    pip install --no-build-isolation ."
+    ) from error
+
+ROOT = Path(__file__).parent
+CPU_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+
+
+def sources(*groups: str) -> list[str]:
+    """The files of these groups in csrc/sources.txt, which CMakeLists.txt reads too."""
+    lines = (ROOT / "csrc" / "sources.txt").read_text().split("\n")
+    pairs = [line.split() for line in lines if line]
+    return [f"csrc/{path}" for group, path in pairs if group in groups]
+
+
+def wants_cuda() -> bool:
+    choice = os.environ.get("FDFA_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        raise SystemExit(f"FDFA_CUDA must be 0, 1 or auto; got {choice!r}")
+    if choice == "0":
+        return False
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"torch {torch.__version__} is a CPU build")
+    if cpp_extension.CUDA_HOME is None:
+        missing.append("nvcc was not found (set CUDA_HOME)")
+    if missing and choice == "1":
+        raise SystemExit("FDFA_CUDA=1 demands a CUDA build, but " + " and ".join(missing))
+    return not missing
+
+
+def extension(cuda: bool):
+    architectures = ""
+    if cuda:
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    macros = [
+        ("FDFA_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("FDFA_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
+        ("FDFA_CUDA_ARCHITECTURES", f'"{architectures}"'),
+    ]
+    # OpenMP at compile time only: the pool is the one torch brings. Linking another would give two.
+    flags = {"cxx": [*CPU_FLAGS, "-fopenmp"]}
+    include_dirs = [str(ROOT / "csrc")]
+    if not cuda:
+        return cpp_extension.CppExtension(
+            "fdfa_ext._C",
+            sources("cpu", "ops"),
+            include_dirs=include_dirs,
+            define_macros=macros,
+            extra_compile_args=flags,
+        )
+    flags["nvcc"] = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+    return cpp_extension.CUDAExtension(
+        "fdfa_ext._C",
+        sources("cpu", "ops", "cuda", "cuda_ops"),
+        include_dirs=include_dirs,
+        define_macros=[*macros, ("FDFA_WITH_CUDA", None)],
+        extra_compile_args=flags,
+    )
+
+
+class Build(cpp_extension.BuildExtension):
+    """Also writes down which torch it was built for, to be read where the module cannot be loaded."""
+
+    def run(self) -> None:
+        super().run()
+        target = Path(self.get_ext_fullpath("fdfa_ext._C")).parent / "_built_for.txt"
+        target.write_text(torch.__version__ + "\n")
+
+
+setup(ext_modules=[extension(wants_cuda())], cmdclass={"build_ext": Build})
