@@ -1,0 +1,7 @@
+"""Forward Direct Feedback Alignment for PyTorch: training without a backward pass through the network."""
+
+from fdfa_ext._ops import build_info
+from fdfa_ext.layers import FDFABlock, FDFAConv2d, FDFALinear
+from fdfa_ext.wrapper import FDFA
+
+__all__ = ["FDFA", "FDFABlock", "FDFAConv2d", "FDFALinear", "build_info"]

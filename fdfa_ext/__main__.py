@@ -144,7 +144,9 @@ def _train(given: dict[str, Any]) -> None:
     checkpoint = None
     if "resume" in given:
         base, checkpoint = read_checkpoint(given["resume"])
-        wanted = replace(base, **settings, **({"method": ",".join(methods)} if methods else {}))
+        if methods:
+            settings["method"] = ",".join(methods)
+        wanted = replace(base, **settings)
         changed = [name for name in _CONFIG_FIELDS if getattr(base, name) != getattr(wanted, name)]
         if changed not in ([], ["epochs"]):
             names = ", ".join(f"--{name.replace('_', '-')}" for name in changed if name != "epochs")

@@ -23,7 +23,8 @@ struct Linear : torch::autograd::Function<Linear> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, ty, pre] = op.call(x, tangent, weight, bias, noise_state, block, activation, noise);
     ctx->save_for_backward({x});
-    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["wants_weight"] = weight.requires_grad();
+    ctx->saved_data["wants_bias"] = bias && bias->requires_grad();
     ctx->mark_non_differentiable({y, ty});
     ctx->set_materialize_grads(false);
     return {y, ty, pre};
@@ -34,8 +35,8 @@ struct Linear : torch::autograd::Function<Linear> {
     if (const Tensor& delta = grads[2]; delta.defined()) {
       const Tensor x = ctx->get_saved_variables()[0];
       const Tensor rows = delta.flatten(0, -2);
-      if (ctx->needs_input_grad(1)) weight_grad = rows.t().mm(x.flatten(0, -2));
-      if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) bias_grad = rows.sum(0);
+      if (ctx->saved_data["wants_weight"].toBool()) weight_grad = rows.t().mm(x.flatten(0, -2));
+      if (ctx->saved_data["wants_bias"].toBool()) bias_grad = rows.sum(0);
     }
     return {Tensor(), Tensor(), weight_grad, bias_grad, Tensor(), Tensor(), Tensor(), Tensor()};
   }
@@ -54,7 +55,8 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
     auto [y, ty, pre] = op.call(x, tangent, weight, bias, stride, padding, dilation, groups,
                                 noise_state, block, activation, noise);
     ctx->save_for_backward({x, weight});
-    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["wants_weight"] = weight.requires_grad();
+    ctx->saved_data["wants_bias"] = bias && bias->requires_grad();
     ctx->saved_data["stride"] = stride.vec();
     ctx->saved_data["padding"] = padding.vec();
     ctx->saved_data["dilation"] = dilation.vec();
@@ -69,13 +71,14 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
     if (const Tensor& delta = grads[2]; delta.defined()) {
       const variable_list saved = ctx->get_saved_variables();
       const Tensor &x = saved[0], &weight = saved[1];
-      const bool wants_bias = ctx->saved_data["has_bias"].toBool();
+      const bool wants_bias = ctx->saved_data["wants_bias"].toBool();
       const std::array<int64_t, 1> bias_sizes{weight.size(0)};
       auto [unused, weight_grad, bias_grad] = at::convolution_backward(
           delta, x, weight, wants_bias ? at::OptionalIntArrayRef(bias_sizes) : std::nullopt,
           ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector(),
           ctx->saved_data["dilation"].toIntVector(), /*transposed=*/false, /*output_padding=*/{0, 0},
-          ctx->saved_data["groups"].toInt(), {false, true, wants_bias});
+          ctx->saved_data["groups"].toInt(),
+          {false, ctx->saved_data["wants_weight"].toBool(), wants_bias});
       result[2] = weight_grad;
       result[3] = bias_grad;
     }

@@ -16,9 +16,7 @@ Tensor finish(const Tensor& z, const Tensor& tz, bool has_tangent, const Optiona
               Noise noise) {
   const bool keep_pre = derivative_needs_pre_activation(activation);
   // Elsewhere `pre` only carries a gradient: the shape of z, strides of zero, one element of memory.
-  const Tensor pre = keep_pre
-                         ? at::empty_like(z)
-                         : at::empty_strided(z.sizes(), std::vector<int64_t>(z.dim(), 0), z.options());
+  const Tensor pre = keep_pre ? at::empty_like(z) : at::zeros({}, z.options()).expand(z.sizes());
   const Tensor bias_dense = bias ? bias->contiguous() : Tensor();
   with_storage(z.scalar_type(), [&](auto storage) {
     using T = decltype(storage);

@@ -36,7 +36,7 @@ int main() {
       std::printf("%s: not on this CPU\n", isa);
       continue;
     }
-    test::test_kernels<Cpu>(sizes, 7, 1);
+    test::test_kernels<Cpu>(sizes, 11, 7);
     std::printf("%s: done\n", cpu::isa());
   }
   return test::failures();

@@ -26,9 +26,9 @@ struct EmulatedCuda {
 
 int main(int argc, char** argv) {
   if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
-    test::test_kernels<EmulatedCuda>({{2, 33}, {4, 33}, {10, 65}}, 211, 19);
+    test::test_kernels<EmulatedCuda>({{2, 33}, {4, 33}, {10, 65}}, 499, 37);
   } else {
-    test::test_kernels<EmulatedCuda>(test::all_sizes(), 151, 17);
+    test::test_kernels<EmulatedCuda>(test::all_sizes(), 307, 41);
   }
   return test::failures();
 }

@@ -101,7 +101,7 @@ void test_normals_against_double() {
     const Philox4 r = philox4x32_10({i, 0, 0, 0}, 1, 2);
     float first, second;
     normal_pair(r.x0, r.x1, first, second);
-    const double u = (static_cast<double>(r.x0 >> 8) + 0.5) / 16777216.0;
+    const double u = (static_cast<float>(r.x0 >> 8) + 0.5f) * (1.0f / 16777216.0f);  // rounded as there
     const double turn = static_cast<double>((r.x1 << 2) >> 8) / 16777216.0 - 0.5;
     const double angle = (static_cast<double>(r.x1 >> 30) + turn) * (std::acos(-1.0) / 2.0);
     const double radius = std::sqrt(-2.0 * std::log(u));

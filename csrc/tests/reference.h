@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/noise.h"
@@ -112,10 +113,12 @@ double moved(const FeedbackParams<T>& p, int64_t at, double g) {
 template <class T>
 void feedback_step(const FeedbackParams<T>& p) {
   if (p.samples == 0) return;
+  std::vector<double> u(p.samples);
   for (int64_t i = 0; i < p.features; ++i) {
+    for (int64_t n = 0; n < p.samples; ++n) u[n] = noise(p.noise, n, i);
     for (int64_t k = 0; k < p.outputs; ++k) {
       double g = 0;
-      for (int64_t n = 0; n < p.samples; ++n) g += p.tangent[n * p.outputs + k] * noise(p.noise, n, i);
+      for (int64_t n = 0; n < p.samples; ++n) g += p.tangent[n * p.outputs + k] * u[n];
       const int64_t at = k * p.features + i;
       p.feedback[at] = static_cast<float>(moved(p, at, g / static_cast<double>(p.samples)));
     }

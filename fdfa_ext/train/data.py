@@ -63,10 +63,10 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     """Read a whole data set into memory.
 
     ``digits`` (1797 images, 1 x 8 x 8, 1437 of them for training) comes with scikit-learn. ``mnist``
-    and ``fashion-mnist`` (1 x 28 x 28) are read from the four idx files, gzipped or not, and ``cifar10``
-    (3 x 32 x 32) from its python batches, in ``data_dir`` or its subfolder called as the data set.
-    Without ``data_dir`` the environment variable FDFA_DATA_DIR counts, then ``data``. Files that are
-    missing are downloaded by torchvision where it is installed.
+    and ``fashion-mnist`` (1 x 28 x 28) are read from the four idx files, gzipped or not, and
+    ``cifar10`` (3 x 32 x 32) from its python batches, in ``data_dir`` or its subfolder called as the
+    data set. Without ``data_dir`` the environment variable FDFA_DATA_DIR counts, then ``data``. Files
+    that are missing are downloaded by torchvision where it is installed.
 
     Raises:
         UserError: a file is missing and could not be downloaded, or does not hold what it should.
@@ -97,7 +97,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of ([batch_size, C, H, W], [batch_size]) pairs in a fresh order.
 
-    The last pair may be smaller. ``order`` is a CPU generator, so the order does not depend on the device of the images.
+    The last pair may be smaller. ``order`` is a CPU generator, whatever the images' device, so that
+    every device sees the same order.
     """
     permutation = torch.randperm(len(images), generator=order).to(images.device)
     for chosen in permutation.split(batch_size):

@@ -94,7 +94,8 @@ class Run:
         torch.manual_seed(config.seed)
         width = config.width or (1000 if config.dataset == "cifar10" else 800)
         net = build_net(config.model, data.image_shape, N_CLASSES, config.hidden or 1, width)
-        net = net.to(device=device, memory_format=self._format)
+        # torch's stubs lack this overload, which its documentation has.
+        net = net.to(device=device, memory_format=self._format)  # type: ignore[call-overload]
         self.model: nn.Module = net
         if config.method == "bp":
             parameters = [net.parameters()]
@@ -129,7 +130,7 @@ class Run:
         """
         started = time.perf_counter()
         self.model.train()
-        lr = self._scheduler.get_last_lr()[0]
+        lr = float(self._scheduler.get_last_lr()[0])
         # Sums stay on the device: reading them each step would make it wait.
         totals = torch.zeros(2, device=self.data.train_images.device)
         for images, labels in batches(
@@ -139,7 +140,7 @@ class Run:
                 optimizer.zero_grad()
             logits = self.model(self._prepared(images))
             loss = F.cross_entropy(logits, labels)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             for optimizer in self._optimizers:
                 optimizer.step()
             correct = (logits.detach().argmax(1) == labels).sum()

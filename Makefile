@@ -1,0 +1,45 @@
+# Everything from nothing: needs python3 with venv and pip, a C++ compiler and make.
+#   make train     train digits by FDFA and by backpropagation, side by side
+#   make test      the Python tests
+#   make cpp-test  the C++ tests of the kernels
+#   make lint      formatting, linting and types
+#   make clean     remove what was built, and .venv
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The package is installed editable: only what is compiled or declared asks for a new build.
+BUILD_INPUTS := $(shell find csrc -type f) setup.py pyproject.toml
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: train test cpp-test lint clean
+
+train: .venv/built
+	$(BIN)/python -m fdfa_ext train --dataset digits --method fdfa,bp
+
+test: .venv/built
+	$(BIN)/python -m pytest -q python_tests
+
+cpp-test: .venv/installed
+	cmake -S . -B build/cpp
+	cmake --build build/cpp --parallel
+	ctest --test-dir build/cpp --output-on-failure
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+clean:
+	rm -rf .venv build dist *.egg-info fdfa_ext/_built_for.txt fdfa_ext/*.so
+
+.venv/installed: requirements-dev.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.venv/built: .venv/installed $(BUILD_INPUTS)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@

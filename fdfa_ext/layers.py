@@ -1,0 +1,109 @@
+"""Blocks: the parts of a network that are perturbed and get their error straight from the output.
+
+Inside FDFA's training step a block takes part in the dual pass. Anywhere else it is its torch
+counterpart followed by the activation, with ordinary autograd.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdfa_ext.functional import ACTIVATIONS, BlockPass
+
+
+def _check_activation(layer: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{layer}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+
+
+class Block:
+    """What FDFA looks for. `block_pass` is set by it for the time of a dual pass."""
+
+    block_pass: BlockPass | None = None
+
+
+class FDFALinear(nn.Linear, Block):
+    """y = activation(x Wᵀ + b), x [N, *, in_features] → y [N, *, out_features].
+
+    Arguments are those of torch.nn.Linear, and activation: "identity", "relu", "leaky_relu", "tanh",
+    "sigmoid", "gelu" or "silu". The state_dict has torch.nn.Linear's keys.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *args: Any, activation: str = "identity", **kwargs: Any
+    ) -> None:
+        _check_activation("FDFALinear", activation)
+        super().__init__(in_features, out_features, *args, **kwargs)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.block_pass is not None:
+            return self.block_pass.linear(x, self.weight, self.bias, self.activation)
+        return ACTIVATIONS[self.activation](super().forward(x))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class FDFAConv2d(nn.Conv2d, Block):
+    """y = activation(conv(x, W) + b), x [N, C, H, W] → y [N, C', H', W'], in channels_last when trained.
+
+    Arguments are those of torch.nn.Conv2d, and activation as for FDFALinear. The state_dict has
+    torch.nn.Conv2d's keys.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *args: Any,
+        activation: str = "identity",
+        **kwargs: Any,
+    ) -> None:
+        _check_activation("FDFAConv2d", activation)
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.block_pass is None:
+            return ACTIVATIONS[self.activation](super().forward(x))
+        padding = self.padding
+        if isinstance(padding, str) or self.padding_mode != "zeros":
+            # Padding of its own kind is a module before the convolution: torch carries the tangent.
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        return self.block_pass.conv2d(
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class FDFABlock(nn.Sequential, Block):
+    """A chain of torch modules as one block: perturbed at its output, differentiated within by autograd.
+
+    For Conv → BatchNorm → ReLU → MaxPool, a residual branch, attention: anything that torch can
+    differentiate in forward mode and whose output is [N, *features]. Buffers, such as running
+    statistics, move once a step, from the primal alone. Images are computed in channels_last.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        if not modules:
+            raise ValueError("FDFABlock: needs at least one module")
+        super().__init__(*modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.block_pass is not None:
+            return self.block_pass.chain(x, list(self))
+        return super().forward(x)  # type: ignore[no-any-return]

@@ -1,0 +1,226 @@
+"""Every operator of torch.ops.fdfa in plain torch: its definition, and the path to compare it with.
+
+Same names, arguments and results as the fused operators (csrc/ops/schema.cpp), on any device torch has
+and in any floating dtype. `FDFA(..., backend="reference")` runs a whole model on it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def _identity(a: Tensor) -> Tensor:
+    return a
+
+
+def _gelu_derivative(a: Tensor) -> Tensor:
+    cdf = 0.5 * (1 + torch.erf(a / math.sqrt(2)))
+    return cdf + a * torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+
+
+def _silu_derivative(a: Tensor) -> Tensor:
+    s = torch.sigmoid(a)
+    return s * (1 + a * (1 - s))
+
+
+# f, and f' as a function of y (of the pre-activation for gelu and silu).
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "identity": (_identity, torch.ones_like),
+    "relu": (F.relu, lambda y: (y > 0).to(y.dtype)),
+    "leaky_relu": (F.leaky_relu, lambda y: torch.where(y > 0, 1.0, 0.01).to(y.dtype)),
+    "tanh": (torch.tanh, lambda y: 1 - y * y),
+    "sigmoid": (torch.sigmoid, lambda y: y * (1 - y)),
+    "gelu": (F.gelu, _gelu_derivative),
+    "silu": (F.silu, _silu_derivative),
+}
+
+
+def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of a 32 x 32 bit product, in int64 arithmetic."""
+    low = constant * (word & 0xFFFF)
+    high = (constant * (word >> 16) + (low >> 16)) >> 16
+    return high & _WORD, (constant * word) & _WORD
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
+    """Philox4x32-10: four words from a counter of four and a key of two, all int64 tensors below 2³²."""
+    x0, x1, x2, x3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, x0)
+        high1, low1 = _multiply(0xCD9E8D57, x2)
+        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return [x0, x1, x2, x3]
+
+
+def _normal_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Box-Muller: the radius from 24 bits of a; two bits of b choose the quadrant, 24 the place in it."""
+    radius = torch.sqrt(-2 * torch.log(((a >> 8) + 0.5).double() / 2**24))
+    place = ((b << 2) & _WORD) >> 8
+    angle = ((b >> 30) + place.double() / 2**24 - 0.5) * (math.pi / 2)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def perturbation(
+    noise_state: Tensor, block: int, noise: str, shape: Sequence[int], channels_last: bool = False
+) -> Tensor:
+    """u [N, *features] in float32: a function of (seed, step, block, sample, feature) alone.
+
+    noise_state: int64 [3], seed, step and index of the batch's first sample. Features are counted in
+    row-major order, or as (h, w, c) with channels_last.
+    """
+    samples = shape[0]
+    features = math.prod(shape[1:])
+    seed, step, first_sample = noise_state.unbind()
+    device = noise_state.device
+    quads = torch.arange((features + 3) // 4, device=device)[None, :]
+    sample = (first_sample + torch.arange(samples, device=device))[:, None] & _WORD
+    grid = torch.zeros_like(quads + sample)
+    words = philox(
+        (quads + grid, sample + grid, (step & _WORD) + grid, torch.full_like(grid, block)),
+        (seed & _WORD, (seed >> 32) & _WORD),
+    )
+    if noise == "gaussian":
+        u = torch.stack([*_normal_pair(words[0], words[1]), *_normal_pair(words[2], words[3])], dim=-1)
+    else:
+        u = 1.0 - 2.0 * (torch.stack(words, dim=-1) >> 31)
+    u = u.float().flatten(1)[:, :features]
+    if channels_last:
+        n, c, h, w = shape
+        return u.reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return u.reshape(list(shape))
+
+
+def next_noise(state: Tensor) -> Tensor:
+    snapshot = state.clone()
+    state[1] += 1
+    return snapshot
+
+
+def _dual(
+    pre: Tensor,
+    tangent: Tensor | None,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(f(a), f'(a) ⊙ tangent + u, a); only a keeps its autograd graph."""
+    function, derivative = _ACTIVATIONS[activation]
+    a = pre.detach()
+    y = function(a)
+    u = perturbation(noise_state, block, noise, y.shape, channels_last=y.dim() == 4 and not y.is_contiguous())
+    if tangent is None:
+        return y, u.to(y.dtype), pre
+    gate = a if activation in ("gelu", "silu") else y
+    return y, (derivative(gate) * tangent + u).to(y.dtype), pre
+
+
+def linear(
+    x: Tensor,
+    tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pre = F.linear(x, weight, bias)
+    tz = None if tangent is None else F.linear(tangent, weight.detach())
+    return _dual(pre, tz, noise_state, block, activation, noise)
+
+
+def conv2d(
+    x: Tensor,
+    tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    order = torch.channels_last
+    pre = F.conv2d(x.contiguous(memory_format=order), weight, bias, *geometry).contiguous(memory_format=order)
+    tz = None
+    if tangent is not None:
+        tz = F.conv2d(tangent.contiguous(memory_format=order), weight.detach(), None, *geometry)
+    return _dual(pre, tz, noise_state, block, activation, noise)
+
+
+def perturb(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:
+    u = perturbation(noise_state, block, noise, y.shape, channels_last=y.dim() == 4)
+    return (u if tangent is None else tangent + u).to(y.dtype)
+
+
+def _target(
+    feedback: Tensor, tangent: Tensor, gate: Tensor, noise_state: Tensor, block: int, noise: str
+) -> Tensor:
+    """G = dᵀu / N, an estimate of the mean of ∂output/∂y over the batch, in feedback's shape."""
+    u = perturbation(noise_state, block, noise, gate.shape, channels_last=not feedback.is_contiguous())
+    return (tangent.float().t() @ u.flatten(1) / gate.shape[0]).view_as(feedback)
+
+
+def _project(feedback: Tensor, error: Tensor, gate: Tensor, activation: str) -> Tensor:
+    """δ = (e B) ⊙ f'."""
+    projected = (error.float() @ feedback.flatten(1)).view_as(gate)
+    return (projected * _ACTIVATIONS[activation][1](gate.float())).to(gate.dtype)
+
+
+def feedback_step(
+    feedback: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    updates: Tensor | None,
+    error: Tensor,
+    tangent: Tensor,
+    gate: Tensor,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> Tensor:
+    if gate.shape[0] > 0:
+        gradient = feedback - _target(feedback, tangent, gate, noise_state, block, noise)
+        if exp_avg is None or exp_avg_sq is None or updates is None:
+            feedback -= lr * gradient
+        else:
+            exp_avg.lerp_(gradient, 1 - beta1)
+            exp_avg_sq.lerp_(gradient * gradient, 1 - beta2)
+            t = updates.double()
+            step_size = (lr / (1 - beta1**t)).float()
+            correction = (1 - beta2**t).sqrt().float()
+            feedback -= step_size * exp_avg / (exp_avg_sq.sqrt() / correction + eps)
+    return _project(feedback, error, gate, activation)
+
+
+def feedback_gradient(
+    feedback: Tensor,
+    error: Tensor,
+    tangent: Tensor,
+    gate: Tensor,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+) -> tuple[Tensor, Tensor]:
+    gradient = torch.zeros_like(feedback)
+    if gate.shape[0] > 0:
+        gradient = feedback - _target(feedback, tangent, gate, noise_state, block, noise)
+    return _project(feedback, error, gate, activation), gradient

@@ -1,0 +1,357 @@
+"""FDFA: wraps a torch model, runs its dual pass in training and owns feedback and noise."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass, Star
+from fdfa_ext.layers import Block
+
+RULES = ("ema", "adam", "grad")
+
+
+class TensorMap(nn.Module):
+    """Block name → tensor of shape [n_outputs, *feature_shape], saved and moved with the model.
+
+    Feedback stays in float32 whatever the activations are: its steps of 1e-4 would be lost in less.
+    """
+
+    def __init__(self, as_parameters: bool = False) -> None:
+        super().__init__()
+        self._as_parameters = as_parameters
+
+    @staticmethod
+    def key(name: str) -> str:
+        """Names of buffers may hold no dot."""
+        return name.replace(".", "/")
+
+    def put(self, name: str, value: Tensor) -> None:
+        if self._as_parameters:
+            self.register_parameter(self.key(name), nn.Parameter(value))
+        else:
+            self.register_buffer(self.key(name), value)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {**self._parameters, **self._buffers}
+        return {key.replace("/", "."): value for key, value in tensors.items() if value is not None}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors()[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors())
+
+    def __len__(self) -> int:
+        return len(self._tensors())
+
+    def keys(self) -> list[str]:
+        return list(self._tensors())
+
+    def values(self) -> list[Tensor]:
+        return list(self._tensors().values())
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return list(self._tensors().items())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def keep_float32(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep_float32, recurse)
+
+
+class FDFA(nn.Module):
+    """Trains `module` by Forward Direct Feedback Alignment (Bacho & Chu 2024, Algorithm 1).
+
+    In training mode, with gradients enabled, `forward` perturbs every block (FDFALinear, FDFAConv2d,
+    FDFABlock) and carries the tangents to the output; `loss.backward()` then updates the feedback and
+    fills `.grad` of the weights. What stands after the last block is trained by its exact gradient. In
+    eval mode or under `torch.no_grad()` it is `module`, unperturbed.
+
+    Each backward updates the feedback once, so N accumulated batches are N updates of B.
+
+    Args:
+        module: a model whose output is [N, K], K outputs for each of N samples.
+        feedback: how B follows the estimate G = dᵀu / N of the mean Jacobian. "adam": Adam on the
+            gradient B - G (Appendix A, the paper's tables). "ema": B ← (1 - lr) B + lr G (eq. 8).
+            "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer.
+        feedback_lr: α, per step.
+        betas, eps: Adam's, for feedback="adam".
+        noise: "gaussian" or "rademacher" perturbations, of unit variance.
+        backend: "fused" (float32, bfloat16, float16) or "reference", plain torch in any dtype.
+        example_input: an input (or tuple of inputs) of any batch size. With it the feedback matrices
+            exist at once; without, from the first training forward on.
+
+    Attributes:
+        feedback: mapping from a block's name within `module` to its B, [K, *feature_shape], float32.
+        noise_state: int64 [3]: seed (drawn from torch's generator), step, and the global index of the
+            batch's first sample: set it to rank * batch size, with equal seeds, to make several
+            processes perturb as one.
+        updates: int64 [1]: number of Adam steps that B has made.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        feedback: str = "adam",
+        feedback_lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        noise: str = "gaussian",
+        backend: str = "fused",
+        example_input: Tensor | tuple[Any, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        for argument, value, known in (
+            ("feedback", feedback, RULES),
+            ("noise", noise, NOISES),
+            ("backend", backend, BACKENDS),
+        ):
+            if value not in known:
+                raise ValueError(f"FDFA: {argument} must be one of {', '.join(known)}; got {value!r}")
+        if feedback == "ema" and not 0 < feedback_lr < 1:
+            raise ValueError(f'FDFA: feedback_lr must be in (0, 1) for feedback="ema"; got {feedback_lr}')
+        if feedback_lr < 0:
+            raise ValueError(f"FDFA: feedback_lr must not be negative; got {feedback_lr}")
+        self.module = module
+        self.rule = feedback
+        self.feedback_lr = feedback_lr
+        self.betas = betas
+        self.eps = eps
+        self.noise = noise
+        self.backend = backend
+        self.feedback = TensorMap(as_parameters=feedback == "grad")
+        self.exp_avg = TensorMap()
+        self.exp_avg_sq = TensorMap()
+        self._blocks = dict(_find_blocks(module))
+
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        seed = int(torch.randint(2**63 - 1, ()))
+        self.register_buffer("noise_state", torch.tensor([seed, 0, 0], device=device))
+        self.register_buffer("updates", torch.zeros(1, dtype=torch.int64, device=device))
+        self.noise_state: Tensor
+        self.updates: Tensor
+        self._checked = False
+        if example_input is not None:
+            inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+            self._prepare(*inputs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's output [N, K]; in training its backward does the whole FDFA step."""
+        if not (self.training and torch.is_grad_enabled()):
+            return self.module(*args, **kwargs)  # type: ignore[no-any-return]
+        if not self._checked:
+            self._prepare(*args, **kwargs)
+        dual = DualPass(self.noise_state, self.noise, BACKENDS[self.backend])
+        output, tangent = self._run(dual, *args, **kwargs)
+        if tangent is None:
+            raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
+        self._check_output(output)
+        for record in dual.records:
+            self._check_block(record, output)
+        return self._join(dual, output, tangent.detach())
+
+    def forward_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the module: weights and biases."""
+        return self.module.parameters()
+
+    def feedback_parameters(self) -> Iterator[nn.Parameter]:
+        """The feedback matrices of feedback="grad"; none for the rules that FDFA applies itself."""
+        if self.rule == "grad" and len(self.feedback) == 0:
+            raise RuntimeError(
+                "FDFA: the feedback matrices do not exist yet; pass example_input, or run one training "
+                "forward before making their optimizer"
+            )
+        return self.feedback.parameters()
+
+    def extra_repr(self) -> str:
+        return f"feedback={self.rule}, feedback_lr={self.feedback_lr}, noise={self.noise}, backend={self.backend}"
+
+    def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Primal and tangent of the output; the blocks met on the way are in dual.records."""
+        for index, (name, block) in enumerate(self._blocks.items()):
+            block.block_pass = BlockPass(dual, name, index)
+        try:
+            with forward_ad.dual_level():
+                output = self.module(*args, **kwargs)
+                if not isinstance(output, Tensor):
+                    raise TypeError(f"FDFA: the module must return one tensor; got {type(output).__name__}")
+                primal, tangent = forward_ad.unpack_dual(output)
+                return primal, tangent
+        finally:
+            for block in self._blocks.values():
+                block.block_pass = None
+
+    def _join(self, dual: DualPass, output: Tensor, tangent: Tensor) -> Tensor:
+        """Advances the noise and ties output and blocks together for the backward (see Star)."""
+        used = BACKENDS[self.backend].next_noise(self.noise_state)
+        records = dual.records
+        names = [record.name for record in records]
+        adam = self.rule == "adam"
+        none: list[Tensor | None] = [None] * len(names)
+        # A model whose weights are all frozen can still learn its feedback.
+        if not (output.requires_grad or any(record.handle.requires_grad for record in records)):
+            output = output.detach().requires_grad_()
+        result = Star.apply(
+            output,
+            tangent,
+            used,
+            self.noise,
+            self.backend,
+            (self.rule, self.feedback_lr, *self.betas, self.eps),
+            tuple((record.index, record.activation) for record in records),
+            self.updates,
+            *[record.handle for record in records],
+            *[record.gate for record in records],
+            *[self.feedback[name] for name in names],
+            *([self.exp_avg[name] for name in names] if adam else none),
+            *([self.exp_avg_sq[name] for name in names] if adam else none),
+        )
+        return result  # type: ignore[no-any-return]
+
+    @staticmethod
+    def _check_output(output: Tensor) -> None:
+        if output.dim() != 2:
+            raise ValueError(
+                f"FDFA: the output must be [N, K], one row of K values a sample; got {list(output.shape)}. "
+                "Flatten it within the module"
+            )
+
+    def _check_block(self, record: BlockRecord, output: Tensor) -> None:
+        shape = list(record.gate.shape)
+        if shape[0] != output.shape[0]:
+            raise ValueError(
+                f"FDFA: block '{record.name}' must keep the batch first: expected [{output.shape[0]}, "
+                f"*features] as the output has, got {shape}"
+            )
+        expected = list(self.feedback[record.name].shape)
+        if expected != [output.shape[1], *shape[1:]]:
+            raise ValueError(
+                f"FDFA: block '{record.name}': its feedback has shape {expected}, but {output.shape[1]} "
+                f"outputs and features {shape[1:]} came; the size of a sample must not change"
+            )
+
+    @torch.no_grad()
+    def _probe(self, *args: Any, **kwargs: Any) -> tuple[DualPass, Tensor, Tensor | None, list[str]]:
+        """A dual pass that leaves no trace: noise and buffers stay as they are.
+
+        Also returns the names of the modules that were given a tangent and returned none.
+        """
+        droppers: list[str] = []
+
+        def watch(name: str, module: nn.Module) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
+                if _has_tangent(inputs) and not _has_tangent(result):
+                    droppers.append(f"'{name}' ({type(module).__name__})")
+
+            return module.register_forward_hook(hook)
+
+        modes = {module: module.training for module in self.module.modules()}
+        hooks = [watch(name, module) for name, module in self.module.named_modules() if name]
+        dual = DualPass(self.noise_state.clone(), self.noise, BACKENDS[self.backend])
+        try:
+            self.module.eval()
+            output, tangent = self._run(dual, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, mode in modes.items():
+                module.training = mode
+        return dual, output, tangent, droppers
+
+    def _diagnose(self, *args: Any, **kwargs: Any) -> str:
+        droppers = self._probe(*args, **kwargs)[3]
+        if droppers:
+            return f"Module {droppers[0]} dropped it: it is not differentiable in torch's forward mode"
+        return "No module dropped it: the output depends on no block, or a function between modules detached it"
+
+    def _prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Checks the module on one input and creates the feedback matrices that do not exist yet."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "FDFA: give example_input, or run one training forward, before torch.compile: the feedback "
+                "matrices must exist"
+            )
+        dual, output, tangent, droppers = self._probe(*args, **kwargs)
+        if tangent is None:
+            raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
+        self._check_output(output)
+        if output.shape[0] > 0 and not bool((tangent != 0).any()):
+            raise RuntimeError("FDFA: the tangent of the output is zero: no block can learn its feedback")
+        if droppers:
+            warnings.warn(
+                f"FDFA: module {droppers[0]} drops the tangent; blocks whose only way to the output leads "
+                "through it learn no feedback",
+                stacklevel=3,
+            )
+        unused = [name for name in self._blocks if name not in {record.name for record in dual.records}]
+        if unused:
+            raise RuntimeError(f"FDFA: block '{unused[0]}' was not used by the forward pass")
+        for record in dual.records:
+            self._create(record, output)
+        self._checked = True
+
+    def _create(self, record: BlockRecord, output: Tensor) -> None:
+        # Features are counted in the memory order of the block's activation.
+        order = torch.contiguous_format if record.gate.is_contiguous() else torch.channels_last
+        shape = [output.shape[1], *record.gate.shape[1:]]
+        maps = [self.feedback, self.exp_avg, self.exp_avg_sq] if self.rule == "adam" else [self.feedback]
+        for tensors in maps:
+            if record.name not in tensors:
+                tensors.put(
+                    record.name,
+                    torch.zeros(shape, device=record.gate.device).contiguous(memory_format=order),
+                )
+        self._check_block(record, output)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Makes room for feedback that a saved model has and this one has not created yet."""
+        for tensors, name in (
+            (self.feedback, "feedback"),
+            (self.exp_avg, "exp_avg"),
+            (self.exp_avg_sq, "exp_avg_sq"),
+        ):
+            for block in self._blocks:
+                saved = state_dict.get(f"{prefix}{name}.{TensorMap.key(block)}")
+                if saved is not None and block not in tensors:
+                    tensors.put(block, torch.zeros_like(saved, device=self.noise_state.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Blocks by qualified name, in the order of the module; not the ones within a block."""
+    if isinstance(module, Block):
+        raise ValueError(
+            f"FDFA: the module is itself a block ({type(module).__name__}); put it and an output layer into "
+            "a torch.nn.Sequential"
+        )
+    inside: list[str] = []
+    found = False
+    for name, candidate in module.named_modules():
+        if isinstance(candidate, Block) and not any(name.startswith(outer + ".") for outer in inside):
+            inside.append(name)
+            found = True
+            yield name, candidate
+    if not found:
+        raise ValueError(
+            "FDFA: the module has no block; use FDFALinear, FDFAConv2d or FDFABlock for its hidden layers"
+        )
+
+
+def _has_tangent(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None
+    if isinstance(value, (tuple, list)):
+        return any(_has_tangent(item) for item in value)
+    if isinstance(value, dict):
+        return any(_has_tangent(item) for item in value.values())
+    return False

@@ -1,0 +1,181 @@
+"""Data sets: what the readers accept, how they refuse the rest, and the order of batches."""
+
+import gzip
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fdfa_ext.train.data import batches, load_dataset
+from fdfa_ext.train.errors import UserError
+
+CIFAR_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    sizes = struct.pack(f">{array.ndim}i", *array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+def write_idx(folder: Path, compressed: bool = False) -> dict[str, np.ndarray]:
+    """Four small idx files with 6 training and 4 test images of 5 x 7 pixels."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    for part, n in (("train", 6), ("t10k", 4)):
+        arrays[f"{part}-images-idx3-ubyte"] = rng.integers(0, 256, (n, 5, 7))
+        arrays[f"{part}-labels-idx1-ubyte"] = rng.integers(0, 10, n)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        content = idx_bytes(array)
+        if compressed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)
+    return arrays
+
+
+def write_cifar(folder: Path) -> dict[str, dict[bytes, object]]:
+    """Six python batches of 3 images, in the pickle protocol of the published ones."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {}
+    for name in CIFAR_FILES:
+        pixels = rng.integers(0, 256, (3, 3072), dtype=np.uint8)
+        contents[name] = {b"data": pixels, b"labels": rng.integers(0, 10, 3).tolist()}
+        (folder / name).write_bytes(pickle.dumps(contents[name], protocol=2))
+    return contents
+
+
+def test_digits_are_split_for_good_and_scaled_to_one():
+    data = load_dataset("digits")
+    assert data.train_images.shape == (1437, 1, 8, 8)
+    assert data.test_images.shape == (360, 1, 8, 8)
+    assert data.image_shape == (1, 8, 8)
+    assert data.train_images.dtype == torch.float32
+    assert data.train_labels.dtype == torch.int64
+    assert (data.train_images.min(), data.train_images.max()) == (-1, 1)
+    # Stratified: every class has about a tenth of the test images.
+    assert data.test_labels.bincount().min() >= 34
+    assert torch.equal(data.test_images, load_dataset("digits").test_images)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("subfolder", [".", "mnist", "MNIST/raw"])
+def test_idx_files_are_found_and_read(tmp_path, compressed, subfolder):
+    arrays = write_idx(tmp_path / subfolder, compressed)
+    data = load_dataset("mnist", tmp_path)
+    pixels = torch.from_numpy(arrays["train-images-idx3-ubyte"]).float()
+    torch.testing.assert_close(data.train_images[:, 0], (pixels / 255 - 0.5) / 0.5)
+    assert data.test_labels.tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
+    assert data.test_images.shape == (4, 1, 5, 7)
+
+
+def test_the_environment_names_the_data_folder(tmp_path, monkeypatch):
+    write_idx(tmp_path)
+    monkeypatch.setenv("FDFA_DATA_DIR", str(tmp_path))
+    assert len(load_dataset("fashion-mnist").train_labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x00\x00\x08\x01" + bytes(20), "starts with 0x00000801, not with 0x00000803"),
+        (b"", "starts with 0x,"),
+        (b"\x00\x00\x08\x03\x00\x00", "ends within its header of 16 bytes"),
+        (idx_bytes(np.zeros((6, 5, 7)))[:-1], "says 6 x 5 x 7, that is 226 bytes, but has 225"),
+        (idx_bytes(np.zeros((0, 5, 7))), "says 0 x 5 x 7"),
+        (idx_bytes(np.zeros((5, 5, 7))), "holds 5 images, .* 6 labels"),
+    ],
+)
+def test_broken_image_files_are_named(tmp_path, content, message):
+    write_idx(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(UserError, match=f"train-images-idx3-ubyte.*{message}"):
+        load_dataset("mnist", tmp_path)
+
+
+def test_a_broken_archive_and_a_label_out_of_range_are_named(tmp_path):
+    write_idx(tmp_path, compressed=True)
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(idx_bytes(np.array([1, 2, 10, 3]))))
+    with pytest.raises(UserError, match=r"t10k-labels.* holds the label 10, outside 0 to 9"):
+        load_dataset("mnist", tmp_path)
+    labels.write_bytes(labels.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"t10k-labels.* cannot be read"):
+        load_dataset("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("subfolder", [".", "cifar-10-batches-py"])
+def test_cifar_batches_are_read(tmp_path, subfolder):
+    contents = write_cifar(tmp_path / subfolder)
+    data = load_dataset("cifar10", tmp_path)
+    assert data.train_images.shape == (15, 3, 32, 32)
+    pixels = torch.from_numpy(contents["test_batch"][b"data"]).view(3, 3, 32, 32).float()
+    torch.testing.assert_close(data.test_images, (pixels / 255 - 0.5) / 0.5)
+    assert data.test_labels.tolist() == contents["test_batch"][b"labels"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({b"data": np.zeros((3, 3071), np.uint8), b"labels": [1, 2, 3]}, "3 x 3072"),
+        ({b"data": np.zeros((3, 3072)), b"labels": [1, 2, 3]}, "got float64"),
+        ({b"data": np.zeros((3, 3072), np.uint8), b"labels": [1, 2, 11]}, "label 11"),
+        ({b"labels": [1]}, "not a CIFAR python batch"),
+        (os.getcwd, "not a CIFAR python batch: it refers to posix.getcwd"),
+    ],
+)
+def test_broken_cifar_batches_are_named(tmp_path, batch, message):
+    write_cifar(tmp_path)
+    (tmp_path / "data_batch_3").write_bytes(pickle.dumps(batch, protocol=2))
+    with pytest.raises(UserError, match=f"data_batch_3.*{message}"):
+        load_dataset("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("mnist", "t10k-labels-idx1-ubyte"), ("cifar10", "test_batch")]
+)
+def test_missing_files_are_listed(tmp_path, monkeypatch, name, file):
+    monkeypatch.setattr("fdfa_ext.train.data._download", lambda *_: False)
+    with pytest.raises(UserError, match=f"{name} is not in .*: put .*{file}.* into .*{name}"):
+        load_dataset(name, tmp_path)
+
+
+def test_batches_hold_every_image_once_in_an_order_the_seed_gives():
+    images, labels = torch.arange(10.0).view(10, 1, 1, 1), torch.arange(10)
+
+    def epoch(generator: torch.Generator) -> list[list[int]]:
+        pairs = list(batches(images, labels, 4, generator))
+        assert all(torch.equal(x.flatten().long(), y) for x, y in pairs)
+        return [y.tolist() for _, y in pairs]
+
+    generator = torch.Generator().manual_seed(3)
+    first, second = epoch(generator), epoch(generator)
+    assert [len(batch) for batch in first] == [4, 4, 2]
+    assert sorted(label for batch in first for label in batch) == list(range(10))
+    assert first != second
+    assert first == epoch(torch.Generator().manual_seed(3))
+
+
+@pytest.mark.skipif(
+    "FDFA_DATA_DIR" not in os.environ, reason="FDFA_DATA_DIR names no folder with MNIST"
+)
+def test_the_real_mnist():
+    data = load_dataset("mnist")
+    assert data.train_images.shape == (60000, 1, 28, 28)
+    assert data.test_labels.bincount().tolist() == [
+        980,
+        1135,
+        1032,
+        1010,
+        982,
+        892,
+        958,
+        1028,
+        974,
+        1009,
+    ]

@@ -1,0 +1,174 @@
+"""Runs: they learn, repeat, continue exactly from a checkpoint; the command line end to end."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fdfa_ext.__main__ import main
+from fdfa_ext.train.data import Dataset, load_dataset
+from fdfa_ext.train.errors import UserError
+from fdfa_ext.train.models import build_net
+from fdfa_ext.train.training import Config, Run, read_checkpoint
+
+CONFIGS = {
+    "bp": Config(method="bp"),
+    "adam": Config(method="fdfa"),
+    "ema": Config(method="fdfa", feedback="ema", feedback_lr=0.01, noise="rademacher"),
+    "grad": Config(method="fdfa", feedback="grad"),
+    "reference": Config(method="fdfa", backend="reference"),
+}
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits")
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in run.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_two_epochs_and_two_resumed_equal_four(config, digits, tmp_path):
+    whole = Run(config, digits)
+    for _ in range(4):
+        whole.train_epoch()
+
+    first = Run(config, digits)
+    for _ in range(2):
+        first.train_epoch()
+    first.save(tmp_path / "run.pt")
+    torch.manual_seed(123)  # as another process would have it
+
+    saved_config, checkpoint = read_checkpoint(tmp_path / "run.pt")
+    second = Run(saved_config, digits)
+    second.load(checkpoint)
+    assert second.train_epoch().epoch == 3
+    second.train_epoch()
+
+    assert same(weights(whole), weights(second))
+    for a, b in zip(whole.history, second.history, strict=True):
+        assert (a.lr, a.train_loss, a.test_loss, a.test_accuracy) == (
+            b.lr,
+            b.train_loss,
+            b.test_loss,
+            b.test_accuracy,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_run_learns_and_its_seed_repeats_it(config, digits):
+    run, again = Run(config, digits), Run(config, digits)
+    for _ in range(5):
+        run.train_epoch()
+        again.train_epoch()
+    assert run.history[-1].test_accuracy > 0.6
+    assert run.history[-1].train_loss < 0.7 * run.history[0].train_loss
+    assert same(weights(run), weights(again))
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "cnn-two-pool"])
+def test_both_methods_start_from_the_same_weights(model):
+    images, labels = torch.rand(4, 1, 16, 16), torch.arange(4)
+    data = Dataset(images, labels, images, labels)
+    runs = [Run(Config(model=model, method=method), data) for method in ("bp", "fdfa")]
+    bp, fdfa = ([p.detach() for p in run._optimizers[0].param_groups[0]["params"]] for run in runs)
+    assert [p.shape for p in bp] == [p.shape for p in fdfa]
+    assert all(torch.equal(a, b) for a, b in zip(bp, fdfa, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "dense_inputs"), [("mlp", 784), ("cnn", 4000), ("cnn-two-pool", 640)]
+)
+def test_nets_have_the_papers_shapes_and_initialisation(model, dense_inputs):
+    net = build_net(model, (1, 28, 28), 10, hidden=3, width=50)
+    assert net(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    linear = [p for p in net.parameters() if p.dim() == 2]
+    assert len(linear) == (4 if model == "mlp" else 2)
+    assert linear[0].shape[1] == dense_inputs
+    bound = (6 / dense_inputs) ** 0.5  # of Kaiming's uniform distribution for ReLU
+    assert 0.99 * bound < linear[0].abs().max() <= bound
+    assert all(not p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize(("model", "least"), [("cnn", 10), ("cnn-two-pool", 16)])
+def test_images_too_small_for_the_kernels_are_refused(model, least):
+    build_net(model, (3, least, least), 10)
+    with pytest.raises(UserError, match=f"{least} x {least} pixels or more, got a side of {least - 1}"):
+        build_net(model, (3, least, least - 1), 10)
+
+
+def test_a_last_batch_of_one_image_is_refused_where_it_cannot_be_normalised():
+    images, labels = torch.rand(9, 1, 16, 16), torch.arange(9)
+    with pytest.raises(UserError, match="--batch-size 4 the last batch has one image"):
+        Run(Config(model="cnn", method="bp", batch_size=4), Dataset(images, labels, images, labels))
+
+
+def test_the_command_line_compares_both_methods(tmp_path):
+    command = [sys.executable, "-m", "fdfa_ext", "train", "--method", "fdfa,bp", "--epochs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no progress bar into a pipe
+    header, *rows = done.stdout[done.stdout.index("\n  ") :].strip().splitlines()[-9:-1]
+    assert header.split() == ["fdfa", "bp"]
+    assert {row[:18].strip() for row in rows} >= {"epochs", "train loss", "test accuracy"}
+    output = tmp_path / "runs" / "digits-mlp-fdfa-bp-seed0"
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for method in ("fdfa", "bp"):
+        (row,) = csv.DictReader((output / f"{method}.csv").open())
+        assert row["epoch"] == "1"
+        assert 0 < float(row["test_accuracy"]) <= 1
+
+
+def test_the_command_line_resumes(tmp_path, capsys):
+    def train(*flags: str) -> list[dict[str, str]]:
+        output = tmp_path / "-".join(flags).replace("/", "_")
+        code = main(["train", *flags, "--method", "bp", "--output", str(output)])
+        assert code == 0, capsys.readouterr().err
+        return [{**row, "seconds": ""} for row in csv.DictReader((output / "bp.csv").open())]
+
+    checkpoint = str(tmp_path / "run.pt")
+    train("--lr", "0.001", "--epochs", "1", "--checkpoint", checkpoint)
+    assert train("--resume", checkpoint, "--epochs", "2") == train("--lr", "0.001", "--epochs", "2")
+
+    assert main(["train", "--resume", checkpoint, "--lr", "0.01", "--seed", "1"]) == 2
+    assert "was trained with another --lr, --seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model cnn", "needs images of 10 x 10 pixels or more, got a side of 8"),
+        ("--model cnn --width 5", "--hidden and --width are for --model mlp"),
+        ("--method bp,sgd", "'bp,sgd' is not fdfa, bp"),
+        ("--epochs 0", "'0' is not a whole number of 1 or more"),
+        ("--lr nan", "'nan' is not a number above 0"),
+        ("--seed -1", "'-1' is not a whole number from 0"),
+        ("--device nowhere", "there is no device 'nowhere' here"),
+        ("--dataset cifar10 --data-dir {tmp}", "cifar10 is not in {tmp}: put data_batch_1"),
+        ("--resume {tmp}/none.pt", "cannot read the checkpoint {tmp}/none.pt: No such file"),
+        ("--resume {tmp}/bad.pt", "{tmp}/bad.pt is not a checkpoint"),
+        ("--method fdfa,bp --checkpoint {tmp}/c.pt", "--checkpoint holds one run: give one --method"),
+    ],
+)
+def test_what_the_user_gets_wrong_is_one_sentence(tmp_path: Path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr("fdfa_ext.train.data._download", lambda *_: False)
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    try:
+        code = main(["train", *flags.format(tmp=tmp_path).split()])
+    except SystemExit as error:  # argparse's way out
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert message.format(tmp=tmp_path) in captured.err
+    assert captured.err.count("\n") == 1
