@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
+from fdfa_ext.tangents import forward_dual
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a,
@@ -102,23 +103,16 @@ class BlockPass:
         x, tangent = self._enter(x)
         if x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        y = x if tangent is None else forward_ad.make_dual(x, tangent)
+        y, ty = x, tangent
         for position, module in enumerate(modules):
-            y = module(y)
-            if tangent is not None and forward_ad.unpack_dual(y).tangent is None:
+            y, ty = forward_dual(module, y, ty)
+            if tangent is not None and ty is None:
                 raise RuntimeError(
                     f"FDFA: block '{self.name}': its module {position} ({type(module).__name__}) dropped "
                     "the tangent; it needs operations that torch can differentiate in forward mode"
                 )
-        y, ty = forward_ad.unpack_dual(y)
         gate = y.detach()
-        ty = self.dual.backend.perturb(
-            gate,
-            None if ty is None else ty.detach(),
-            self.dual.noise_state,
-            self.index,
-            self.dual.noise,
-        )
+        ty = self.dual.backend.perturb(gate, ty, self.dual.noise_state, self.index, self.dual.noise)
         self._record(y, gate, "identity")
         return forward_ad.make_dual(gate, ty)
 

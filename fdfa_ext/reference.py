@@ -61,7 +61,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
 
 def _normal_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Box-Muller: the radius from 24 bits of a; two bits of b choose the quadrant, 24 the place in it."""
-    radius = torch.sqrt(-2 * torch.log(((a >> 8) + 0.5).double() / 2**24))
+    radius = torch.sqrt(-2 * torch.log(((a >> 8) + 1).double() / 2**24))
     place = ((b << 2) & _WORD) >> 8
     angle = ((b >> 30) + place.double() / 2**24 - 0.5) * (math.pi / 2)
     return radius * torch.cos(angle), radius * torch.sin(angle)

@@ -37,7 +37,7 @@ FDFA_HD float minus_two_log(float u) {
 // angle two bits of `b` for the quadrant and 24 for the place in it, so both uniforms are exact floats.
 FDFA_HD void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
   constexpr float k2Pow24 = 1.0f / 16777216.0f;
-  const float u = (static_cast<float>(static_cast<int32_t>(a >> 8)) + 0.5f) * k2Pow24;
+  const float u = static_cast<float>(static_cast<int32_t>(a >> 8) + 1) * k2Pow24;
   const float radius = sqrtf(minus_two_log(u));
   // The angle is (quadrant + 1/2 + t) * pi/2 less a fixed pi/4, which a uniform angle does not feel.
   const float t = static_cast<float>(static_cast<int32_t>((b << 2) >> 8)) * k2Pow24 - 0.5f;

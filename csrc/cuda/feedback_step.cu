@@ -131,10 +131,9 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(FeedbackParams<T> p)
       }
     }
   }
-  __syncthreads();  // B of this tile is now the new one for the whole thread block
-
   // Phase 2: a thread projects 4 of 32 samples onto its column. All groups read the same rows of B,
-  // which the first phase left in the caches.
+  // which the first phase left in the caches; the first barrier below lets the whole thread block see
+  // them.
   for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kSamples) {
     float sums[kSamplesPerThread] = {};
     for (int64_t first_output = 0; first_output < p.outputs; first_output += kOutputs) {

@@ -74,10 +74,11 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
 
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = weight.size(0);
+  const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
   const auto product = [&](const Tensor& input) {
     Tensor out = at::empty(sizes, x.options());
-    Tensor rows = out.view({-1, weight.size(0)});
-    at::mm_out(rows, input.reshape({-1, weight.size(1)}), weight.t());
+    Tensor matrix = out.view({rows, weight.size(0)});
+    at::mm_out(matrix, input.reshape({rows, weight.size(1)}), weight.t());
     return out;
   };
   Tensor y = product(x);

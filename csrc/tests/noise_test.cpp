@@ -13,7 +13,7 @@ using namespace fdfa;
 void test_minus_two_log() {
   double worst = 0.0;
   for (uint32_t i = 0; i < (1u << 24); ++i) {
-    const float u = (static_cast<float>(i) + 0.5f) * (1.0f / 16777216.0f);
+    const float u = static_cast<float>(i + 1) * (1.0f / 16777216.0f);
     const double expected = -2.0 * std::log(static_cast<double>(u));
     const double error = std::abs(minus_two_log(u) - expected);
     worst = std::max(worst, expected == 0.0 ? error : error / expected);
@@ -101,7 +101,7 @@ void test_normals_against_double() {
     const Philox4 r = philox4x32_10({i, 0, 0, 0}, 1, 2);
     float first, second;
     normal_pair(r.x0, r.x1, first, second);
-    const double u = (static_cast<float>(r.x0 >> 8) + 0.5f) * (1.0f / 16777216.0f);  // rounded as there
+    const double u = ((r.x0 >> 8) + 1) / 16777216.0;
     const double turn = static_cast<double>((r.x1 << 2) >> 8) / 16777216.0 - 0.5;
     const double angle = (static_cast<double>(r.x1 >> 30) + turn) * (std::acos(-1.0) / 2.0);
     const double radius = std::sqrt(-2.0 * std::log(u));

@@ -101,7 +101,7 @@ def batches(
     every device sees the same order.
     """
     permutation = torch.randperm(len(images), generator=order).to(images.device)
-    for chosen in permutation.split(batch_size):
+    for chosen in torch.split(permutation, batch_size):
         yield images[chosen], labels[chosen]
 
 

@@ -161,11 +161,9 @@ class Run:
         """(Mean cross-entropy, accuracy) on the test images."""
         self.model.eval()
         totals = torch.zeros(2, device=self.data.test_images.device)
-        for images, labels in zip(
-            self.data.test_images.split(EVAL_BATCH),
-            self.data.test_labels.split(EVAL_BATCH),
-            strict=True,
-        ):
+        image_batches = torch.split(self.data.test_images, EVAL_BATCH)
+        label_batches = torch.split(self.data.test_labels, EVAL_BATCH)
+        for images, labels in zip(image_batches, label_batches, strict=True):
             logits = self.model(self._prepared(images))
             loss = F.cross_entropy(logits, labels, reduction="sum")
             totals += torch.stack([loss, (logits.argmax(1) == labels).sum()])

@@ -1,0 +1,20 @@
+import pytest
+import torch
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_report_header() -> str:
+    from fdfa_ext import build_info
+
+    return ", ".join(f"{key}: {value}" for key, value in build_info().items())

@@ -1,0 +1,353 @@
+"""Every operator computes what the reference in plain torch defines."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fdfa_ext import reference
+from fdfa_ext._ops import fused
+from fdfa_ext.functional import ACTIVATIONS, NOISES
+
+# Against the reference in float32 on the same rounded inputs. A 16-bit result is off by its own
+# rounding (half a unit in the last place of bfloat16 is 2⁻⁹ of the value); where the derivative is
+# taken from a rounded activation, that adds as much again.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+DTYPES = list(TOLERANCE)
+SHAPES = [(1, 1, 1), (2, 3, 5), (5, 129, 151), (33, 8, 64), (0, 4, 6), (3, 4, 0)]
+
+
+def noise_state(device: torch.device, step: int = 5, first_sample: int = 0) -> Tensor:
+    return torch.tensor([-7_777_777_777_777, step, first_sample], device=device)
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+    """|actual - expected| ≤ tolerance · (|expected| + scale)."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == dtype
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=tolerance, atol=tolerance * scale, check_stride=False
+    )
+
+
+def rand(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def as_double(*values: Tensor | None) -> list[Tensor | None]:
+    return [None if value is None else value.double() for value in values]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("with_tangent", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_is_the_reference(
+    device: torch.device, dtype: torch.dtype, activation: str, with_tangent: bool, with_bias: bool
+) -> None:
+    for n, d_in, d_out in SHAPES:
+        x = rand(n, d_in, dtype=dtype, device=device)
+        tangent = rand(n, d_in, dtype=dtype, device=device) if with_tangent else None
+        weight = (rand(d_out, d_in, dtype=dtype, device=device) / max(d_in, 1) ** 0.5).to(dtype)
+        bias = rand(d_out, dtype=dtype, device=device) if with_bias else None
+        common = (noise_state(device), 3, activation, "gaussian")
+        y, ty, pre = fused.linear(x, tangent, weight, bias, *common)
+        y2, ty2, pre2 = reference.linear(*as_double(x, tangent, weight, bias), *common)
+        assert_close(y, y2, dtype)
+        # Away from the kinks of relu: there a rounding decides which side a sample is on.
+        smooth = pre2.abs() > 0.05 if activation in ("relu", "leaky_relu") else torch.ones_like(pre2) > 0
+        assert_close(ty[smooth], ty2[smooth], dtype, scale=4.0)
+        if activation in ("gelu", "silu"):
+            assert_close(pre, pre2, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "tanh", "gelu"])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "groups"),
+    [((1, 1), (0, 0), (1, 1), 1), ((2, 1), (1, 2), (1, 2), 1), ((1, 1), (1, 1), (1, 1), 2)],
+)
+def test_conv2d_is_the_reference(
+    device: torch.device,
+    dtype: torch.dtype,
+    activation: str,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> None:
+    for n, channels_last in ((1, False), (5, True), (0, False)):
+        order = torch.channels_last if channels_last else torch.contiguous_format
+        x = rand(n, 4, 9, 7, dtype=dtype, device=device).contiguous(memory_format=order)
+        tangent = rand(n, 4, 9, 7, dtype=dtype, device=device)
+        weight = (rand(6, 4 // groups, 3, 3, dtype=dtype, device=device) / 6).to(dtype)
+        bias = rand(6, dtype=dtype, device=device)
+        geometry = (stride, padding, dilation, groups)
+        common = (*geometry, noise_state(device), 3, activation, "gaussian")
+        for t in (None, tangent):
+            y, ty, _ = fused.conv2d(x, t, weight, bias, *common)
+            y2, ty2, _ = reference.conv2d(*as_double(x, t, weight, bias), *common)
+            assert_close(y, y2, dtype)
+            assert_close(ty, ty2, dtype, scale=4.0)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("shape", [(3, 7), (2, 5, 6), (2, 3, 4, 5), (0, 3), (2, 4099)])
+def test_perturb_is_the_reference(
+    device: torch.device, dtype: torch.dtype, noise: str, shape: tuple[int, ...]
+) -> None:
+    y = rand(*shape, dtype=dtype, device=device)
+    for tangent in (None, rand(*shape, dtype=dtype, device=device)):
+        actual = fused.perturb(y, tangent, noise_state(device), 1, noise)
+        expected = reference.perturb(*as_double(y, tangent), noise_state(device), 1, noise)
+        assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", ["ema", "adam", "gradient"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "gelu"])
+@pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [((1, 1), 1), ((5, 129), 10), ((130, 151), 3), ((4, 3, 5), 2), ((2, 3, 4, 5), 7), ((3, 70), 130), ((0, 6), 4)],
+)
+def test_feedback_step_is_the_reference(
+    device: torch.device,
+    dtype: torch.dtype,
+    rule: str,
+    activation: str,
+    shape: tuple[int, ...],
+    outputs: int,
+) -> None:
+    order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    gate = rand(*shape, dtype=dtype, device=device)
+    error, tangent = torch.randn(2, shape[0], outputs, device=device).unbind()
+    feedback = torch.randn(outputs, *shape[1:], device=device).contiguous(memory_format=order)
+    exp_avg = torch.randn_like(feedback)
+    exp_avg_sq = torch.rand_like(feedback) + 0.1
+    updates = torch.tensor([3], device=device)
+    common = (error, tangent, gate, noise_state(device), 2, activation, "gaussian")
+    results = []
+    for ops in (fused, reference):
+        matrices = [feedback.clone(), exp_avg.clone(), exp_avg_sq.clone()]
+        if rule == "gradient":
+            delta, gradient = ops.feedback_gradient(matrices[0], *common)
+            assert torch.equal(matrices[0], feedback)
+            results.append((delta, gradient))
+        else:
+            moments = [*matrices[1:], updates] if rule == "adam" else [None, None, None]
+            delta = ops.feedback_step(matrices[0], *moments, *common, 0.1, 0.9, 0.999, 1e-8)
+            results.append((delta, *matrices))
+    (delta, *matrices), (delta2, *matrices2) = results
+    for actual, expected in zip(matrices, matrices2, strict=True):
+        assert actual.stride() == expected.stride()
+        assert_close(actual, expected, torch.float32)
+    assert_close(delta, delta2, dtype, scale=outputs**0.5)
+
+
+def test_strided_inputs_give_the_dense_result(device: torch.device) -> None:
+    state = noise_state(device)
+    x, tangent = torch.randn(2, 6, 10, device=device).unbind()
+    weight = torch.randn(9, 5, device=device)
+    strided = (x[:, ::2], tangent[:, ::2])
+    dense = [t.contiguous() for t in strided]
+    for a, b in zip(
+        fused.linear(*strided, weight.t().contiguous().t(), None, state, 0, "relu", "gaussian"),
+        fused.linear(*dense, weight, None, state, 0, "relu", "gaussian"),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    gate = torch.randn(9, 6, device=device).t()
+    error = torch.randn(4, 6, device=device).t()
+    results = []
+    for g, e in ((gate, error), (gate.contiguous(), error.contiguous())):
+        feedback = torch.zeros(4, 9, device=device)
+        delta = fused.feedback_step(
+            feedback, None, None, None, e, e, g, state, 0, "relu", "gaussian", 0.5, 0.9, 0.999, 1e-8
+        )
+        results.append((feedback, delta))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_two_half_batches_are_perturbed_as_one_whole(device: torch.device) -> None:
+    y = torch.zeros(6, 11, device=device)
+    whole = fused.perturb(y, None, noise_state(device), 1, "gaussian")
+    halves = [fused.perturb(y[:3], None, noise_state(device, first_sample=i), 1, "gaussian") for i in (0, 3)]
+    assert torch.equal(whole, torch.cat(halves))
+
+
+def test_philox_words_are_the_published_vectors() -> None:
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0]
+    for counter_and_key, expected in (
+        ([0] * 6, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 6, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (pi, [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
+    ):
+        words = [torch.tensor([w]) for w in counter_and_key]
+        assert [int(w) for w in reference.philox(words[:4], words[4:])] == expected
+
+
+def test_signs_come_from_the_reference_words_exactly(device: torch.device) -> None:
+    """Rademacher noise shows the top bit of every Philox word: fused and reference make the same integers."""
+    y = torch.zeros(7, 1003, device=device)
+    for block in (0, 1, 17):
+        fused_signs = fused.perturb(y, None, noise_state(device), block, "rademacher")
+        assert torch.equal(fused_signs, reference.perturb(y, None, noise_state(device), block, "rademacher"))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_noise_has_zero_mean_unit_variance_and_is_independent(device: torch.device, noise: str) -> None:
+    n, d = 512, 2048
+    y = torch.zeros(n, d, device=device)
+    streams = [
+        fused.perturb(y, None, noise_state(device, step), block, noise).double()
+        for step, block in ((0, 0), (0, 1), (1, 0))
+    ]
+    u = streams[0]
+    error = (n * d) ** -0.5
+    kurtosis, kurtosis_error = (3.0, 96**0.5 * error) if noise == "gaussian" else (1.0, 1e-12)
+    assert abs(u.mean()) < 5 * error
+    assert abs(u.pow(2).mean() - 1) < 5 * 2**0.5 * error
+    assert abs(u.pow(4).mean() - kurtosis) < 5 * kurtosis_error
+    pairs = [
+        (u, streams[1]),  # blocks
+        (u, streams[2]),  # steps
+        (u[1:], u[:-1]),  # samples
+        *((u[:, k:], u[:, :-k]) for k in (1, 2, 3, 4)),  # features, within a Philox quad and across
+    ]
+    for a, b in pairs:
+        assert abs((a * b).mean()) < 5 * a.numel() ** -0.5
+        # Box-Muller's pairs share a radius: their squares must not be related either.
+        assert abs(((a**2 - 1) * (b**2 - 1)).mean()) < 5 * 2 * a.numel() ** -0.5
+
+
+def test_next_noise_returns_the_state_and_advances_it(device: torch.device) -> None:
+    for ops in (fused, reference):
+        state = noise_state(device, step=41)
+        assert ops.next_noise(state).tolist() == [-7_777_777_777_777, 41, 0]
+        assert state.tolist() == [-7_777_777_777_777, 42, 0]
+
+
+def test_local_gradient_is_that_of_torch(device: torch.device) -> None:
+    """The gradient that `pre` receives reaches weight and bias as autograd's own would; x gets none."""
+    x = torch.randn(6, 4, 5, device=device, requires_grad=True)
+    weight = torch.randn(3, 5, device=device, requires_grad=True)
+    bias = torch.randn(3, device=device, requires_grad=True)
+    y, ty, pre = fused.linear(x, x.detach(), weight, bias, noise_state(device), 0, "relu", "gaussian")
+    assert not y.requires_grad
+    assert not ty.requires_grad
+    delta = torch.randn_like(y)
+    expected = torch.autograd.grad(torch.nn.functional.linear(x, weight, bias), [weight, bias], delta)
+    pre.backward(delta)
+    assert x.grad is None
+    torch.testing.assert_close((weight.grad, bias.grad), expected)
+
+
+def test_local_gradient_of_a_convolution_is_that_of_torch(device: torch.device) -> None:
+    x = torch.randn(5, 4, 8, 8, device=device)
+    weight = torch.randn(6, 2, 3, 3, device=device, requires_grad=True)
+    bias = torch.randn(6, device=device, requires_grad=True)
+    geometry = ((2, 1), (1, 0), (1, 2), 2)
+    _, _, pre = fused.conv2d(x, x, weight, bias, *geometry, noise_state(device), 0, "relu", "gaussian")
+    delta = torch.randn(pre.shape, device=device)
+    expected = torch.autograd.grad(
+        torch.nn.functional.conv2d(x, weight, bias, *geometry), [weight, bias], delta
+    )
+    pre.backward(delta)
+    torch.testing.assert_close((weight.grad, bias.grad), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_opcheck(device: torch.device) -> None:
+    state = noise_state(device)
+    for requires_grad in (False, True):
+        x, weight, bias = (
+            torch.randn(*shape, device=device, requires_grad=requires_grad)
+            for shape in ((5, 3, 8), (6, 8), (6,))
+        )
+        images = torch.randn(4, 3, 9, 8, device=device)
+        kernel = torch.randn(5, 3, 3, 3, device=device, requires_grad=requires_grad)
+        for activation in ("relu", "gelu"):
+            for t in (None, x.detach()):
+                args = (x, t, weight, bias, state, 0, activation, "gaussian")
+                torch.library.opcheck(fused.linear.default, args)
+            geometry = ((1, 2), (1, 0), (1, 1), 1)
+            args = (images, images, kernel, None, *geometry, state, 0, activation, "gaussian")
+            torch.library.opcheck(fused.conv2d.default, args)
+    for y in (torch.randn(4, 9, device=device), images):
+        torch.library.opcheck(fused.perturb.default, (y, y, state, 1, "gaussian"))
+    torch.library.opcheck(fused.next_noise.default, (state.clone(),))
+    for gate in (torch.randn(4, 9, device=device), images.contiguous(memory_format=torch.channels_last)):
+        order = torch.channels_last if gate.dim() == 4 else torch.contiguous_format
+        feedback = torch.randn(3, *gate.shape[1:], device=device).contiguous(memory_format=order)
+        moments = (torch.rand_like(feedback), torch.rand_like(feedback), torch.tensor([1], device=device))
+        error = torch.randn(4, 3, device=device)
+        common = (error, error, gate, state, 1, "relu", "gaussian")
+        for adam in (moments, (None, None, None)):
+            args = (feedback, *adam, *common, 0.1, 0.9, 0.999, 1e-8)
+            torch.library.opcheck(fused.feedback_step.default, args)
+        torch.library.opcheck(fused.feedback_gradient.default, (feedback, *common))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_runs_the_product_in_its_dtype_and_keeps_float32_weights(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    x = torch.randn(6, 8, device=device)
+    weight = torch.randn(4, 8, device=device, requires_grad=True)
+    kernel = torch.randn(4, 2, 1, 1, device=device, requires_grad=True)
+    state = noise_state(device)
+    with torch.autocast(device.type, dtype):
+        y, ty, pre = fused.linear(x, x, weight, None, state, 0, "relu", "gaussian")
+        images = x.view(6, 2, 2, 2)
+        y2, _, pre2 = fused.conv2d(
+            images, images, kernel, None, (1, 1), (0, 0), (1, 1), 1, state, 0, "relu", "gaussian"
+        )
+    assert y.dtype == ty.dtype == y2.dtype == dtype
+    pre.backward(torch.ones_like(y))
+    pre2.backward(torch.ones_like(y2))
+    assert weight.grad.dtype == kernel.grad.dtype == torch.float32
+    assert weight.grad.abs().sum() > 0
+
+
+def test_bad_arguments_name_the_operator_and_the_argument(device: torch.device) -> None:
+    state = noise_state(device)
+    x, weight = torch.randn(3, 5, device=device), torch.randn(4, 5, device=device)
+    good = {
+        "x": x, "tangent": x, "weight": weight, "bias": None, "noise_state": state,
+        "block": 0, "activation": "relu", "noise": "gaussian",
+    }  # fmt: skip
+    for change, error, message in (
+        ({"x": x[:, :4]}, RuntimeError, r"fdfa::linear: x must be \[N, \*, 5\]; got \[3, 4\]"),
+        ({"x": x.double()}, TypeError, r"fdfa::linear: x must be float32, bfloat16 or float16; got Double"),
+        ({"tangent": x[:2]}, RuntimeError, r"fdfa::linear: tangent must have shape \[3, 5\]; got \[2, 5\]"),
+        ({"weight": weight.half()}, TypeError, "fdfa::linear: weight must have the dtype of x, Float; got Half"),
+        ({"bias": x[0]}, RuntimeError, r"fdfa::linear: bias must have shape \[4\]; got \[5\]"),
+        ({"noise_state": state[:2]}, RuntimeError, r"fdfa::linear: noise_state must be .* \[3\]; got"),
+        ({"activation": "swish"}, ValueError, "fdfa::linear: activation must be one of identity, .*; got 'swish'"),
+        ({"noise": "cauchy"}, ValueError, "fdfa::linear: noise must be one of gaussian, rademacher; got 'cauchy'"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            fused.linear(**{**good, **change})
+
+
+def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
+    gate, error = torch.randn(3, 5, device=device), torch.randn(3, 2, device=device)
+    feedback = torch.randn(2, 5, device=device)
+    moments = (torch.randn(2, 5, device=device), torch.randn(2, 5, device=device))
+    before = feedback.clone()
+    rest = (noise_state(device), 0, "relu", "gaussian", 0.5, 0.9, 0.999, 1e-8)
+    for args, message in (
+        ((feedback, None, None, None, error, error[:2], gate), "tangent must have shape"),
+        ((feedback, None, None, None, error[:2], error[:2], gate), r"error must be \[N, K\] = \[3, K\]"),
+        ((feedback[:, :4], None, None, None, error, error, gate), r"feedback must have shape \[2, 5\]"),
+        ((feedback, moments[0], None, None, error, error, gate), "Adam needs exp_avg, exp_avg_sq and updates"),
+        (
+            (feedback, moments[0], moments[1][:, :4], torch.tensor([1], device=device), error, error, gate),
+            "exp_avg_sq must have shape",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="fdfa::feedback_step: " + message):
+            fused.feedback_step(*args, *rest)
+        assert torch.equal(feedback, before)
