@@ -1,14 +1,18 @@
 #pragma once
 
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#else
+#if defined(FDFA_EMULATE_CUDA)
 #include "emulation/cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
 #endif
+
+// FDFA_EMULATE_CUDA: the kernels run on the host, compiled as C++ (see emulation/cuda_emulation.h).
 
 namespace fdfa::cuda {
 
-#if defined(__CUDACC__)
+#if defined(FDFA_EMULATE_CUDA)
+using emulation::launch;
+#elif defined(__CUDACC__)
 // Queues kernel(arguments...) on the stream and returns the launch error.
 template <class... Arguments>
 cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStream_t stream,
@@ -16,8 +20,6 @@ cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStre
   kernel<<<grid, block, 0, stream>>>(arguments...);
   return cudaGetLastError();
 }
-#else
-using emulation::launch;
 #endif
 
 }  // namespace fdfa::cuda

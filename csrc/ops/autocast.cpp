@@ -1,5 +1,5 @@
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
 
 #include "ops/ops.h"
 

@@ -1,5 +1,6 @@
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/convolution_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
 
 #include "ops/ops.h"
 

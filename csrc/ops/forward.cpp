@@ -1,4 +1,8 @@
-#include <ATen/ATen.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include "ops/checks.h"
 #include "ops/launch.h"

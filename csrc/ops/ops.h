@@ -1,6 +1,6 @@
 #pragma once
 
-#include <torch/library.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <tuple>

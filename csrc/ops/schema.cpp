@@ -1,3 +1,5 @@
+#include <torch/library.h>
+
 #include "ops/ops.h"
 
 // Every operator's schema. Shapes: N samples, K network outputs, D features of a block (for images
