@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# The package is installed editable: only what is compiled or declared asks for a new build.
+# The extension is built in place: only what is compiled or declared asks for a new build.
 BUILD_INPUTS := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
@@ -41,5 +41,5 @@ clean:
 	touch $@
 
 .venv/built: .venv/installed $(BUILD_INPUTS)
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

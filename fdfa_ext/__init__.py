@@ -1,4 +1,4 @@
-"""Forward Direct Feedback Alignment for PyTorch: training without a backward pass through the network."""
+"""Forward Direct Feedback Alignment for PyTorch: training without backpropagation."""
 
 from fdfa_ext._ops import build_info
 from fdfa_ext.layers import FDFABlock, FDFAConv2d, FDFALinear

@@ -24,12 +24,15 @@ def _load_extension() -> Any:
     version = built_for.read_text().strip()
     if _release(version) != _release(torch.__version__):
         raise ImportError(
-            f"fdfa_ext was built for torch {version}, but torch {torch.__version__} is installed. {_REBUILD}"
+            f"fdfa_ext was built for torch {version}, but torch {torch.__version__} is installed. "
+            + _REBUILD
         )
     try:
         return import_module("fdfa_ext._C")
     except ImportError as error:
-        raise ImportError(f"fdfa_ext's compiled extension does not load: {error}. {_REBUILD}") from error
+        raise ImportError(
+            f"fdfa_ext's compiled extension does not load: {error}. {_REBUILD}"
+        ) from error
 
 
 extension = _load_extension()
@@ -168,7 +171,9 @@ def build_info() -> dict[str, str]:
         "fdfa_ext": package,
         "built for torch": extension.torch_version,
         "running torch": torch.__version__,
-        "CUDA kernels": f"CUDA {cuda}, architectures {extension.cuda_architectures}" if cuda else "not built",
+        "CUDA kernels": f"CUDA {cuda}, architectures {extension.cuda_architectures}"
+        if cuda
+        else "not built",
         "GPU": gpu,
         "CPU kernels": extension.cpu_isa(),
         "CPU threads": str(torch.get_num_threads()),

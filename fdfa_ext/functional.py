@@ -41,6 +41,7 @@ class BlockRecord:
     handle: Tensor  # [N, *features]: δ is handed to it, and autograd goes on to the block's parameters
     gate: Tensor  # [N, *features]: what f' is taken from
     activation: str  # f, or "identity" where the block's own autograd holds f'
+    version: int  # of gate: counts changes in place
 
 
 @dataclass
@@ -108,8 +109,8 @@ class BlockPass:
             y, ty = forward_dual(module, y, ty)
             if tangent is not None and ty is None:
                 raise RuntimeError(
-                    f"FDFA: block '{self.name}': its module {position} ({type(module).__name__}) dropped "
-                    "the tangent; it needs operations that torch can differentiate in forward mode"
+                    f"FDFA: block '{self.name}': its module {position} ({type(module).__name__}) "
+                    "dropped the tangent; it is not differentiable in torch's forward mode"
                 )
         gate = y.detach()
         ty = self.dual.backend.perturb(gate, ty, self.dual.noise_state, self.index, self.dual.noise)
@@ -120,14 +121,14 @@ class BlockPass:
         """Primal and tangent of a block's input, cut off from whatever made them."""
         if any(record.index == self.index for record in self.dual.records):
             raise RuntimeError(
-                f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix belongs "
-                "to one place in the network, so use two blocks (they may share a weight)"
+                f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix "
+                "belongs to one place in the network, so use two blocks (they may share a weight)"
             )
         primal, tangent = forward_ad.unpack_dual(x)
         if primal.grad_fn is not None:
             raise RuntimeError(
-                f"FDFA: the input of block '{self.name}' depends on parameters of a module before it that "
-                "is no block: they would get no gradient. Put that module into an FDFABlock"
+                f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
+                "that is no block: they would get no gradient. Put that module into an FDFABlock"
             )
         return primal.detach(), None if tangent is None else tangent.detach()
 
@@ -137,17 +138,9 @@ class BlockPass:
         return forward_ad.make_dual(y, ty)
 
     def _record(self, handle: Tensor, gate: Tensor, activation: str) -> None:
-        self.dual.records.append(BlockRecord(self.name, self.index, handle, gate, activation))
-
-
-@dataclass(frozen=True)
-class FeedbackRule:
-    """How B follows G = dᵀu / N: "ema" (eq. 8), "adam" (Appendix A) or "grad" (eq. 10, by an optimizer)."""
-
-    kind: str
-    lr: float
-    betas: tuple[float, float]
-    eps: float
+        # A compiler cannot trace versions; the probe before it has looked at them.
+        version = 0 if torch.compiler.is_compiling() else gate._version
+        self.dual.records.append(BlockRecord(self.name, self.index, handle, gate, activation, version))
 
 
 class Star(torch.autograd.Function):
@@ -159,7 +152,7 @@ class Star(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         output: Tensor,
         tangent: Tensor,
@@ -193,7 +186,11 @@ class Star(torch.autograd.Function):
         if kind == "adam":
             ctx.updates.add_(1)
         for i, (index, activation) in enumerate(ctx.blocks):
-            feedback, exp_avg, exp_avg_sq = ctx.matrices[i], ctx.matrices[n + i], ctx.matrices[2 * n + i]
+            feedback, exp_avg, exp_avg_sq = (
+                ctx.matrices[i],
+                ctx.matrices[n + i],
+                ctx.matrices[2 * n + i],
+            )
             if kind == "grad":
                 delta, gradient = backend.feedback_gradient(
                     feedback, error, tangent, gates[i], noise_state, index, activation, ctx.noise

@@ -14,7 +14,9 @@ from fdfa_ext.functional import ACTIVATIONS, BlockPass
 
 def _check_activation(layer: str, activation: str) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{layer}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        raise ValueError(
+            f"{layer}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
+        )
 
 
 class Block:
@@ -31,7 +33,12 @@ class FDFALinear(nn.Linear, Block):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *args: Any, activation: str = "identity", **kwargs: Any
+        self,
+        in_features: int,
+        out_features: int,
+        *args: Any,
+        activation: str = "identity",
+        **kwargs: Any,
     ) -> None:
         _check_activation("FDFALinear", activation)
         super().__init__(in_features, out_features, *args, **kwargs)
@@ -47,7 +54,7 @@ class FDFALinear(nn.Linear, Block):
 
 
 class FDFAConv2d(nn.Conv2d, Block):
-    """y = activation(conv(x, W) + b), x [N, C, H, W] → y [N, C', H', W'], in channels_last when trained.
+    """y = activation(conv(x, W) + b), x [N, C, H, W] → y [N, C', H', W'], channels_last when trained.
 
     Arguments are those of torch.nn.Conv2d, and activation as for FDFALinear. The state_dict has
     torch.nn.Conv2d's keys.
@@ -91,7 +98,7 @@ class FDFAConv2d(nn.Conv2d, Block):
 
 
 class FDFABlock(nn.Sequential, Block):
-    """A chain of torch modules as one block: perturbed at its output, differentiated within by autograd.
+    """A chain of torch modules as one block, perturbed at its output, with autograd inside it.
 
     For Conv → BatchNorm → ReLU → MaxPool, a residual branch, attention: anything that torch can
     differentiate in forward mode and whose output is [N, *features]. Buffers, such as running
@@ -106,4 +113,4 @@ class FDFABlock(nn.Sequential, Block):
     def forward(self, x: Tensor) -> Tensor:
         if self.block_pass is not None:
             return self.block_pass.chain(x, list(self))
-        return super().forward(x)  # type: ignore[no-any-return]
+        return super().forward(x)

@@ -48,7 +48,7 @@ def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
-    """Philox4x32-10: four words from a counter of four and a key of two, all int64 tensors below 2³²."""
+    """Philox4x32-10: four words from a counter of four and a key of two, all int64 and below 2³²."""
     x0, x1, x2, x3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -60,7 +60,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _normal_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Box-Muller: the radius from 24 bits of a; two bits of b choose the quadrant, 24 the place in it."""
+    """Box-Muller: the radius from 24 bits of a; two bits of b give the quadrant, 24 the place in it."""
     radius = torch.sqrt(-2 * torch.log(((a >> 8) + 1).double() / 2**24))
     place = ((b << 2) & _WORD) >> 8
     angle = ((b >> 30) + place.double() / 2**24 - 0.5) * (math.pi / 2)
@@ -115,7 +115,9 @@ def _dual(
     function, derivative = _ACTIVATIONS[activation]
     a = pre.detach()
     y = function(a)
-    u = perturbation(noise_state, block, noise, y.shape, channels_last=y.dim() == 4 and not y.is_contiguous())
+    u = perturbation(
+        noise_state, block, noise, y.shape, channels_last=y.dim() == 4 and not y.is_contiguous()
+    )
     if tangent is None:
         return y, u.to(y.dtype), pre
     gate = a if activation in ("gelu", "silu") else y
@@ -153,7 +155,9 @@ def conv2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     order = torch.channels_last
-    pre = F.conv2d(x.contiguous(memory_format=order), weight, bias, *geometry).contiguous(memory_format=order)
+    pre = F.conv2d(x.contiguous(memory_format=order), weight, bias, *geometry).contiguous(
+        memory_format=order
+    )
     tz = None
     if tangent is not None:
         tz = F.conv2d(tangent.contiguous(memory_format=order), weight.detach(), None, *geometry)

@@ -4,11 +4,14 @@ torch's forward mode is right for every module, but records the tangent's own gr
 several passes over memory. Two kinds of modules have a shorter way with the library's own kernels:
 
 - linear ones: the tangent goes through the module without its bias;
-- those with a symmetric Jacobian (elementwise functions; batch-norm, whose Jacobian is
-  γ/σ (I - 11ᵀ/M - x̂x̂ᵀ/M) for each channel): JVP and VJP are the same, and autograd has the VJP.
+- those with a symmetric Jacobian: elementwise functions, and batch-norm, whose Jacobian for each
+  channel is γ/σ (I - 11ᵀ/M - x̂x̂ᵀ/M). Their JVP is their VJP, which autograd has.
 
-On two cores, Conv-BatchNorm-ReLU at [64, 15, 24, 24] → [64, 40, 20, 20] takes 0.4 of forward mode's time.
+On two cores, Conv-BatchNorm-ReLU from [64, 15, 24, 24] to [64, 40, 20, 20] takes less than half of
+forward mode's time.
 """
+
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -16,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SYMMETRIC = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
+    *_BATCH_NORMS,
     nn.ReLU,
     nn.LeakyReLU,
     nn.Tanh,
@@ -37,21 +39,38 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
     """
     if ty is None:
         return module(y), None
-    # Exact types: a subclass, a parametrization or a hook may do something else. torch.compile traces
-    # forward mode, but not a gradient within the forward pass.
-    if not (torch.compiler.is_compiling() or module._forward_hooks or module._forward_pre_hooks):
-        if type(module) in _CONVOLUTIONS:
-            with torch.no_grad():
-                tangent = module._conv_forward(ty, module.weight, None)
-            return module(y), tangent
-        if type(module) is nn.Linear:
-            with torch.no_grad():
-                tangent = F.linear(ty, module.weight)
-            return module(y), tangent
-        # In place, the input would be gone by the time its gradient is asked for.
-        if type(module) in _SYMMETRIC and y.requires_grad and not getattr(module, "inplace", False):
-            out = module(y)
-            (tangent,) = torch.autograd.grad(out, y, ty, retain_graph=True)
-            return out, tangent
+    # Exact types: a subclass, a parametrization or a hook may do something else.
+    kind = None if module._forward_hooks or module._forward_pre_hooks else type(module)
+    if kind in _CONVOLUTIONS:
+        with torch.no_grad():
+            tangent = module._conv_forward(ty, module.weight, None)  # type: ignore[operator]
+        return module(y), tangent
+    if kind is nn.Linear:
+        with torch.no_grad():
+            tangent = F.linear(ty, module.weight)  # type: ignore[arg-type]
+        return module(y), tangent
+    if torch.compiler.is_compiling():
+        # It traces no gradient within the forward pass, and no forward mode of batch-norm.
+        if kind in _BATCH_NORMS:
+            return module(y), _batch_norm_tangent(module, y.detach(), ty)
+    # In place, the input would be gone by the time its gradient is asked for.
+    elif kind in _SYMMETRIC and y.requires_grad and not getattr(module, "inplace", False):
+        out = module(y)
+        (tangent,) = torch.autograd.grad(out, y, ty, retain_graph=True)
+        return out, tangent
     out, tangent = forward_ad.unpack_dual(module(forward_ad.make_dual(y, ty)))
     return out, None if tangent is None else tangent.detach()
+
+
+def _batch_norm_tangent(module: Any, y: Tensor, ty: Tensor) -> Tensor:
+    """γ/σ (ty - mean ty - x̂ mean(x̂ ty)), over batch and positions; γ/σ ty with running statistics."""
+    channels = [1, -1, *[1] * (y.dim() - 2)]
+    weight = 1.0 if module.weight is None else module.weight.detach().view(channels)
+    if not module.training and module.running_var is not None:
+        return ty * weight * (module.running_var + module.eps).rsqrt().view(channels)
+    dims = [0, *range(2, y.dim())]
+    var, mean = torch.var_mean(y, dims, correction=0, keepdim=True)
+    inverse_std = (var + module.eps).rsqrt()
+    normalized = (y - mean) * inverse_std
+    mean_along = (normalized * ty).mean(dims, keepdim=True)
+    return weight * inverse_std * (ty - ty.mean(dims, keepdim=True) - normalized * mean_along)

@@ -119,7 +119,9 @@ class FDFA(nn.Module):
             if value not in known:
                 raise ValueError(f"FDFA: {argument} must be one of {', '.join(known)}; got {value!r}")
         if feedback == "ema" and not 0 < feedback_lr < 1:
-            raise ValueError(f'FDFA: feedback_lr must be in (0, 1) for feedback="ema"; got {feedback_lr}')
+            raise ValueError(
+                f'FDFA: feedback_lr must be in (0, 1) for feedback="ema"; got {feedback_lr}'
+            )
         if feedback_lr < 0:
             raise ValueError(f"FDFA: feedback_lr must not be negative; got {feedback_lr}")
         self.module = module
@@ -148,7 +150,7 @@ class FDFA(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's output [N, K]; in training its backward does the whole FDFA step."""
         if not (self.training and torch.is_grad_enabled()):
-            return self.module(*args, **kwargs)  # type: ignore[no-any-return]
+            return self.module(*args, **kwargs)
         if not self._checked:
             self._prepare(*args, **kwargs)
         dual = DualPass(self.noise_state, self.noise, BACKENDS[self.backend])
@@ -174,7 +176,10 @@ class FDFA(nn.Module):
         return self.feedback.parameters()
 
     def extra_repr(self) -> str:
-        return f"feedback={self.rule}, feedback_lr={self.feedback_lr}, noise={self.noise}, backend={self.backend}"
+        options = {"feedback_lr": self.feedback_lr, "noise": self.noise, "backend": self.backend}
+        return ", ".join(
+            [f"feedback={self.rule}", *(f"{key}={value}" for key, value in options.items())]
+        )
 
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
@@ -184,7 +189,9 @@ class FDFA(nn.Module):
             with forward_ad.dual_level():
                 output = self.module(*args, **kwargs)
                 if not isinstance(output, Tensor):
-                    raise TypeError(f"FDFA: the module must return one tensor; got {type(output).__name__}")
+                    raise TypeError(
+                        f"FDFA: the module must return one tensor; got {type(output).__name__}"
+                    )
                 primal, tangent = forward_ad.unpack_dual(output)
                 return primal, tangent
         finally:
@@ -216,17 +223,23 @@ class FDFA(nn.Module):
             *([self.exp_avg[name] for name in names] if adam else none),
             *([self.exp_avg_sq[name] for name in names] if adam else none),
         )
-        return result  # type: ignore[no-any-return]
+        return result
 
     @staticmethod
     def _check_output(output: Tensor) -> None:
         if output.dim() != 2:
             raise ValueError(
-                f"FDFA: the output must be [N, K], one row of K values a sample; got {list(output.shape)}. "
-                "Flatten it within the module"
+                "FDFA: the output must be [N, K], one row of K values a sample; got "
+                f"{list(output.shape)}. Flatten it within the module"
             )
 
     def _check_block(self, record: BlockRecord, output: Tensor) -> None:
+        needs_gate = record.activation != "identity" and not torch.compiler.is_compiling()
+        if needs_gate and record.gate._version != record.version:
+            raise RuntimeError(
+                f"FDFA: the activation of block '{record.name}' was changed in place by a module after "
+                "it, but is needed for the derivative; use the module without inplace"
+            )
         shape = list(record.gate.shape)
         if shape[0] != output.shape[0]:
             raise ValueError(
@@ -236,8 +249,8 @@ class FDFA(nn.Module):
         expected = list(self.feedback[record.name].shape)
         if expected != [output.shape[1], *shape[1:]]:
             raise ValueError(
-                f"FDFA: block '{record.name}': its feedback has shape {expected}, but {output.shape[1]} "
-                f"outputs and features {shape[1:]} came; the size of a sample must not change"
+                f"FDFA: block '{record.name}': its feedback has shape {expected}, but "
+                f"{output.shape[1]} outputs and features {shape[1:]} came; a sample's size is fixed"
             )
 
     @torch.no_grad()
@@ -272,25 +285,29 @@ class FDFA(nn.Module):
         droppers = self._probe(*args, **kwargs)[3]
         if droppers:
             return f"Module {droppers[0]} dropped it: it is not differentiable in torch's forward mode"
-        return "No module dropped it: the output depends on no block, or a function between modules detached it"
+        return (
+            "No module dropped it: the output depends on no block, or a function detached it on the way"
+        )
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         """Checks the module on one input and creates the feedback matrices that do not exist yet."""
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "FDFA: give example_input, or run one training forward, before torch.compile: the feedback "
-                "matrices must exist"
+                "FDFA: give example_input, or run one training forward, before torch.compile: the "
+                "feedback matrices must exist"
             )
         dual, output, tangent, droppers = self._probe(*args, **kwargs)
         if tangent is None:
             raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
         self._check_output(output)
         if output.shape[0] > 0 and not bool((tangent != 0).any()):
-            raise RuntimeError("FDFA: the tangent of the output is zero: no block can learn its feedback")
+            raise RuntimeError(
+                "FDFA: the tangent of the output is zero: no block can learn its feedback"
+            )
         if droppers:
             warnings.warn(
-                f"FDFA: module {droppers[0]} drops the tangent; blocks whose only way to the output leads "
-                "through it learn no feedback",
+                f"FDFA: module {droppers[0]} drops the tangent; blocks whose only way to the output "
+                "leads through it learn no feedback",
                 stacklevel=3,
             )
         unused = [name for name in self._blocks if name not in {record.name for record in dual.records}]
@@ -304,7 +321,9 @@ class FDFA(nn.Module):
         # Features are counted in the memory order of the block's activation.
         order = torch.contiguous_format if record.gate.is_contiguous() else torch.channels_last
         shape = [output.shape[1], *record.gate.shape[1:]]
-        maps = [self.feedback, self.exp_avg, self.exp_avg_sq] if self.rule == "adam" else [self.feedback]
+        maps = (
+            [self.feedback, self.exp_avg, self.exp_avg_sq] if self.rule == "adam" else [self.feedback]
+        )
         for tensors in maps:
             if record.name not in tensors:
                 tensors.put(
@@ -331,8 +350,8 @@ def _find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Blocks by qualified name, in the order of the module; not the ones within a block."""
     if isinstance(module, Block):
         raise ValueError(
-            f"FDFA: the module is itself a block ({type(module).__name__}); put it and an output layer into "
-            "a torch.nn.Sequential"
+            f"FDFA: the module is itself a block ({type(module).__name__}); put it and an output layer "
+            "into a torch.nn.Sequential"
         )
     inside: list[str] = []
     found = False
@@ -343,7 +362,7 @@ def _find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, candidate
     if not found:
         raise ValueError(
-            "FDFA: the module has no block; use FDFALinear, FDFAConv2d or FDFABlock for its hidden layers"
+            "FDFA: the module has no block; use FDFALinear, FDFAConv2d or FDFABlock for hidden layers"
         )
 
 

@@ -55,7 +55,9 @@ def test_linear_is_the_reference(
         y2, ty2, pre2 = reference.linear(*as_double(x, tangent, weight, bias), *common)
         assert_close(y, y2, dtype)
         # Away from the kinks of relu: there a rounding decides which side a sample is on.
-        smooth = pre2.abs() > 0.05 if activation in ("relu", "leaky_relu") else torch.ones_like(pre2) > 0
+        smooth = (
+            pre2.abs() > 0.05 if activation in ("relu", "leaky_relu") else torch.ones_like(pre2) > 0
+        )
         assert_close(ty[smooth], ty2[smooth], dtype, scale=4.0)
         if activation in ("gelu", "silu"):
             assert_close(pre, pre2, dtype)
@@ -110,7 +112,15 @@ def test_perturb_is_the_reference(
 @pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "gelu"])
 @pytest.mark.parametrize(
     ("shape", "outputs"),
-    [((1, 1), 1), ((5, 129), 10), ((130, 151), 3), ((4, 3, 5), 2), ((2, 3, 4, 5), 7), ((3, 70), 130), ((0, 6), 4)],
+    [
+        ((1, 1), 1),
+        ((5, 129), 10),
+        ((130, 151), 3),
+        ((4, 3, 5), 2),
+        ((2, 3, 4, 5), 7),
+        ((3, 70), 130),
+        ((0, 6), 4),
+    ],
 )
 def test_feedback_step_is_the_reference(
     device: torch.device,
@@ -174,7 +184,9 @@ def test_strided_inputs_give_the_dense_result(device: torch.device) -> None:
 def test_two_half_batches_are_perturbed_as_one_whole(device: torch.device) -> None:
     y = torch.zeros(6, 11, device=device)
     whole = fused.perturb(y, None, noise_state(device), 1, "gaussian")
-    halves = [fused.perturb(y[:3], None, noise_state(device, first_sample=i), 1, "gaussian") for i in (0, 3)]
+    halves = [
+        fused.perturb(y[:3], None, noise_state(device, first_sample=i), 1, "gaussian") for i in (0, 3)
+    ]
     assert torch.equal(whole, torch.cat(halves))
 
 
@@ -194,7 +206,9 @@ def test_signs_come_from_the_reference_words_exactly(device: torch.device) -> No
     y = torch.zeros(7, 1003, device=device)
     for block in (0, 1, 17):
         fused_signs = fused.perturb(y, None, noise_state(device), block, "rademacher")
-        assert torch.equal(fused_signs, reference.perturb(y, None, noise_state(device), block, "rademacher"))
+        assert torch.equal(
+            fused_signs, reference.perturb(y, None, noise_state(device), block, "rademacher")
+        )
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -278,10 +292,17 @@ def test_opcheck(device: torch.device) -> None:
     for y in (torch.randn(4, 9, device=device), images):
         torch.library.opcheck(fused.perturb.default, (y, y, state, 1, "gaussian"))
     torch.library.opcheck(fused.next_noise.default, (state.clone(),))
-    for gate in (torch.randn(4, 9, device=device), images.contiguous(memory_format=torch.channels_last)):
+    for gate in (
+        torch.randn(4, 9, device=device),
+        images.contiguous(memory_format=torch.channels_last),
+    ):
         order = torch.channels_last if gate.dim() == 4 else torch.contiguous_format
         feedback = torch.randn(3, *gate.shape[1:], device=device).contiguous(memory_format=order)
-        moments = (torch.rand_like(feedback), torch.rand_like(feedback), torch.tensor([1], device=device))
+        moments = (
+            torch.rand_like(feedback),
+            torch.rand_like(feedback),
+            torch.tensor([1], device=device),
+        )
         error = torch.randn(4, 3, device=device)
         common = (error, error, gate, state, 1, "relu", "gaussian")
         for adam in (moments, (None, None, None)):

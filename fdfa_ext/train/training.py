@@ -140,7 +140,7 @@ class Run:
                 optimizer.zero_grad()
             logits = self.model(self._prepared(images))
             loss = F.cross_entropy(logits, labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for optimizer in self._optimizers:
                 optimizer.step()
             correct = (logits.detach().argmax(1) == labels).sum()

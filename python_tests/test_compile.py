@@ -1,0 +1,54 @@
+"""torch.compile of the training step: no graph break, the eager result for the same noise."""
+
+import copy
+
+import pytest
+import torch
+from nets import NETS, batch, step
+
+from fdfa_ext import FDFA
+from fdfa_ext.functional import BACKENDS
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+@pytest.mark.parametrize("name", NETS)
+def test_compiled_training_is_the_eager_one(
+    device: torch.device, name: str, rule: str, compiler: str
+) -> None:
+    if compiler == "inductor" and (name != "conv_net" or rule == "ema"):
+        pytest.skip("inductor compiles slowly: the README's net stands for all")
+    torch._dynamo.reset()
+    x, y = batch(name, device)
+    models = [FDFA(NETS[name][0]().to(device), feedback=rule, feedback_lr=0.05, example_input=x)]
+    models.append(copy.deepcopy(models[0]))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+    forwards = [models[0], torch.compile(models[1], fullgraph=True, backend=compiler)]
+    for _ in range(3):
+        losses = [step(f, opt, x, y) for f, opt in zip(forwards, optimizers, strict=True)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    for key, value in models[0].state_dict().items():
+        torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
+    assert models[1].noise_state[1] == 3
+
+
+def test_compiling_without_feedback_matrices_is_refused() -> None:
+    x, _ = batch("mlp")
+    model = torch.compile(FDFA(NETS["mlp"][0]()), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="give example_input, or run one training forward"):
+        model(x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_batch_size_compiles_again_with_static_shapes(backend: str) -> None:
+    """torch's forward mode knows no symbolic sizes, hence dynamic=False."""
+    torch._dynamo.reset()
+    x, _ = batch("conv_net", n=6)
+    model = FDFA(NETS["conv_net"][0](), example_input=x, backend=backend)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    for n in (6, 4, 2):
+        for forward in (eager, compiled):
+            forward(x[:n]).sum().backward()
+    for a, b in zip(eager.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,550 @@
+"""FDFA as a user meets it: training steps, state, rules and errors."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from nets import NETS, batch, block_net, conv_net, mlp, step
+from torch import Tensor, nn
+
+from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear, reference
+from fdfa_ext.functional import BACKENDS
+
+
+def make(name: str = "mlp", device: torch.device | str = "cpu", **options: Any) -> FDFA:
+    torch.manual_seed(1)
+    net = NETS[name][0]().to(device)
+    return FDFA(net, example_input=batch(name, device)[0], **options)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+def test_fused_and_reference_train_alike(device: torch.device, name: str, rule: str) -> None:
+    options = {"feedback": rule, "feedback_lr": 0.05}
+    x, y = batch(name, device, n=9)
+    models = [make(name, device, backend=backend, **options) for backend in BACKENDS]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+    for _ in range(3):
+        losses = [
+            step(model, optimizer, x, y) for model, optimizer in zip(models, optimizers, strict=True)
+        ]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+    for key, value in models[0].state_dict().items():
+        torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_one_step_is_algorithm_1_line_by_line() -> None:
+    """The algorithm written out for an MLP, with the wrapper's noise; no code of the package but that."""
+    model = make(feedback="ema", feedback_lr=0.3)
+    layers = [model.module[0], model.module[1], model.module[2]]
+    weights = [layer.weight.detach().clone() for layer in layers]
+    biases = [layer.bias.detach().clone() for layer in layers]
+    state = model.noise_state.clone()
+    x, target = batch("mlp", n=4)
+    F.cross_entropy(model(x), target).backward()
+
+    y, d, ys, primes, noises = x, torch.zeros_like(x), [x], [], []
+    for layer in range(3):
+        a = y @ weights[layer].t() + biases[layer]
+        if layer < 2:
+            y, prime = a.relu(), (a > 0).float()
+            v = reference.perturbation(state, layer, "gaussian", a.shape)
+            d = (d @ weights[layer].t()) * prime + v
+            noises.append(v)
+            primes.append(prime)
+        else:
+            y, d = a, d @ weights[layer].t()
+        ys.append(y)
+    one_hot = F.one_hot(target, 3).float()
+    e = (y.softmax(1) - one_hot) / 4
+    torch.testing.assert_close(layers[2].weight.grad, e.t() @ ys[2])
+    for layer in range(2):
+        # From B = 0, with the mean over the batch of d ⊗ v.
+        feedback = 0.3 * torch.einsum("nk,nd->kd", d, noises[layer]) / 4
+        delta = (e @ feedback) * primes[layer]
+        torch.testing.assert_close(model.feedback[str(layer)], feedback)
+        torch.testing.assert_close(layers[layer].weight.grad, delta.t() @ ys[layer])
+        torch.testing.assert_close(layers[layer].bias.grad, delta.sum(0))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_outside_training_the_wrapper_is_its_module(name: str) -> None:
+    model = make(name).eval()
+    x, _ = batch(name)
+    assert torch.equal(model(x), model.module(x))
+    model.train()
+    model.module.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), model.module(x))
+    assert model.noise_state[1] == 0
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_training_output_is_the_primal(name: str) -> None:
+    model = make(name)
+    x, _ = batch(name)
+    expected = copy.deepcopy(model.module)(x)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_no_gradient_passes_from_block_to_block() -> None:
+    """δ of the first block is e B f' whatever the second one's weights are, once B and e are given."""
+    gradients = []
+    for scale in (1.0, -3.0):
+        model = make(feedback="ema", feedback_lr=1e-12)
+        model.feedback["0"].copy_(torch.randn(3, 8, generator=torch.Generator().manual_seed(2)))
+        model.module[1].weight.data.mul_(scale)
+        x = torch.ones(2, 6)
+        model(x).backward(torch.ones(2, 3))
+        gradients.append(model.module[0].weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert gradients[0].abs().sum() > 0
+
+
+def test_batch_norm_moves_its_statistics_once_and_from_the_primal_only() -> None:
+    model = make("block_net")
+    plain = copy.deepcopy(model.module)
+    x, _ = batch("block_net")
+    model(x)
+    plain(x)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.module.state_dict()[key], value, msg=key)
+    assert model.module[0][1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()],
+        lambda: [nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), nn.GELU(), nn.MaxPool2d(2)],
+        lambda: [nn.BatchNorm2d(2), nn.SiLU(), nn.Conv2d(2, 4, 3)],
+        lambda: [nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 5), nn.Tanh()],
+        lambda: [nn.Flatten(), nn.Linear(128, 6), nn.LayerNorm(6), nn.Softmax(1), nn.LeakyReLU()],
+    ],
+)
+def test_tangent_of_a_block_is_that_of_forward_mode(chain: Any) -> None:
+    """Whatever way forward_dual takes for a module, it is torch's own forward-mode derivative."""
+    from fdfa_ext.tangents import forward_dual
+
+    modules = chain()
+    x, tangent = torch.randn(2, 5, 2, 8, 8, dtype=torch.double).unbind()
+    for module in modules:
+        module.double()
+    with forward_ad.dual_level():
+        y, ty = x, tangent
+        for module in modules:
+            y, ty = forward_dual(module, y, ty)
+        expected = forward_ad.unpack_dual(nn.Sequential(*modules)(forward_ad.make_dual(x, tangent)))
+    torch.testing.assert_close(y, expected.primal)
+    torch.testing.assert_close(ty, expected.tangent)
+    assert not ty.requires_grad
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Attention(nn.Module):
+    """[N, T, E] → [N, T, E]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_residual_and_attention_blocks_learn(backend: str) -> None:
+    net = nn.Sequential(
+        FDFALinear(6, 8, activation="gelu"),
+        FDFABlock(Attention(8), nn.LayerNorm(8)),
+        nn.Flatten(),
+        FDFABlock(Residual(32)),
+        nn.Linear(32, 3),
+    )
+    x, y = torch.randn(16, 4, 6), torch.randint(3, (16,))
+    model = FDFA(net, feedback="ema", feedback_lr=0.05, example_input=x, backend=backend)
+    assert {name: tuple(b.shape) for name, b in model.feedback.items()} == {
+        "0": (3, 4, 8),
+        "1": (3, 4, 8),
+        "3": (3, 32),
+    }
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = [step(model, optimizer, x, y) for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+    for parameter in model.forward_parameters():
+        assert parameter.grad is not None
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_trains_with_float32_feedback(
+    device: torch.device, name: str, dtype: torch.dtype
+) -> None:
+    model = make(name, device, feedback="ema", feedback_lr=0.1).to(dtype)
+    x, y = batch(name, device)
+    loss = F.cross_entropy(model(x.to(dtype)).float(), y)
+    loss.backward()
+    for parameter in model.forward_parameters():
+        assert parameter.grad.dtype == dtype
+        assert bool(parameter.grad.isfinite().all())
+    for matrix in model.feedback.values():
+        assert matrix.dtype == torch.float32
+        assert bool((matrix != 0).any())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_autocast_trains(device: torch.device, name: str) -> None:
+    model = make(name, device, feedback="ema", feedback_lr=0.1)
+    x, y = batch(name, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    plain = make(name, device, feedback="ema", feedback_lr=0.1)
+    F.cross_entropy(plain(x), y).backward()
+    gradients = []
+    for trained in (model, plain):
+        assert all(p.grad.dtype == torch.float32 for p in trained.forward_parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in trained.forward_parameters()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_float64_runs_on_the_reference_and_is_refused_by_the_fused_backend() -> None:
+    x, y = batch("mlp")
+    model = FDFA(mlp().double(), backend="reference", example_input=x.double())
+    F.cross_entropy(model(x.double()), y).backward()
+    assert model.module[0].weight.grad.dtype == torch.double
+    with pytest.raises(TypeError, match=r'float64 runs with FDFA\(\.\.\., backend="reference"\)'):
+        FDFA(mlp().double(), example_input=x.double())
+
+
+def test_frozen_weights_still_learn_their_feedback() -> None:
+    model = make(feedback="ema", feedback_lr=0.1)
+    model.module.requires_grad_(False)
+    x, _ = batch("mlp")
+    model(x).sum().backward()
+    for matrix in model.feedback.values():
+        assert bool((matrix != 0).any())
+
+
+def test_grad_rule_is_the_ema_rule_under_sgd() -> None:
+    """B - lr (B - G) = (1 - lr) B + lr G, and `.grad` is B - G (eq. 9 and 10)."""
+    x, y = batch("mlp")
+    ema = make(feedback="ema", feedback_lr=0.1)
+    grad = make(feedback="grad")
+    optimizer = torch.optim.SGD(grad.feedback_parameters(), lr=0.1)
+    for _ in range(3):
+        for model in (ema, grad):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, matrix in ema.feedback.items():
+        torch.testing.assert_close(grad.feedback[name].detach(), matrix)
+    assert len(list(grad.feedback_parameters())) == 2
+    assert len(list(grad.forward_parameters())) == 6
+    assert list(ema.feedback_parameters()) == []
+
+
+def test_adam_rule_is_torch_adam_on_the_grad_rule() -> None:
+    x, y = batch("mlp")
+    adam = make(feedback="adam", feedback_lr=1e-2)
+    grad = make(feedback="grad")
+    optimizer = torch.optim.Adam(grad.feedback_parameters(), lr=1e-2)
+    for _ in range(5):
+        for model in (adam, grad):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, matrix in adam.feedback.items():
+        torch.testing.assert_close(grad.feedback[name].detach(), matrix, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_batches_each_update_the_feedback_with_their_own_noise() -> None:
+    x, y = batch("mlp")
+    together, apart = make(feedback="ema", feedback_lr=0.1), make(feedback="ema", feedback_lr=0.1)
+    losses = [F.cross_entropy(together(x), y) for _ in range(2)]
+    for loss in losses:
+        loss.backward()
+    for _ in range(2):
+        F.cross_entropy(apart(x), y).backward()
+    for name, matrix in together.feedback.items():
+        torch.testing.assert_close(apart.feedback[name], matrix)
+
+
+def test_seed_comes_from_torch_and_every_step_has_new_noise() -> None:
+    models = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        models.append(FDFA(mlp(), example_input=torch.zeros(2, 6)))
+    states = [model.noise_state.tolist() for model in models]
+    assert states[0] == states[1] != states[2]
+    models[0](torch.zeros(2, 6))
+    assert models[0].noise_state[1] == models[1].noise_state[1] + 1
+
+
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+@pytest.mark.parametrize("example", [True, False])
+def test_a_fresh_model_loads_a_trained_ones_state(rule: str, example: bool) -> None:
+    trained = make("conv_net", feedback=rule, feedback_lr=0.05)
+    x, y = batch("conv_net")
+    F.cross_entropy(trained(x), y).backward()
+    fresh = FDFA(conv_net(), feedback=rule, feedback_lr=0.05, example_input=x if example else None)
+    fresh.load_state_dict(trained.state_dict())
+    results = []
+    for model in (trained, fresh):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        results.append(
+            {**model.state_dict(), **{f"grad.{k}": p.grad for k, p in model.named_parameters()}}
+        )
+    assert results[0].keys() == results[1].keys()
+    for key, value in results[0].items():
+        assert torch.equal(value, results[1][key]), key
+
+
+RESUME = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from nets import NETS, step
+from fdfa_ext import FDFA
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+make, shape = NETS[{name!r}]
+data = [(torch.randn(8, *shape), torch.randint(3, (8,))) for _ in range(10)]
+model = FDFA(make(), feedback={rule!r}, feedback_lr=1e-2, example_input=data[0][0])
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+first, last, load, save = {run!r}
+if load:
+    saved = torch.load(load)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+for x, y in data[first:last]:
+    step(model, optimizer, x, y)
+torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}, save)
+"""
+
+
+@pytest.mark.parametrize(("name", "rule"), [("conv_net", "adam"), ("block_net", "grad")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, name: str, rule: str
+) -> None:
+    """5 steps, save, a fresh process, 5 more, against 10 steps in one process."""
+    half, resumed, whole = (str(tmp_path / file) for file in ("half", "resumed", "whole"))
+    tests = str(Path(__file__).parent)
+    for run in ((0, 5, None, half), (5, 10, half, resumed), (0, 10, None, whole)):
+        script = RESUME.format(tests=tests, name=name, rule=rule, run=run)
+        subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(tests).parent)
+    states = [torch.load(path)["model"] for path in (resumed, whole)]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+def test_feedback_is_a_mapping_in_the_order_of_the_noise() -> None:
+    model = make("conv_net")
+    assert list(model.feedback) == model.feedback.keys() == ["0", "2", "4"]
+    assert [tuple(b.shape) for b in model.feedback.values()] == [(3, 4, 10, 10), (3, 6, 5, 5), (3, 8)]
+    assert "2" in model.feedback
+    assert len(model.feedback) == 3
+    assert model.feedback["2"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_blocks_are_named_by_their_place_in_the_module() -> None:
+    net = nn.Sequential()
+    net.features = nn.Sequential(FDFALinear(6, 4), FDFABlock(FDFALinear(4, 4), nn.ReLU()))
+    net.head = nn.Linear(4, 3)
+    model = FDFA(net, example_input=torch.zeros(1, 6) + 1)
+    # A block within a block is a part of it.
+    assert list(model.feedback) == ["features.0", "features.1"]
+    reloaded = FDFA(copy.deepcopy(net))
+    reloaded.load_state_dict(model.state_dict())
+    assert list(reloaded.feedback) == ["features.0", "features.1"]
+
+
+def test_padding_that_the_operator_has_not_is_done_before_it() -> None:
+    for arguments in ({"padding": "same"}, {"padding": 1, "padding_mode": "circular"}):
+        net = nn.Sequential(
+            FDFAConv2d(1, 2, 4, activation="relu"),
+            FDFAConv2d(2, 3, 4, **arguments),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        )
+        x = torch.randn(4, 1, 9, 9)
+        net(x)
+        model = FDFA(net, example_input=x)
+        torch.testing.assert_close(model(x), net(x))
+
+
+class Drop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach() * 2
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = FDFALinear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.block(x)))
+
+
+class Unused(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("net", "error", "message"),
+    [
+        (
+            nn.Linear(6, 3),
+            ValueError,
+            "FDFA: the module has no block; use FDFALinear, FDFAConv2d or FDFABlock",
+        ),
+        (FDFALinear(6, 3), ValueError, r"FDFA: the module is itself a block \(FDFALinear\)"),
+        (Twice(), RuntimeError, "FDFA: block 'block' was used twice in one forward pass"),
+        (Unused(), RuntimeError, "FDFA: the output has no tangent. No module dropped it"),
+        (
+            nn.Sequential(FDFALinear(6, 4), Drop(), nn.Linear(4, 3)),
+            RuntimeError,
+            r"FDFA: the output has no tangent. Module '1' \(Drop\) dropped it",
+        ),
+        (
+            nn.Sequential(FDFALinear(6, 4), FDFABlock(nn.ReLU(), Drop()), nn.Linear(4, 3)),
+            RuntimeError,
+            r"FDFA: block '1': its module 1 \(Drop\) dropped the tangent",
+        ),
+        (
+            nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 3), nn.Unflatten(1, (3, 1))),
+            ValueError,
+            r"FDFA: the output must be \[N, K\].*; got \[2, 3, 1\]",
+        ),
+        (
+            nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 3), nn.Hardtanh(-1e-9, 1e-9)),
+            RuntimeError,
+            "FDFA: the tangent of the output is zero",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(net: nn.Module, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        FDFA(net, example_input=torch.randn(2, 6))
+
+
+def test_a_module_that_drops_the_tangent_of_some_blocks_is_warned_of() -> None:
+    net = nn.Sequential(FDFALinear(6, 4), Drop(), FDFALinear(4, 4), nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match=r"FDFA: module '1' \(Drop\) drops the tangent"):
+        FDFA(net, example_input=torch.randn(2, 6))
+
+
+def test_parameters_between_blocks_are_refused_since_they_would_not_learn() -> None:
+    net = nn.Sequential(FDFALinear(6, 4), nn.LayerNorm(4), FDFALinear(4, 4), nn.Linear(4, 3))
+    model = FDFA(net, example_input=torch.randn(2, 6))
+    with pytest.raises(
+        RuntimeError, match=r"the input of block '2' depends on parameters .* FDFABlock"
+    ):
+        model(torch.randn(2, 6))
+
+
+def test_a_refused_batch_changes_neither_noise_nor_feedback() -> None:
+    model = make("conv_net", feedback="ema", feedback_lr=0.1)
+    net = nn.Sequential(*list(model.module)[:3], nn.AdaptiveAvgPool2d(5), *list(model.module)[3:])
+    model = FDFA(net, feedback="ema", example_input=torch.randn(2, 1, 12, 12))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"FDFA: block '0': its feedback has shape \[3, 4, 10, 10\]"):
+        model(torch.randn(2, 1, 14, 14))
+    with pytest.raises(RuntimeError, match=r"Given groups=1|expected input"):
+        model(torch.randn(2, 2, 12, 12))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_an_activation_changed_in_place_behind_a_block_is_an_error_not_a_wrong_gradient() -> None:
+    net = nn.Sequential(FDFALinear(6, 4, activation="relu"), nn.Dropout(inplace=True), nn.Linear(4, 3))
+    model = FDFA(net, example_input=torch.randn(2, 6))
+    with pytest.raises(RuntimeError, match=r"FDFA: the activation of block '0' was changed in place"):
+        model(torch.randn(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feedback": "sgd"}, "FDFA: feedback must be one of ema, adam, grad; got 'sgd'"),
+        ({"noise": "cauchy"}, "FDFA: noise must be one of gaussian, rademacher; got 'cauchy'"),
+        ({"backend": "triton"}, "FDFA: backend must be one of fused, reference; got 'triton'"),
+        ({"feedback": "ema", "feedback_lr": 1.5}, r"FDFA: feedback_lr must be in \(0, 1\)"),
+        ({"feedback_lr": -1.0}, "FDFA: feedback_lr must not be negative"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FDFA(mlp(), **options)
+
+
+def test_grad_feedback_without_matrices_says_how_to_get_them() -> None:
+    model = FDFA(mlp(), feedback="grad")
+    with pytest.raises(RuntimeError, match=r"pass example_input"):
+        model.feedback_parameters()
+    model(torch.randn(2, 6))
+    assert len(list(model.feedback_parameters())) == 2
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    net = block_net()
+    before = copy.deepcopy(net.state_dict())
+    model = FDFA(net, example_input=batch("block_net")[0])
+    assert model.noise_state[1] == 0
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_batches_of_none_and_one(n: int) -> None:
+    model = make("conv_net", feedback="adam", feedback_lr=0.1)
+    x, _ = batch("conv_net", n=n)
+    before = [b.clone() for b in model.feedback.values()]
+    model(x).sum().backward()
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.feedback.values(), strict=True)]
+    assert all(changed) if n else not any(changed)
+
+
+def test_missing_or_foreign_extension_says_how_to_rebuild(tmp_path: Path) -> None:
+    package = Path(sys.modules["fdfa_ext"].__file__).parent
+    copied = tmp_path / "fdfa_ext"
+    copied.mkdir()
+    for file in package.glob("*.py"):
+        (copied / file.name).write_text(file.read_text())
+    for built_for, message in (
+        (None, "compiled extension is missing. Rebuild it"),
+        ("1.13.0", "was built for torch 1.13.0, but torch"),
+        (torch.__version__, "compiled extension does not load"),
+    ):
+        if built_for:
+            (copied / "_built_for.txt").write_text(built_for)
+        run = subprocess.run(
+            [sys.executable, "-c", "import fdfa_ext"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert run.returncode != 0
+        assert "ImportError" in run.stderr
+        assert message in run.stderr
+        assert "pip install --no-build-isolation ." in run.stderr
