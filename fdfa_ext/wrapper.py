@@ -8,6 +8,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from fdfa_ext._ops import fused
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass, Star
 from fdfa_ext.layers import Block
 
@@ -200,7 +201,9 @@ class FDFA(nn.Module):
 
     def _join(self, dual: DualPass, output: Tensor, tangent: Tensor) -> Tensor:
         """Advances the noise and ties output and blocks together for the backward (see Star)."""
-        used = BACKENDS[self.backend].next_noise(self.noise_state)
+        # The operator for either backend: a compiler may put off a clone in plain torch until the state
+        # has moved.
+        used = fused.next_noise(self.noise_state)
         records = dual.records
         names = [record.name for record in records]
         adam = self.rule == "adam"
