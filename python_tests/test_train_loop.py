@@ -1,6 +1,7 @@
 """Runs: they learn, repeat, continue exactly from a checkpoint; the command line end to end."""
 
 import csv
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fdfa_ext
 from fdfa_ext.__main__ import main
 from fdfa_ext.train.data import Dataset, load_dataset
 from fdfa_ext.train.errors import UserError
@@ -126,7 +128,9 @@ def test_a_last_batch_of_one_image_is_refused_where_it_cannot_be_normalised():
 def test_the_command_line_compares_both_methods(tmp_path):
     flags = ["--method", "fdfa,bp", "--epochs", "1", "--threads", "1"]
     command = [sys.executable, "-m", "fdfa_ext", "train", *flags]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    # The package may be built in place and not installed.
+    env = {**os.environ, "PYTHONPATH": str(Path(fdfa_ext.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar into a pipe
     header, *rows = done.stdout.splitlines()[-10:-2]  # the table, above an empty line and the folder

@@ -17,7 +17,7 @@ using emulation::launch;
 template <class... Arguments>
 cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStream_t stream,
                    Arguments... arguments) {
-  kernel<<<grid, block, 0, stream>>>(arguments...);
+  kernel<<<grid, block, 0, stream> > >(arguments...);
   return cudaGetLastError();
 }
 #endif
