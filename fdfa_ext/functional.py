@@ -41,6 +41,7 @@ class BlockRecord:
     handle: Tensor  # [N, *features]: δ is handed to it, and autograd goes on to the block's parameters
     gate: Tensor  # [N, *features]: what f' is taken from
     activation: str  # f, or "identity" where the block's own autograd holds f'
+    order: torch.memory_format  # in which its features are counted: row-major, or (h, w, c)
     version: int  # of gate: counts changes in place
 
 
@@ -68,7 +69,7 @@ class BlockPass:
         y, ty, pre = self.dual.backend.linear(
             x, tangent, weight, bias, self.dual.noise_state, self.index, activation, self.dual.noise
         )
-        return self._leave(y, ty, pre, activation)
+        return self._leave(y, ty, pre, activation, torch.contiguous_format)
 
     def conv2d(
         self,
@@ -97,7 +98,7 @@ class BlockPass:
             activation,
             self.dual.noise,
         )
-        return self._leave(y, ty, pre, activation)
+        return self._leave(y, ty, pre, activation, torch.channels_last)
 
     def chain(self, x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
         """Any torch modules, one after the other, perturbed at the end of the last."""
@@ -114,7 +115,8 @@ class BlockPass:
                 )
         gate = y.detach()
         ty = self.dual.backend.perturb(gate, ty, self.dual.noise_state, self.index, self.dual.noise)
-        self._record(y, gate, "identity")
+        order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+        self._record(y, gate, "identity", order)
         return forward_ad.make_dual(gate, ty)
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -132,15 +134,21 @@ class BlockPass:
             )
         return primal.detach(), None if tangent is None else tangent.detach()
 
-    def _leave(self, y: Tensor, ty: Tensor, pre: Tensor, activation: str) -> Tensor:
+    def _leave(
+        self, y: Tensor, ty: Tensor, pre: Tensor, activation: str, order: torch.memory_format
+    ) -> Tensor:
         gate = pre.detach() if activation in NEEDS_PRE_ACTIVATION else y
-        self._record(pre, gate, activation)
+        self._record(pre, gate, activation, order)
         return forward_ad.make_dual(y, ty)
 
-    def _record(self, handle: Tensor, gate: Tensor, activation: str) -> None:
+    def _record(
+        self, handle: Tensor, gate: Tensor, activation: str, order: torch.memory_format
+    ) -> None:
         # A compiler cannot trace versions; the probe before it has looked at them.
         version = 0 if torch.compiler.is_compiling() else gate._version
-        self.dual.records.append(BlockRecord(self.name, self.index, handle, gate, activation, version))
+        self.dual.records.append(
+            BlockRecord(self.name, self.index, handle, gate, activation, order, version)
+        )
 
 
 class Star(torch.autograd.Function):

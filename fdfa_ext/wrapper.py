@@ -18,7 +18,8 @@ RULES = ("ema", "adam", "grad")
 class TensorMap(nn.Module):
     """Block name → tensor of shape [n_outputs, *feature_shape], saved and moved with the model.
 
-    Feedback stays in float32 whatever the activations are: its steps of 1e-4 would be lost in less.
+    Feedback stays in float32 whatever the activations are, since its steps of 1e-4 would be lost in
+    less, and in its own memory order, which is that of the noise. Only its device may change.
     """
 
     def __init__(self, as_parameters: bool = False) -> None:
@@ -36,37 +37,33 @@ class TensorMap(nn.Module):
         else:
             self.register_buffer(self.key(name), value)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {**self._parameters, **self._buffers}
-        return {key.replace("/", "."): value for key, value in tensors.items() if value is not None}
+    @property
+    def _tensors(self) -> dict[str, Any]:
+        return self._parameters if self._as_parameters else self._buffers
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors()[name]
+        return self._tensors[self.key(name)]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors()
+    def __contains__(self, name: str) -> bool:
+        return self.key(name) in self._tensors
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors())
+        return iter(self.keys())
 
     def __len__(self) -> int:
-        return len(self._tensors())
+        return len(self._tensors)
 
     def keys(self) -> list[str]:
-        return list(self._tensors())
+        return [key.replace("/", ".") for key in self._tensors]
 
     def values(self) -> list[Tensor]:
-        return list(self._tensors().values())
+        return list(self._tensors.values())
 
     def items(self) -> list[tuple[str, Tensor]]:
-        return list(self._tensors().items())
+        return list(zip(self.keys(), self.values(), strict=True))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        def keep_float32(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return moved if moved.dtype == t.dtype else t.to(moved.device)
-
-        return super()._apply(keep_float32, recurse)
+        return super()._apply(lambda t: t.to(fn(t).device), recurse)
 
 
 class FDFA(nn.Module):
@@ -249,11 +246,17 @@ class FDFA(nn.Module):
                 f"FDFA: block '{record.name}' must keep the batch first: expected [{output.shape[0]}, "
                 f"*features] as the output has, got {shape}"
             )
-        expected = list(self.feedback[record.name].shape)
+        feedback = self.feedback[record.name]
+        expected = list(feedback.shape)
         if expected != [output.shape[1], *shape[1:]]:
             raise ValueError(
                 f"FDFA: block '{record.name}': its feedback has shape {expected}, but "
                 f"{output.shape[1]} outputs and features {shape[1:]} came; a sample's size is fixed"
+            )
+        if not feedback.is_contiguous(memory_format=record.order):
+            raise ValueError(
+                f"FDFA: block '{record.name}': its feedback must lie in {record.order}, the order of "
+                f"the noise; got strides {feedback.stride()}"
             )
 
     @torch.no_grad()
@@ -321,18 +324,16 @@ class FDFA(nn.Module):
         self._checked = True
 
     def _create(self, record: BlockRecord, output: Tensor) -> None:
-        # Features are counted in the memory order of the block's activation.
-        order = torch.contiguous_format if record.gate.is_contiguous() else torch.channels_last
         shape = [output.shape[1], *record.gate.shape[1:]]
         maps = (
             [self.feedback, self.exp_avg, self.exp_avg_sq] if self.rule == "adam" else [self.feedback]
         )
         for tensors in maps:
             if record.name not in tensors:
-                tensors.put(
-                    record.name,
-                    torch.zeros(shape, device=record.gate.device).contiguous(memory_format=order),
-                )
+                tensors.put(record.name, torch.zeros(shape, device=record.gate.device))
+            # A loaded matrix may come in any layout.
+            matrix = tensors[record.name]
+            matrix.data = matrix.data.contiguous(memory_format=record.order)
         self._check_block(record, output)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -109,6 +109,20 @@ def test_mean_estimate_on_a_convolutional_net_is_the_mean_jacobian(device: torch
         assert_learned(learned[name], mean_jacobian(after, y), cosine=0.97, scale=0.05)
 
 
+def test_feedback_of_an_image_block_in_row_major_memory_is_the_mean_jacobian() -> None:
+    """The noise of images is counted in (h, w, c) order whatever the layout of the block's output is."""
+    net = nn.Sequential(
+        FDFABlock(nn.Linear(5, 24), nn.Tanh(), nn.Unflatten(1, (2, 3, 4))),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    x = torch.randn(256, 5)
+    model = FDFA(net, feedback="ema", feedback_lr=0.5, example_input=x)
+    learned = mean_of_estimates(model, x, 500)
+    assert_learned(learned["0"], mean_jacobian(net[1:], net[0](x)), cosine=0.97, scale=0.05)
+
+
 def test_training_on_a_task_reaches_what_backpropagation_reaches() -> None:
     x = torch.randn(512, 10)
     teacher = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 4))

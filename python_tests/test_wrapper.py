@@ -355,6 +355,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         assert torch.equal(value, states[1][key]), key
 
 
+def test_feedback_keeps_dtype_and_memory_order_when_the_model_moves(device: torch.device) -> None:
+    model = make("conv_net").to(device).to(torch.bfloat16).to(memory_format=torch.contiguous_format)
+    for name, order in (("2", torch.channels_last), ("4", torch.contiguous_format)):
+        assert model.feedback[name].dtype == torch.float32
+        assert model.feedback[name].device.type == device.type
+        assert model.feedback[name].is_contiguous(memory_format=order)
+    x, _ = batch("conv_net", device)
+    model(x.to(torch.bfloat16)).sum().backward()
+
+
+def test_feedback_saved_in_another_layout_is_put_in_order() -> None:
+    trained = make("conv_net", feedback="ema", feedback_lr=0.1)
+    x, _ = batch("conv_net")
+    trained(x).sum().backward()
+    state = {key: value.contiguous() for key, value in trained.state_dict().items()}
+    fresh = FDFA(conv_net(), feedback="ema", feedback_lr=0.1)
+    fresh.load_state_dict(state)
+    for model in (trained, fresh):
+        model(x).sum().backward()
+    for key, value in trained.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[key]), key
+
+
 def test_feedback_is_a_mapping_in_the_order_of_the_noise() -> None:
     model = make("conv_net")
     assert list(model.feedback) == model.feedback.keys() == ["0", "2", "4"]
