@@ -181,6 +181,25 @@ def test_strided_inputs_give_the_dense_result(device: torch.device) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    state = noise_state(torch.device("cpu"))
+    y = torch.randn(40, 5000)
+    error = torch.randn(40, 10)
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        feedback, exp_avg, exp_avg_sq = torch.zeros(3, 10, 5000).unbind()
+        moments = (exp_avg, exp_avg_sq, torch.tensor([1]))
+        common = (error, error, y, state, 1, "relu", "gaussian", 0.1, 0.9, 0.999, 1e-8)
+        delta = fused.feedback_step(feedback, *moments, *common)
+        results.append(
+            (fused.perturb(y, y, state, 1, "gaussian"), feedback, exp_avg, exp_avg_sq, delta)
+        )
+    torch.set_num_threads(1)
+    for one, several in zip(*results, strict=True):
+        assert torch.equal(one, several)
+
+
 def test_two_half_batches_are_perturbed_as_one_whole(device: torch.device) -> None:
     y = torch.zeros(6, 11, device=device)
     whole = fused.perturb(y, None, noise_state(device), 1, "gaussian")
