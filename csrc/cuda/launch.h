@@ -17,7 +17,9 @@ using emulation::launch;
 template <class... Arguments>
 cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStream_t stream,
                    Arguments... arguments) {
-  kernel<<<grid, block, 0, stream> > >(arguments...);
+  // clang-format off: in a header it takes the launch brackets for operators
+  kernel<<<grid, block, 0, stream>>>(arguments...);
+  // clang-format on
   return cudaGetLastError();
 }
 #endif
