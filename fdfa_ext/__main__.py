@@ -126,7 +126,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--output",
         Path,
-        "folder for CSV and plot (default runs/DATASET-MODEL-METHOD-seedSEED)",
+        "folder for CSV and plot (default runs/DATASET-MODEL-METHOD-seedSEED, with hidden and width where given)",
         metavar="DIR",
     )
 
@@ -159,7 +159,8 @@ def _train(given: dict[str, Any]) -> None:
 
     first = configs[0]
     trained = "-".join(config.method for config in configs)
-    title = f"{first.dataset}-{first.model}-{trained}-seed{first.seed}"
+    size = "".join(f"-{word}{n}" for word, n in (("hidden", first.hidden), ("width", first.width)) if n)
+    title = f"{first.dataset}-{first.model}{size}-{trained}-seed{first.seed}"
     output = given.get("output", Path("runs") / title)
     data = load_dataset(first.dataset, given.get("data_dir"))
     histories: dict[str, list[EpochResult]] = {}
