@@ -126,7 +126,8 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--output",
         Path,
-        "folder for CSV and plot (default runs/DATASET-MODEL-METHOD-seedSEED, with hidden and width where given)",
+        "folder for CSV and plot (default runs/DATASET-MODEL-METHOD-seedSEED, with hidden and width "
+        "where given)",
         metavar="DIR",
     )
 
