@@ -11,6 +11,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 # Small tensors: a second thread helps little, and on a busy machine every operator would wait for it.
 torch.set_num_threads(1)
+# Tolerances are those of float32, which cuDNN's default for convolutions is not.
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
