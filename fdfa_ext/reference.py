@@ -201,16 +201,20 @@ def feedback_step(
     eps: float,
 ) -> Tensor:
     if gate.shape[0] > 0:
-        gradient = feedback - _target(feedback, tangent, gate, noise_state, block, noise)
+        target = _target(feedback, tangent, gate, noise_state, block, noise)
+        # Nothing moves where the target is not finite: one batch that overflowed must not spoil B.
+        finite = target.isfinite()
+        gradient = feedback - target
         if exp_avg is None or exp_avg_sq is None or updates is None:
-            feedback -= lr * gradient
+            feedback -= torch.where(finite, lr * gradient, 0)
         else:
-            exp_avg.lerp_(gradient, 1 - beta1)
-            exp_avg_sq.lerp_(gradient * gradient, 1 - beta2)
+            exp_avg.lerp_(torch.where(finite, gradient, exp_avg), 1 - beta1)
+            exp_avg_sq.lerp_(torch.where(finite, gradient * gradient, exp_avg_sq), 1 - beta2)
             t = updates.double()
             step_size = (lr / (1 - beta1**t)).float()
             correction = (1 - beta2**t).sqrt().float()
-            feedback -= step_size * exp_avg / (exp_avg_sq.sqrt() / correction + eps)
+            step = step_size * exp_avg / (exp_avg_sq.sqrt() / correction + eps)
+            feedback -= torch.where(finite, step, 0)
     return _project(feedback, error, gate, activation)
 
 

@@ -1,7 +1,7 @@
 """FDFA: wraps a torch model, runs its dual pass in training and owns feedback and noise."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -348,6 +348,9 @@ class FDFA(nn.Module):
                 if saved is not None and block not in tensors:
                     tensors.put(block, torch.zeros_like(saved, device=self.noise_state.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+Mapping.register(TensorMap)
 
 
 def _find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:

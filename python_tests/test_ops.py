@@ -181,6 +181,40 @@ def test_strided_inputs_give_the_dense_result(device: torch.device) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("rule", ["ema", "adam"])
+def test_a_batch_that_overflowed_leaves_what_it_reached_of_the_feedback_alone(
+    device: torch.device, rule: str
+) -> None:
+    """The rest of B moves as ever: a tangent of inf or NaN at one output reaches one row of B."""
+    gate, error = torch.randn(5, 70, device=device), torch.randn(5, 4, device=device)
+    tangent = torch.randn(5, 4, device=device)
+    tangent[1, 2], tangent[3, 0] = float("inf"), float("nan")
+    results = []
+    for ops in (fused, reference):
+        matrices = list((torch.rand(3, 4, 70, generator=torch.Generator().manual_seed(1))).to(device))
+        before = [m.clone() for m in matrices]
+        moments = [*matrices[1:], torch.tensor([2], device=device)] if rule == "adam" else [None] * 3
+        common = (
+            error,
+            tangent,
+            gate,
+            noise_state(device),
+            0,
+            "relu",
+            "gaussian",
+            0.1,
+            0.9,
+            0.999,
+            1e-8,
+        )
+        results.append([ops.feedback_step(matrices[0], *moments, *common), *matrices])
+        for matrix, old in zip(matrices[: 3 if rule == "adam" else 1], before, strict=False):
+            assert torch.equal(matrix[[0, 2]], old[[0, 2]])
+            assert not (matrix[[1, 3]] == old[[1, 3]]).all(1).any()
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, torch.float32)
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     state = noise_state(torch.device("cpu"))
     y = torch.randn(40, 5000)

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,7 @@ def test_feedback_is_a_mapping_in_the_order_of_the_noise() -> None:
     assert [tuple(b.shape) for b in model.feedback.values()] == [(3, 4, 10, 10), (3, 6, 5, 5), (3, 8)]
     assert "2" in model.feedback
     assert len(model.feedback) == 3
+    assert isinstance(model.feedback, Mapping)
     assert model.feedback["2"].is_contiguous(memory_format=torch.channels_last)
 
 

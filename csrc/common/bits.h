@@ -27,4 +27,7 @@ FDFA_HD uint32_t bits_from_float(float value) {
 #endif
 }
 
+// Neither infinite nor NaN. Integer arithmetic, so that no compiler flag can assume it true.
+FDFA_HD bool is_finite(float value) { return (bits_from_float(value) & 0x7F800000u) != 0x7F800000u; }
+
 }  // namespace fdfa

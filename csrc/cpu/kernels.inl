@@ -126,11 +126,19 @@ void update_row(Rule rule, int64_t count, const float* __restrict g, float* __re
                 float* __restrict gradient, const AdamStep& adam, float lr) {
   switch (rule) {
     case Rule::ema:
-      for (int64_t i = 0; i < count; ++i) memory[i] = b[i] = memory[i] + lr * (g[i] - memory[i]);
+      for (int64_t i = 0; i < count; ++i) {
+        const float moved = memory[i] + lr * (g[i] - memory[i]);
+        memory[i] = b[i] = is_finite(g[i]) ? moved : memory[i];
+      }
       break;
     case Rule::adam:
       for (int64_t i = 0; i < count; ++i) {
-        memory[i] = b[i] = adam_update(adam, memory[i], memory[i] - g[i], exp_avg[i], exp_avg_sq[i]);
+        float m = exp_avg[i], v = exp_avg_sq[i];
+        const float moved = adam_update(adam, memory[i], memory[i] - g[i], m, v);
+        const bool finite = is_finite(g[i]);
+        memory[i] = b[i] = finite ? moved : memory[i];
+        exp_avg[i] = finite ? m : exp_avg[i];
+        exp_avg_sq[i] = finite ? v : exp_avg_sq[i];
       }
       break;
     case Rule::gradient:

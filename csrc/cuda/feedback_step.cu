@@ -59,6 +59,7 @@ template <Rule kRule, class T>
 __device__ void move_feedback(const FeedbackParams<T>& p, const AdamStep& adam, int64_t index,
                               float g) {
   const float b = p.feedback[index];
+  if (kRule != Rule::gradient && !is_finite(g)) return;  // B outlives a batch that overflowed
   if constexpr (kRule == Rule::ema) {
     p.feedback[index] = b + p.lr * (g - b);
   } else if constexpr (kRule == Rule::adam) {
