@@ -30,8 +30,9 @@ TORCH_LIBRARY(fdfa, m) {
   m.def("perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise) -> Tensor");
 
   // G = tangentᵀ u / N; moves feedback B [K, *features] by eq. 8 (exp_avg absent) or by a step of Adam
-  // on the gradient B - G, the `updates`-th one (int64 [1]), where G is finite. Then δ = (error B) ⊙ f'(gate), in gate's
-  // shape [N, *features]: y, or the pre-activation for gelu and silu. error and tangent [N, K].
+  // on the gradient B - G, the `updates`-th one (int64 [1]), where G is finite. Then δ = (error B) ⊙
+  // f'(gate), in gate's shape [N, *features]: y, or the pre-activation for gelu and silu. error and
+  // tangent [N, K].
   m.def(
       "feedback_step(Tensor(a!) feedback, Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, Tensor? "
       "updates, "
