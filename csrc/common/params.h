@@ -43,8 +43,7 @@ struct EpilogueParams {
 //   ema       B ← (1 - lr) B + lr G, then delta from the new B            (eq. 8)
 //   adam      one Adam step on the gradient B - G, delta from the new B     (Appendix A)
 //   gradient  gradient ← B - G, delta from the unchanged B                  (eq. 10)
-// ema and adam leave an element alone where G is not finite: one batch that overflowed must not spoil
-// B.
+// ema and adam leave an element alone where G is not finite: a batch that overflowed must not spoil B.
 template <class T>
 struct FeedbackParams {
   float* feedback;         // [outputs, features] B
