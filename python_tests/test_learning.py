@@ -9,13 +9,6 @@ from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.functional import NOISES
 
 
-def learn_feedback(model: FDFA, x: Tensor, steps: int) -> None:
-    """Frozen weights: only the feedback moves."""
-    for _ in range(steps):
-        model(x).sum().backward()
-    model.zero_grad()
-
-
 def mean_of_estimates(model: FDFA, x: Tensor, steps: int) -> dict[str, Tensor]:
     """The mean of G = dᵀu / N over steps: eq. 8 with α = 1/t from B = 0."""
     for t in range(1, steps + 1):
