@@ -37,8 +37,12 @@ step() {
 last_line() { tail -n 1 | tr -d '=|'; }
 pytest_summary() { grep -E '(passed|failed|error|no tests ran).* in ' | last_line; }
 sanitizer_summary() { grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' | last_line; }
-largest_ratio() {
-  awk -F'|' 'NF == 9 && $6 + 0 > top { top = $6 + 0 } END { if (top) print "FDFA / BP at most " top }'
+largest_ratio() {  # of the table that `bench` prints
+  awk -F'|' '$5 == " fdfa " && $7 + 0 > top { top = $7 + 0 } END { if (top) print "FDFA / BP at most " top }'
+}
+least_bandwidth() {  # of the table that `profile` prints
+  awk -F'|' '$2 ~ /fdfa::(perturb|feedback)/ && (!least || $9 + 0 < least) { least = $9 + 0 }
+    END { if (least) print "our kernels reach at least " least "% of the roofline" }'
 }
 accuracies() { grep '^test accuracy' | tr -s ' '; }  # of FDFA and of backprop
 
@@ -70,19 +74,19 @@ echo "$machine, compute capability $architecture, $cuda_home"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 FDFA_CUDA=1 TORCH_CUDA_ARCH_LIST=$architecture MAX_JOBS
 MAX_JOBS=$(nproc)
 
-if ! step build 140 last_line "$python" setup.py build_ext --inplace; then
+if ! step build 120 last_line "$python" setup.py build_ext --inplace; then
   print_table
   exit 1
 fi
 step info 10 last_line "$python" -m fdfa_ext info
-step tests 85 pytest_summary "$python" -m pytest -q -p no:cacheprovider python_tests
+step tests 105 pytest_summary "$python" -m pytest -q -p no:cacheprovider python_tests
 
 # Every kernel, rule and storage type on small shapes. Only this package's kernels are instrumented, and
 # each tensor has an allocation of its own, so that no access past its end lands in a neighbour.
 small="cuda and (test_linear and true-true and (tanh or gelu) or test_perturb or test_strided
   or test_feedback_step and (relu or gelu))"
 sanitize() {
-  step "$1" 45 sanitizer_summary env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" \
+  step "$1" 40 sanitizer_summary env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" \
     --kernel-name kns=fdfa --error-exitcode 9 \
     "$python" -m pytest -q -p no:cacheprovider python_tests/test_ops.py -k "${small//$'\n'/ }"
 }
@@ -90,12 +94,17 @@ sanitize memcheck
 sanitize racecheck
 sanitize synccheck
 
-step bench 70 largest_ratio "$python" scripts/bench_step.py --device cuda --seconds 4 --json "$logs/bench.json"
-step train 35 accuracies "$python" -m fdfa_ext train --dataset digits --method fdfa,bp --device cuda \
+step bench 45 largest_ratio "$python" -m fdfa_ext bench --device cuda --seconds 3 \
+  --methods fdfa,plain,bp,bp-channels-last --json "$logs/bench.json"
+step profile 45 least_bandwidth "$python" -m fdfa_ext profile --device cuda --model alexnet \
+  --batch-size 128 --json "$logs/profile.json"
+step train 30 accuracies "$python" -m fdfa_ext train --dataset digits --method fdfa,bp --device cuda \
   --epochs 10 --output "$logs/train"
 
 print_table
 echo
-# From the first table on: what comes before it is progress.
-sed -n '/^|/,$p' "$logs/bench.log"
+# From the line before the first table on: what comes before it is progress.
+for log in bench profile; do
+  grep -v '\.\.\.$' "$logs/$log.log"
+done
 exit "$failed"

@@ -14,7 +14,7 @@ from torch import nn
 from fdfa_ext import FDFA
 from fdfa_ext.train.data import N_CLASSES, Dataset, batches
 from fdfa_ext.train.errors import UserError
-from fdfa_ext.train.models import build_net
+from fdfa_ext.train.models import NORMALISED, build_net
 
 METHODS = ("fdfa", "bp")
 LR_DECAY = 0.95  # of the weights' rate, each epoch; the feedback's rate stays (Appendix A)
@@ -79,7 +79,7 @@ class Run:
 
     def __init__(self, config: Config, data: Dataset, device: torch.device | None = None) -> None:
         device = device or torch.device("cpu")
-        if config.model == "cnn" and len(data.train_images) % config.batch_size == 1:
+        if config.model in NORMALISED and len(data.train_images) % config.batch_size == 1:
             raise UserError(
                 f"with --batch-size {config.batch_size} the last batch has one image, "
                 "which batch normalisation cannot train on: choose another size"

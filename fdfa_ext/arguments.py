@@ -1,0 +1,56 @@
+"""Types of command-line arguments: each turns a word into a value, or says in a sentence why not."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def device(text: str) -> torch.device:
+    try:
+        found = torch.device(text)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from None
+    return found
+
+
+def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Some of the known words, separated by commas, none twice."""
+
+    def parse(text: str) -> list[str]:
+        words = text.split(",")
+        if not set(words) <= set(known) or len(set(words)) < len(words):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not some of {', '.join(known)} (with commas between)"
+            )
+        return words
+
+    return parse
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Whole numbers of 1 or more, separated by commas."""
+    return [whole(word) for word in text.split(",")]

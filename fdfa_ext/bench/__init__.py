@@ -1,0 +1,1 @@
+"""Timing: whole training steps beside other ways to make them, and the operators of one step."""

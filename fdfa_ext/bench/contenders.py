@@ -1,0 +1,119 @@
+"""What is timed: one whole training step of a net, by each way to make it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, cycle
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdfa_ext import FDFA
+from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
+from fdfa_ext.train.models import build_net
+
+HIDDEN = {"mlp2": 1, "mlp4": 3}  # 784-800-10 and 784-800-800-800-10
+MODELS = (*HIDDEN, "cnn", "cnn-two-pool", "alexnet")
+SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224)}
+DTYPES = ("float32", "tf32", "bfloat16")
+METHODS = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled")
+
+_N_BATCHES = 16  # enough that no contender learns them by heart and computes with zeros from then on
+_BATCH_BYTES = 2**28  # of them all at most
+
+
+@dataclass(frozen=True)
+class Case:
+    """A net on a kind of input. hidden and width are for the mlps alone."""
+
+    model: str
+    shape: str
+    batch_size: int
+    outputs: int
+    hidden: int = 1
+    width: int = 800
+
+    @staticmethod
+    def of(model: str, shape: str, batch_size: int, outputs: int | None) -> "Case":
+        """The paper's net on that input; AlexNet has an input of its own."""
+        if model == "alexnet":
+            return Case(model, "imagenet", batch_size, outputs or 100)
+        width = 1000 if shape == "cifar10" else 800
+        return Case(model, shape, batch_size, outputs or 10, HIDDEN.get(model, 1), width)
+
+    @property
+    def is_mlp(self) -> bool:
+        return self.model in HIDDEN
+
+    @property
+    def net(self) -> str:
+        """Its name, for an mlp its layers' sizes."""
+        if not self.is_mlp:
+            return self.model
+        inputs = torch.Size(SHAPES[self.shape]).numel()
+        return "-".join(map(str, [inputs, *[self.width] * self.hidden, self.outputs]))
+
+    def build(self) -> nn.Sequential:
+        """The net, with the same weights each time."""
+        torch.manual_seed(0)
+        family = "mlp" if self.is_mlp else self.model
+        return build_net(family, SHAPES[self.shape], self.outputs, self.hidden, self.width)
+
+
+def methods_for(case: Case, methods: list[str]) -> list[str]:
+    """Those that make a difference for it: memory order is none to a net without images."""
+    return [m for m in methods if not (case.is_mlp and m == "bp-channels-last")]
+
+
+@dataclass
+class TrainingStep:
+    """Forward, cross-entropy, backward, fused Adam on W and Adam on B, gradients let go."""
+
+    run: Callable[[], None]
+    resident_bytes: int  # weights, feedback, optimizer state and buffers, which outlive a step
+
+
+def training_step(case: Case, method: str, device: torch.device, dtype: str) -> TrainingStep:
+    """dtype: "float32", "tf32" (which is a setting of torch and up to the caller) or "bfloat16"."""
+    net = case.build()
+    plain_order = case.is_mlp or method in ("bp", "published")
+    order = torch.contiguous_format if plain_order else torch.channels_last
+    net = net.to(device=device, memory_format=order)  # type: ignore[call-overload]
+    batches = list(_batches(case, device, order))
+    endless = cycle(batches)
+    example = batches[0][0]
+
+    model: nn.Module = net
+    if method == "fdfa":
+        model = FDFA(net, feedback="adam", feedback_lr=1e-4, example_input=example)
+    elif method == "plain":
+        model = PlainFDFA(net, example)
+    elif method == "published":
+        model = PublishedFDFA(net, example)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model) if method == "bp-compiled" else model
+    model.train()
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def step() -> None:
+        images, labels = next(endless)
+        with precision:
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    state = chain.from_iterable(values.values() for values in optimizer.state.values())
+    resident = sum(t.nbytes for t in chain(model.state_dict().values(), state))
+    return TrainingStep(step, resident)
+
+
+def _batches(
+    case: Case, device: torch.device, order: torch.memory_format
+) -> Iterator[tuple[Tensor, Tensor]]:
+    shape = (case.batch_size, *SHAPES[case.shape])
+    n_bytes = 4 * torch.Size(shape).numel()
+    for _ in range(max(2, min(_N_BATCHES, _BATCH_BYTES // n_bytes))):
+        images = torch.randn(shape).to(device).contiguous(memory_format=order)
+        yield images, torch.randint(case.outputs, (case.batch_size,)).to(device)

@@ -1,0 +1,75 @@
+"""What a figure means nothing without: the hardware with its limits, torch, threads and commit."""
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fdfa_ext import build_info
+
+_REPEATS = 10
+
+
+def description(device: torch.device) -> str:
+    """One line for a table's head."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    hardware = f"{names[0] if names else platform.processor()} ({build_info()['CPU kernels']})"
+    if device.type == "cuda":
+        hardware = f"{torch.cuda.get_device_name(device)}, {hardware}"
+    return (
+        f"{hardware}, torch {torch.__version__}, {torch.get_num_threads()} threads, load "
+        f"{os.getloadavg()[0]:.1f}, commit {_commit()}"
+    )
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Limits(NamedTuple):
+    """What the machine was measured to do at best, in units a second."""
+
+    bytes: float  # read and written by a copy larger than the caches
+    flops: float  # of a matrix product, in the dtype in question
+
+    def seconds(self, n_bytes: float, n_flops: float) -> float:
+        """The roofline: no faster can it be, unless its data are in a cache."""
+        return max(n_bytes / self.bytes, n_flops / self.flops)
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    on_gpu = device.type == "cuda"
+    source = torch.empty(2**28 if on_gpu else 2**25, device=device).normal_()
+    target = torch.empty_like(source)
+    side = 8192 if on_gpu else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return Limits(
+        2 * source.nbytes / _best(lambda: target.copy_(source), device),
+        2 * side**3 / _best(lambda: a.mm(a), device),
+    )
+
+
+def _best(run: Callable[[], object], device: torch.device) -> float:
+    """Median of the faster half of the repeats, in seconds: the machine at its best, without flukes."""
+    seconds = []
+    for _ in range(_REPEATS + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(sorted(seconds[1:])[: _REPEATS // 2])

@@ -1,0 +1,235 @@
+"""The operators of one training step, each timed alone: its share of the step and of the roofline."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
+
+from fdfa_ext import reference
+from fdfa_ext._ops import fused
+from fdfa_ext.bench.machine import Limits
+from fdfa_ext.bench.timing import Contender, Spread, take_turns
+
+_SECONDS = 0.25  # of timing for each operator
+_COLD_BYTES = 2**28  # several times a GPU's L2 cache
+_MOST_COPIES = 64  # of an operator's arguments, to make them so many bytes
+_GEOMETRY = slice(4, 8)  # stride, padding, dilation and groups of fdfa::conv2d
+
+
+@dataclass
+class OperatorCall:
+    """One operator with copies of the arguments that a training step gave it."""
+
+    operator: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    calls: int = 1  # in one step
+
+    @property
+    def name(self) -> str:
+        return str(self.operator.name())
+
+    @property
+    def shapes(self) -> str:
+        """Of its two largest tensors."""
+        found = sorted(_tensors((self.args, self.kwargs)), key=Tensor.numel, reverse=True)
+        return ", ".join("×".join(map(str, t.shape)) for t in found[:2])
+
+    def __call__(self) -> Any:
+        return self.operator(*self.args, **self.kwargs)
+
+    def copy(self) -> "OperatorCall":
+        args, kwargs = _copied((self.args, self.kwargs))
+        return OperatorCall(self.operator, args, kwargs, self.calls)
+
+
+@dataclass
+class OperatorTime:
+    """What `profile` prints of an operator; a time in milliseconds is one call's."""
+
+    name: str
+    shapes: str
+    calls: int
+    ms: Spread
+    n_bytes: int  # that it cannot avoid: each tensor that it reads or writes, once
+    n_flops: int  # of matrix products alone
+    of_roofline: float
+    reference_ms: float | None = None
+
+
+def record(step: Callable[[], None]) -> list[OperatorCall]:
+    """The operators that `step` calls, in order; equal calls are counted and not repeated."""
+    recorder = _Recorder()
+    with recorder:
+        step()
+    return list(recorder.calls.values())
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, OperatorCall] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        arguments = (args, kwargs or {})
+        if _does_work(func):
+            key = (func, str(tree_map(_looks, arguments)))
+            if key in self.calls:
+                self.calls[key].calls += 1
+            else:
+                self.calls[key] = OperatorCall(func, *_copied(arguments))
+        return func(*arguments[0], **arguments[1])
+
+
+def _does_work(operator: torch._ops.OpOverload) -> bool:
+    """Not views, whose results alias an argument that they do not change; nor mere questions."""
+    schema = operator._schema
+    view = any(r.alias_info and not r.alias_info.is_write for r in schema.returns)
+    changes = any(a.alias_info and a.alias_info.is_write for a in schema.arguments)
+    return not view and (changes or any("Tensor" in str(r.type) for r in schema.returns))
+
+
+def _looks(value: Any) -> Any:
+    return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
+
+
+def _copied(arguments: Any) -> Any:
+    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, arguments)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def time_operators(
+    calls: Sequence[OperatorCall], limits: Limits, device: torch.device
+) -> list[OperatorTime]:
+    """Each call alone, and with it the same operator in plain torch where it is one of this package."""
+    return [row for call in calls for row in _time(call, limits, device)]
+
+
+def _time(call: OperatorCall, limits: Limits, device: torch.device) -> Iterator[OperatorTime]:
+    n_bytes, n_flops = necessary_bytes(call), _flops(call)
+    copies = 1
+    if device.type == "cuda":
+        copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(n_bytes, 1)))
+    runs: dict[str, Callable[[OperatorCall], Any]] = {"itself": OperatorCall.__call__}
+    if call.operator.namespace == "fdfa":
+        runs["reference"] = _in_plain_torch
+    products = _PRODUCTS.get(call.name)
+    if products:
+        runs["products"] = products
+    contenders = []
+    for name, run in runs.items():
+        arguments = [call.copy() for _ in range(copies)]
+        step = _graphed(run, arguments) if device.type == "cuda" else lambda r=run, c=arguments[0]: r(c)
+        contenders.append(Contender(name, step))
+    with torch.no_grad():
+        take_turns(contenders, _SECONDS, device)
+    ms = {c.name: Spread(*(q / copies for q in c.spread)) for c in contenders}
+
+    def row(name: str, spread: Spread, moved: int, flops: int, plain: float | None) -> OperatorTime:
+        share = 1e3 * limits.seconds(moved, flops) / spread.median
+        return OperatorTime(name, call.shapes, call.calls, spread, moved, flops, share, plain)
+
+    plain = ms["reference"].median if "reference" in ms else None
+    yield row(call.name, ms["itself"], n_bytes, n_flops, plain)
+    if products:
+        bare = ms["products"].median
+        pass_ms = Spread(*(max(q - bare, 1e-6) for q in ms["itself"]))
+        moved = sum(t.nbytes for t in call()[:2]) * 2  # z and tz are read, y and ty are written
+        yield row(f"{call.name} less its products", pass_ms, moved, 0, None)
+
+
+def _graphed(run: Callable[[OperatorCall], Any], calls: list[OperatorCall]) -> Callable[[], None]:
+    """All of them in a CUDA graph, which the CPU does not delay; none finds its data in a cache."""
+    with torch.no_grad():
+        run(calls[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [run(call) for call in calls]  # kept, so that each writes to memory of its own
+    del results
+    return graph.replay
+
+
+def _in_plain_torch(call: OperatorCall) -> Any:
+    plain = getattr(reference, call.operator._opname)
+    return plain(*call.args, **call.kwargs)
+
+
+def _linear_products(call: OperatorCall) -> list[Tensor]:
+    x, tangent, weight = call.args[:3]
+    return [F.linear(t, weight) for t in (x, tangent) if t is not None]
+
+
+def _conv2d_products(call: OperatorCall) -> list[Tensor]:
+    x, tangent, weight = call.args[:3]
+    return [F.conv2d(t, weight, None, *call.args[_GEOMETRY]) for t in (x, tangent) if t is not None]
+
+
+_PRODUCTS = {"fdfa::linear": _linear_products, "fdfa::conv2d": _conv2d_products}
+
+
+def necessary_bytes(call: OperatorCall) -> int:
+    """Each tensor read once and each result written once; what an operator changes counts as both."""
+    total = 0
+    schema = call.operator._schema.arguments
+    for argument, value in [
+        *zip(schema, call.args, strict=False),
+        *((argument, call.kwargs.get(argument.name)) for argument in schema[len(call.args) :]),
+    ]:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if argument.name == "gate" and "identity" in call.args:
+            continue  # f' is one, whatever the gate is
+        total += sum(t.nbytes for t in _tensors(value)) * (2 if written else 1)
+    fresh = not any(argument.alias_info for argument in schema) or call.operator.namespace == "fdfa"
+    if fresh:
+        with torch.no_grad():
+            results = list(_tensors(call.copy()()))
+        total += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in results)
+    return total
+
+
+def _flops(call: OperatorCall) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call.copy()()
+    return int(counter.get_total_flops())
+
+
+# The counter gives shapes where the operators take tensors.
+
+
+@register_flop_formula(fused.linear)
+def _(x: Any, tangent: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return (1 if tangent is None else 2) * 2 * math.prod(x) * weight[0]
+
+
+@register_flop_formula(fused.conv2d)
+def _(x: Any, tangent: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return (1 if tangent is None else 2) * conv_flop_count(x, weight, out_shape[0])
+
+
+def _feedback_flops(feedback: Any, error: Any) -> int:
+    return 2 * 2 * error[0] * math.prod(feedback)
+
+
+@register_flop_formula(fused.feedback_step)
+def _(
+    feedback: Any, exp_avg: Any, exp_avg_sq: Any, updates: Any, error: Any, *_: Any, **__: Any
+) -> int:
+    return _feedback_flops(feedback, error)
+
+
+@register_flop_formula(fused.feedback_gradient)
+def _(feedback: Any, error: Any, *_: Any, **__: Any) -> int:
+    return _feedback_flops(feedback, error)

@@ -1,0 +1,95 @@
+"""Contenders take turns within one run, so that a busy machine slows all of them alike."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+_TURN = 0.05  # seconds of one turn at least: far above the clock's and the scheduler's grain
+_LEAST_TURNS = 5
+_SLOW = 4  # a contender that takes so many times the fastest one's time sits out turns
+_SLOW_TURNS = 4  # that is, all but one in so many
+
+
+class Spread(NamedTuple):
+    """Quartiles of a time in milliseconds."""
+
+    lower: float
+    median: float
+    upper: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.lower:.3g}–{self.upper:.3g})"
+
+
+@dataclass
+class Contender:
+    """`step` is what is timed; `ms` gets the time of one step, an entry for each turn."""
+
+    name: str
+    step: Callable[[], object]
+    ms: list[float] = field(default_factory=list)
+
+    @property
+    def spread(self) -> Spread:
+        return Spread(*statistics.quantiles(self.ms, n=4, method="inclusive"))
+
+
+def take_turns(contenders: Sequence[Contender], seconds: float, device: torch.device) -> None:
+    """Fills `ms` of each for about `seconds`, and with five turns at least.
+
+    Each turn begins with an untimed step, which brings back into the caches what the others displaced.
+    """
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def timed(step: Callable[[], object], repeats: int) -> float:
+        synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        synchronize()
+        return (time.perf_counter() - started) / repeats
+
+    def warm(step: Callable[[], object]) -> float:
+        timed(step, 2)  # compiles, allocates, tunes
+        return timed(step, 1)
+
+    estimates = [warm(each.step) for each in contenders]
+    repeats = [max(1, round(_TURN / estimate)) for estimate in estimates]
+    slow = [estimate > _SLOW * min(estimates) for estimate in estimates]
+    deadline = time.perf_counter() + seconds
+    turn = 0
+    while time.perf_counter() < deadline or any(len(each.ms) < _LEAST_TURNS for each in contenders):
+        order = [(turn + i) % len(contenders) for i in range(len(contenders))]
+        for i in order:
+            if slow[i] and turn % _SLOW_TURNS:
+                continue
+            contenders[i].step()
+            contenders[i].ms.append(1e3 * timed(contenders[i].step, repeats[i]))
+        turn += 1
+
+
+def peak_memory(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch's allocator held at once within one step, above what it held before."""
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it writes to stderr that it started
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
+        step()
+    kineto = profiler.profiler.kineto_results
+    changes = [(e.start_ns(), e.nbytes()) for e in kineto.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for _, n_bytes in sorted(changes, key=lambda change: change[0]):
+        held += n_bytes
+        peak = max(peak, held)
+    return peak

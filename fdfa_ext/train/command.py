@@ -1,0 +1,167 @@
+"""``python -m fdfa_ext train``: arguments to runs, runs to lines, CSV, plot and table."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fdfa_ext.arguments import device, positive, seed, some_of, whole
+from fdfa_ext.train.data import DATASETS, load_dataset
+from fdfa_ext.train.errors import UserError
+from fdfa_ext.train.models import MODELS
+from fdfa_ext.train.training import METHODS, Config, EpochResult, Run, read_checkpoint
+
+_CONFIG_FIELDS = [field.name for field in fields(Config)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    default = Config()
+
+    def add(flag: str, kind: Callable[[str], Any], help: str, **more: Any) -> None:
+        # No default value here: what the user did not say comes from Config, or from the checkpoint.
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=help, **more)
+
+    add("--model", str, f"net to train (default {default.model})", choices=MODELS)
+    add("--hidden", whole, "hidden layers of the mlp (default 1)", metavar="LAYERS")
+    add(
+        "--width",
+        whole,
+        "units of each hidden layer (default 800; for cifar10 1000)",
+        metavar="UNITS",
+    )
+    add("--dataset", str, f"data set (default {default.dataset})", choices=DATASETS)
+    add(
+        "--data-dir",
+        Path,
+        "folder of the files (default $FDFA_DATA_DIR, then data)",
+        metavar="DIR",
+    )
+    add(
+        "--method",
+        some_of(METHODS),
+        f"{', '.join(METHODS)}, or both, trained in turn and compared (default {default.method})",
+        metavar="METHOD[,METHOD]",
+    )
+    add(
+        "--feedback",
+        str,
+        f"rule that learns the feedback B (default {default.feedback})",
+        choices=("adam", "ema", "grad"),
+    )
+    add(
+        "--feedback-lr",
+        positive,
+        f"rate of the feedback rule, not decayed (default {default.feedback_lr:g})",
+        metavar="RATE",
+    )
+    add("--noise", str, f"perturbation (default {default.noise})", choices=("gaussian", "rademacher"))
+    add(
+        "--backend",
+        str,
+        f"compiled ops or their definition in plain torch (default {default.backend})",
+        choices=("fused", "reference"),
+    )
+    add(
+        "--epochs",
+        whole,
+        f"epochs, resumed ones included (default {default.epochs})",
+        metavar="N",
+    )
+    add("--batch-size", whole, f"images a step (default {default.batch_size})", metavar="N")
+    add(
+        "--lr",
+        positive,
+        f"Adam's rate for the weights, x 0.95 each epoch (default {default.lr:g})",
+        metavar="RATE",
+    )
+    add("--seed", seed, f"seed of weights, data order and noise (default {default.seed})", metavar="N")
+    add("--device", device, "device, such as cpu or cuda:0 (default cpu)")
+    add("--threads", whole, "CPU threads (default: torch's choice)", metavar="N")
+    add(
+        "--checkpoint",
+        Path,
+        "write the run's state to this file after each epoch",
+        metavar="FILE",
+    )
+    add(
+        "--resume",
+        Path,
+        "continue this checkpoint's run, with its settings, up to --epochs",
+        metavar="FILE",
+    )
+    add(
+        "--output",
+        Path,
+        "folder for CSV and plot (default runs/DATASET-MODEL-METHOD-seedSEED, with hidden and width "
+        "where given)",
+        metavar="DIR",
+    )
+
+
+def train(given: dict[str, Any]) -> None:
+    """What the command does, for the arguments that were given, by name."""
+    try:
+        from fdfa_ext.train import report
+    except ModuleNotFoundError as error:
+        raise UserError(f"the train command needs {error.name}: pip install {error.name}") from None
+
+    if "threads" in given:
+        torch.set_num_threads(given["threads"])
+    settings = {name: value for name, value in given.items() if name in _CONFIG_FIELDS}
+    methods = settings.pop("method", None)
+    checkpoint = None
+    if "resume" in given:
+        base, checkpoint = read_checkpoint(given["resume"])
+        if methods:
+            settings["method"] = ",".join(methods)
+        wanted = replace(base, **settings)
+        changed = [name for name in _CONFIG_FIELDS if getattr(base, name) != getattr(wanted, name)]
+        if changed not in ([], ["epochs"]):
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in changed if name != "epochs")
+            raise UserError(f"{given['resume']} was trained with another {names}, which cannot change")
+        configs = [wanted]
+    else:
+        configs = [Config(**settings, method=method) for method in methods or [Config.method]]
+    if len(configs) > 1 and "checkpoint" in given:
+        raise UserError("--checkpoint holds one run: give one --method")
+
+    first = configs[0]
+    trained = "-".join(config.method for config in configs)
+    size = "".join(f"-{word}{n}" for word, n in (("hidden", first.hidden), ("width", first.width)) if n)
+    title = f"{first.dataset}-{first.model}{size}-{trained}-seed{first.seed}"
+    output = given.get("output", Path("runs") / title)
+    data = load_dataset(first.dataset, given.get("data_dir"))
+    histories: dict[str, list[EpochResult]] = {}
+    for config in configs:
+        run = Run(config, data, given.get("device"))
+        if checkpoint:
+            run.load(checkpoint)
+        output.mkdir(parents=True, exist_ok=True)
+        _fit(run, output / f"{config.method}.csv", given.get("checkpoint"))
+        histories[config.method] = run.history
+    report.plot(histories, title, output / "curves.png")
+    print(report.final_table(histories), f"CSV and plot: {output}", sep="\n\n")
+
+
+def _fit(run: Run, csv_file: Path, checkpoint: Path | None) -> None:
+    from tqdm import tqdm
+
+    from fdfa_ext.train import report
+
+    config = run.config
+    print(f"{config.dataset}, {config.model}, {config.method}, seed {config.seed}")
+    print(report.EPOCH_HEADER, flush=True)
+    total, done = (run.steps_per_epoch * epochs for epochs in (config.epochs, len(run.history)))
+    # disable=None: no bar where stderr is a file.
+    with tqdm(total=total, initial=done, unit="step", leave=False, disable=None) as bar:
+        while len(run.history) < config.epochs:
+            result = run.train_epoch(bar.update)
+            with bar.external_write_mode():
+                print(report.epoch_line(result), flush=True)
+            report.write_csv(run.history, csv_file)
+            if checkpoint:
+                run.save(checkpoint)
+    print()
