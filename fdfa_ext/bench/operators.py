@@ -163,8 +163,7 @@ def _graphed(run: Callable[[OperatorCall], Any], calls: list[OperatorCall]) -> C
 
 
 def _in_plain_torch(call: OperatorCall) -> Any:
-    plain = getattr(reference, call.operator._opname)
-    return plain(*call.args, **call.kwargs)
+    return getattr(reference, call.name.removeprefix("fdfa::"))(*call.args, **call.kwargs)
 
 
 def _linear_products(call: OperatorCall) -> list[Tensor]:
@@ -182,21 +181,20 @@ _PRODUCTS = {"fdfa::linear": _linear_products, "fdfa::conv2d": _conv2d_products}
 
 def necessary_bytes(call: OperatorCall) -> int:
     """Each tensor read once and each result written once; what an operator changes counts as both."""
+    schema = call.operator._schema
+    named = [(a, call.kwargs.get(a.name)) for a in schema.arguments[len(call.args) :]]
     total = 0
-    schema = call.operator._schema.arguments
-    for argument, value in [
-        *zip(schema, call.args, strict=False),
-        *((argument, call.kwargs.get(argument.name)) for argument in schema[len(call.args) :]),
-    ]:
-        written = argument.alias_info is not None and argument.alias_info.is_write
+    for argument, value in [*zip(schema.arguments, call.args, strict=False), *named]:
         if argument.name == "gate" and "identity" in call.args:
             continue  # f' is one, whatever the gate is
+        written = argument.alias_info is not None and argument.alias_info.is_write
         total += sum(t.nbytes for t in _tensors(value)) * (2 if written else 1)
-    fresh = not any(argument.alias_info for argument in schema) or call.operator.namespace == "fdfa"
-    if fresh:
-        with torch.no_grad():
-            results = list(_tensors(call.copy()()))
-        total += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in results)
+    with torch.no_grad():
+        result = call.copy()()
+    results = result if isinstance(result, tuple) else (result,)
+    for returned, value in zip(schema.returns, results, strict=False):
+        if returned.alias_info is None:
+            total += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in _tensors(value))
     return total
 
 
