@@ -1,4 +1,4 @@
-"""How a tangent passes through the modules of an FDFABlock.
+"""How a tangent passes through the modules of an FDFABlock, and through linear layers anywhere.
 
 torch's forward mode is right for every module, but records the tangent's own graph and works through
 several passes over memory. Two kinds of modules have a shorter way with the library's own kernels:
@@ -17,6 +17,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -60,6 +61,31 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
         return out, tangent
     out, tangent = forward_ad.unpack_dual(module(forward_ad.make_dual(y, ty)))
     return out, None if tangent is None else tangent.detach()
+
+
+class LinearTangents(TorchFunctionMode):
+    """Within it, F.linear of a dual tensor takes one product for the tangent.
+
+    torch's forward mode also multiplies the missing tangents of weight and bias and adds these zeros by
+    a detour through Python: for the output layer of 784-800-10, batch 64, a sixth of the whole training
+    step.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rule = _dual_linear if func is F.linear else func
+        return rule(*args, **(kwargs or {}))
+
+
+def _dual_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, tangent = forward_ad.unpack_dual(input)
+    constant = all(t is None or forward_ad.unpack_dual(t).tangent is None for t in (weight, bias))
+    if tangent is None or not constant:
+        return F.linear(input, weight, bias)
+    with torch.no_grad():
+        ty = F.linear(tangent, weight)
+    return forward_ad.make_dual(F.linear(x, weight, bias), ty)
 
 
 def _batch_norm_tangent(module: Any, y: Tensor, ty: Tensor) -> Tensor:

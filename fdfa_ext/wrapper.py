@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from fdfa_ext._ops import fused
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass, Star
 from fdfa_ext.layers import Block
+from fdfa_ext.tangents import LinearTangents
 
 RULES = ("ema", "adam", "grad")
 
@@ -184,7 +186,9 @@ class FDFA(nn.Module):
         for index, (name, block) in enumerate(self._blocks.items()):
             block.block_pass = BlockPass(dual, name, index)
         try:
-            with forward_ad.dual_level():
+            # A compiler fuses what torch's forward mode records, and traces no such mode.
+            rules = nullcontext() if torch.compiler.is_compiling() else LinearTangents()
+            with forward_ad.dual_level(), rules:
                 output = self.module(*args, **kwargs)
                 if not isinstance(output, Tensor):
                     raise TypeError(

@@ -1,5 +1,6 @@
 """FDFA as a user meets it: training steps, state, rules and errors."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -145,6 +146,27 @@ def test_tangent_of_a_block_is_that_of_forward_mode(chain: Any) -> None:
     torch.testing.assert_close(y, expected.primal)
     torch.testing.assert_close(ty, expected.tangent)
     assert not ty.requires_grad
+
+
+@pytest.mark.parametrize("moving", [(True, False), (True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_tangents_are_those_of_forward_mode(moving: tuple[bool, bool], bias: bool) -> None:
+    """Also for a weight that has a tangent itself, as that of a layer whose weights are computed."""
+    from fdfa_ext.tangents import LinearTangents
+
+    tensors = [torch.randn(2, *size, dtype=torch.double) for size in ((5, 6), (4, 6))]
+    b = torch.randn(4, dtype=torch.double) if bias else None
+    results = []
+    for rules in (LinearTangents(), contextlib.nullcontext()):
+        with forward_ad.dual_level(), rules:
+            x, weight = (
+                forward_ad.make_dual(*t) if dual else t[0]
+                for t, dual in zip(tensors, moving, strict=True)
+            )
+            results.append(forward_ad.unpack_dual(F.linear(x, weight, bias=b)))
+    assert (results[0].tangent is not None) == any(moving)
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
 
 
 class Residual(nn.Module):
