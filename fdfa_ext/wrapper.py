@@ -186,7 +186,7 @@ class FDFA(nn.Module):
         for index, (name, block) in enumerate(self._blocks.items()):
             block.block_pass = BlockPass(dual, name, index)
         try:
-            # A compiler fuses what torch's forward mode records, and traces no such mode.
+            # For eager steps alone: a compiled one traces torch's own forward mode.
             rules = nullcontext() if torch.compiler.is_compiling() else LinearTangents()
             with forward_ad.dual_level(), rules:
                 output = self.module(*args, **kwargs)
