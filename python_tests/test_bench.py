@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from fdfa_ext import FDFA, reference
 from fdfa_ext.__main__ import main
-from fdfa_ext.bench.contenders import Case, training_step
+from fdfa_ext.bench.contenders import METHODS, Case, training_step
 from fdfa_ext.bench.machine import Limits
 from fdfa_ext.bench.operators import record, time_operators
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
 from fdfa_ext.bench.report import slope
 from fdfa_ext.bench.timing import Contender, peak_memory, take_turns
+from fdfa_ext.train.models import build_net
 
 
 @pytest.mark.parametrize("form", [PublishedFDFA, PlainFDFA])
@@ -138,6 +139,10 @@ def test_commands_print_tables_and_write_their_files(tmp_path: Path, capsys, mon
     [
         ("bench --models mlp3", "'mlp3' is not some of mlp2, mlp4"),
         ("bench --models cnn --sweep width", "--sweep width is for the mlps, not for cnn"),
+        (
+            "bench --models mlp2 --methods plain --dtype bfloat16",
+            "784-800-10 in bfloat16: nothing to time with plain",
+        ),
         ("bench --batch-sizes 64,0", "'0' is not a whole number of 1 or more"),
         ("bench --plot nowhere/b.png", "--plot nowhere/b.png: there is no folder nowhere"),
     ],
@@ -149,3 +154,22 @@ def test_what_the_user_gets_wrong_is_one_sentence(capsys, flags: str, message: s
         code = error.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_method_takes_a_step_in_bfloat16_or_is_left_out(capsys) -> None:
+    """torch.compile aside, which takes half a minute."""
+    flags = "bench --models cnn --methods fdfa,plain,published,bp,bp-channels-last --dtype bfloat16"
+    assert main([*flags.split(), "--batch-sizes", "2", "--seconds", "0.01"]) == 0
+    table = capsys.readouterr().out
+    assert [word for word in METHODS if f"| {word} |" in table] == ["fdfa", "bp", "bp-channels-last"]
+
+
+def test_alexnet_learns_in_every_block() -> None:
+    """On the smallest image that its pools allow: one step reaches each weight and each feedback."""
+    net = build_net("alexnet", (3, 63, 63), 3)
+    x, y = torch.randn(2, 3, 63, 63), torch.tensor([0, 2])
+    model = FDFA(net, example_input=x)
+    assert len(model.feedback) == 7
+    F.cross_entropy(model(x), y).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    assert all(b.abs().sum() > 0 for b in model.feedback.values())

@@ -72,7 +72,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep",
         choices=tuple(_SWEEPS),
-        help="time the first model over a range of this, the rest as in the paper; with slopes",
+        help="time the first model over a range of this, the rest as in the paper; --plot has slopes",
     )
     parser.add_argument(
         "--seconds", type=positive, default=10.0, help="of timing for each case (default %(default)s)"
@@ -95,7 +95,7 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace",
         type=Path,
         metavar="FILE",
-        help="also write a chrome trace of three steps, with their phases named (open in Perfetto)",
+        help="also write a chrome trace of three steps, with their operators (open in Perfetto)",
     )
     _add_common_arguments(parser)
 
@@ -111,7 +111,8 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of the matrix products (default %(default)s); bfloat16 by torch.autocast",
+        help="of the matrix products (default %(default)s); bfloat16 by torch.autocast, without the "
+        "plain forms",
     )
     parser.add_argument(
         "--threads", type=whole, metavar="N", help="CPU threads (default: torch's choice)"
@@ -139,7 +140,7 @@ def time_steps(
     case: Case, methods: list[str], seconds: float, device: torch.device, dtype: str
 ) -> list[report.StepTime]:
     """The methods' whole training steps on one case, interleaved; and their peak memory."""
-    methods = methods_for(case, methods)
+    methods = methods_for(case, methods, dtype)
     steps = [training_step(case, method, device, dtype) for method in methods]
     contenders = [Contender(method, step.run) for method, step in zip(methods, steps, strict=True)]
     take_turns(contenders, seconds, device)
@@ -170,7 +171,8 @@ def profile(args: argparse.Namespace) -> None:
     """What the command does, for its arguments."""
     title = _set_up(args)
     case = Case.of(args.model, args.shape, args.batch_size, args.outputs)
-    step = training_step(case, args.method, args.device, args.dtype).run
+    (method,) = methods_for(case, [args.method], args.dtype)
+    step = training_step(case, method, args.device, args.dtype).run
     whole_step = Contender(args.method, step)
     take_turns([whole_step], _STEP_SECONDS, args.device)
     limits = measure_limits(args.device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)

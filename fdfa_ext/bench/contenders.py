@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fdfa_ext import FDFA
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
+from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import build_net
 
 HIDDEN = {"mlp2": 1, "mlp4": 3}  # 784-800-10 and 784-800-800-800-10
@@ -60,9 +61,19 @@ class Case:
         return build_net(family, SHAPES[self.shape], self.outputs, self.hidden, self.width)
 
 
-def methods_for(case: Case, methods: list[str]) -> list[str]:
-    """Those that make a difference for it: memory order is none to a net without images."""
-    return [m for m in methods if not (case.is_mlp and m == "bp-channels-last")]
+def methods_for(case: Case, methods: list[str], dtype: str) -> list[str]:
+    """Those that make sense for it.
+
+    Memory order makes no difference to a net without images, and torch's autocast does not reach the
+    tangents of the plain forms.
+    """
+    out = {"bp-channels-last"} if case.is_mlp else set()
+    if dtype == "bfloat16":
+        out |= {"plain", "published"}
+    left = [method for method in methods if method not in out]
+    if not left:
+        raise UserError(f"{case.net} in {dtype}: nothing to time with {', '.join(methods)}")
+    return left
 
 
 @dataclass
