@@ -39,22 +39,21 @@ FDFA_HD void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
   constexpr float k2Pow24 = 1.0f / 16777216.0f;
   const float u = static_cast<float>(static_cast<int32_t>(a >> 8) + 1) * k2Pow24;
   const float radius = sqrtf(minus_two_log(u));
-  // The angle is (quadrant + 1/2 + t) * pi/2 less a fixed pi/4, which a uniform angle does not feel.
-  const float t = static_cast<float>(static_cast<int32_t>((b << 2) >> 8)) * k2Pow24 - 0.5f;
-  const float x = t * 1.57079632679490f;  // [-pi/4, pi/4)
+  // The angle is (quadrant + t) * pi/2 less a fixed pi/4, which a uniform angle does not feel.
+  constexpr float kQuarterPi = 0.785398163397448f;
+  const float t = static_cast<float>(static_cast<int32_t>((b << 2) >> 8));
+  const float x = t * (2.0f * kQuarterPi * k2Pow24) - kQuarterPi;  // [-pi/4, pi/4)
   const float x2 = x * x;
   const float sine = x + x * x2 * (-1.6666654611e-1f + x2 * (8.3321608736e-3f - x2 * 1.9515295891e-4f));
   const float cosine =
       1.0f - 0.5f * x2 +
       x2 * x2 * (4.166664568298827e-2f + x2 * (-1.388731625493765e-3f + x2 * 2.443315711809948e-5f));
-  // Rotate (cosine, sine) by the quadrant: swap in odd ones, then set the signs.
-  const uint32_t quadrant = b >> 30;
-  const uint32_t c = bits_from_float(cosine), s = bits_from_float(sine);
-  const uint32_t swap = 0u - (quadrant & 1u);
-  const uint32_t sign_first = ((quadrant ^ (quadrant >> 1)) & 1u) << 31;
-  const uint32_t sign_second = (quadrant >> 1) << 31;
-  first = radius * float_from_bits(((s & swap) | (c & ~swap)) ^ sign_first);
-  second = radius * float_from_bits(((c & swap) | (s & ~swap)) ^ sign_second);
+  // Rotate (cosine, sine) by the quadrant: swap in odd ones, then set the signs. Its upper bit is the
+  // sign of b, its lower bit that of b << 1.
+  const uint32_t c = bits_from_float(cosine), s = bits_from_float(sine), odd = b << 1;
+  const uint32_t swap = (c ^ s) & static_cast<uint32_t>(static_cast<int32_t>(odd) >> 31);
+  first = radius * float_from_bits(c ^ swap ^ ((b ^ odd) & 0x80000000u));
+  second = radius * float_from_bits(s ^ swap ^ (b & 0x80000000u));
 }
 
 // +1 or -1 from the top bit.
@@ -74,10 +73,9 @@ FDFA_HD NoiseStream noise_stream(const int64_t* state, int64_t block, int64_t sa
                      static_cast<uint32_t>(block)};
 }
 
-// u[4 * quad], ..., u[4 * quad + 3] of the stream's sample.
+// Four perturbations from the words of one Philox block.
 template <Noise kNoise>
-FDFA_HD void noise4(const NoiseStream& s, uint32_t quad, float& u0, float& u1, float& u2, float& u3) {
-  const Philox4 r = philox4x32_10(Philox4{quad, s.sample, s.step, s.block}, s.key0, s.key1);
+FDFA_HD void noise4(const Philox4& r, float& u0, float& u1, float& u2, float& u3) {
   if constexpr (kNoise == Noise::gaussian) {
     normal_pair(r.x0, r.x1, u0, u1);
     normal_pair(r.x2, r.x3, u2, u3);
@@ -87,6 +85,13 @@ FDFA_HD void noise4(const NoiseStream& s, uint32_t quad, float& u0, float& u1, f
     u2 = random_sign(r.x2);
     u3 = random_sign(r.x3);
   }
+}
+
+// u[4 * quad], ..., u[4 * quad + 3] of the stream's sample.
+template <Noise kNoise>
+FDFA_HD void noise4(const NoiseStream& s, uint32_t quad, float& u0, float& u1, float& u2, float& u3) {
+  noise4<kNoise>(philox4x32_10(Philox4{quad, s.sample, s.step, s.block}, s.key0, s.key1), u0, u1, u2,
+                 u3);
 }
 
 }  // namespace fdfa

@@ -15,13 +15,90 @@ inline __attribute__((always_inline)) Vector load(const float* p) {
 
 inline __attribute__((always_inline)) void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
 
-// out[0 .. 4 * quads) ← u[4 * first_quad ...] of one sample.
+typedef uint64_t Lanes __attribute__((vector_size(FDFA_VECTOR_BYTES)));
+
+// The 64-bit products of the low words of each lane.
+inline __attribute__((always_inline)) Lanes multiply_low_words(Lanes a, uint32_t b) {
+  const Lanes factor = Lanes{} + b;
+#if FDFA_VECTOR_BYTES == 64
+  // With a full mask: GCC 12 warns of the plain one's undefined register.
+  return (Lanes)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)factor);
+#elif FDFA_VECTOR_BYTES == 32
+  return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)factor);
+#else
+  return (a & 0xFFFFFFFFu) * factor;
+#endif
+}
+
+// philox4x32_10 of many counters: one in each 64-bit lane, so that a product's two words fall into
+// place without a shuffle. High words of x0 to x3 mean nothing.
+inline __attribute__((always_inline)) void philox_round(Lanes& x0, Lanes& x1, Lanes& x2, Lanes& x3,
+                                                        uint64_t k0, uint64_t k1) {
+  const Lanes p0 = multiply_low_words(x0, kPhiloxMul0), p1 = multiply_low_words(x2, kPhiloxMul1);
+  x0 = (p1 >> 32) ^ x1 ^ k0;
+  x1 = p1;
+  x2 = (p0 >> 32) ^ x3 ^ k1;
+  x3 = p0;
+}
+
+// Philox blocks that fill_noise makes at a time: as many as words of 32 bits in a vector.
+constexpr int64_t kQuadGroup = FDFA_VECTOR_BYTES / sizeof(uint32_t);
+static_assert(kEpilogueRun % (4 * kQuadGroup) == 0 && kTileColumns % (4 * kQuadGroup) == 0);
+
+constexpr int64_t kNoiseSamples = 4096 / kTileColumns;  // whose noise is held at a time: 16 KiB
+constexpr int kRowBlock = 5;
+
+// The keys of all rounds, the same for all samples of a step.
+struct RoundKeys {
+  explicit RoundKeys(const NoiseParams& noise) {
+    const NoiseStream any = noise_stream(noise.state, noise.block, 0);
+    uint32_t k0 = any.key0, k1 = any.key1;
+    for (auto& key : values) {
+      key[0] = k0;
+      key[1] = k1;
+      k0 += kPhiloxWeyl0;
+      k1 += kPhiloxWeyl1;
+    }
+  }
+  uint64_t values[kPhiloxRounds][2];
+};
+
+// words[j][i] ← word j of the block of quad first_quad + i.
+inline __attribute__((always_inline)) void fill_words(const RoundKeys& keys, const NoiseStream& s,
+                                                      uint32_t first_quad,
+                                                      uint32_t (&words)[4][kQuadGroup]) {
+  Lanes even;
+  for (int i = 0; i < kQuadGroup / 2; ++i) even[i] = 2 * i;
+  // Even quads in one vector, odd ones in its partner: they are joined into 32-bit lanes at the end.
+  Lanes x[2][4];
+  for (uint32_t odd = 0; odd < 2; ++odd) {
+    x[odd][0] = even + (first_quad + odd);
+    x[odd][1] = Lanes{} + s.sample;
+    x[odd][2] = Lanes{} + s.step;
+    x[odd][3] = Lanes{} + s.block;
+  }
+#pragma GCC unroll 10
+  for (const auto& key : keys.values) {
+    for (auto& block : x) philox_round(block[0], block[1], block[2], block[3], key[0], key[1]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const Lanes joined = (x[0][j] & 0xFFFFFFFFu) | (x[1][j] << 32);
+    std::memcpy(words[j], &joined, sizeof joined);
+  }
+}
+
+// out[0 .. 4 * quads) ← u[4 * first_quad ...] of one sample. Writes up to the next multiple of
+// 4 * kQuadGroup.
 template <Noise kNoise>
-void fill_noise(const NoiseStream& stream, int64_t first_quad, int64_t quads, float* __restrict out) {
-  const NoiseStream s = stream;
-  for (int64_t i = 0; i < quads; ++i) {
-    noise4<kNoise>(s, static_cast<uint32_t>(first_quad + i), out[4 * i], out[4 * i + 1], out[4 * i + 2],
-                   out[4 * i + 3]);
+void fill_noise(const RoundKeys& keys, const NoiseStream& stream, int64_t first_quad, int64_t quads,
+                float* __restrict out) {
+  alignas(64) uint32_t words[4][kQuadGroup];
+  for (int64_t q = 0; q < quads; q += kQuadGroup, out += 4 * kQuadGroup) {
+    fill_words(keys, stream, static_cast<uint32_t>(first_quad + q), words);
+    for (int i = 0; i < kQuadGroup; ++i) {
+      noise4<kNoise>(Philox4{words[0][i], words[1][i], words[2][i], words[3][i]}, out[4 * i],
+                     out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]);
+    }
   }
 }
 
@@ -65,6 +142,7 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
     for (size_t i = 0; i < bias.size(); ++i) bias[i] = to_float(p.bias[i % p.channels]);
   }
   alignas(64) float noise[kEpilogueRun];
+  const RoundKeys keys(p.noise);
   const int64_t runs = (p.features + kEpilogueRun - 1) / kEpilogueRun;
   with_noise(p.noise.kind, [&](auto kind) {
     with_activation(p.activation, [&](auto activation) {
@@ -73,7 +151,7 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
         const int64_t first = unit % runs * kEpilogueRun;
         const int64_t count = std::min(kEpilogueRun, p.features - first);
         const NoiseStream stream = noise_stream(p.noise.state, p.noise.block, sample);
-        fill_noise<kind()>(stream, first / 4, (count + 3) / 4, noise);
+        fill_noise<kind()>(keys, stream, first / 4, (count + 3) / 4, noise);
         const int64_t offset = sample * p.features + first;
         const float* run_bias = bias.data() + first % p.channels;
         if (p.z == nullptr) {
@@ -88,24 +166,25 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
   });
 }
 
-// out[m, 0 .. kTileColumns) += Σ_r a[r * a_r + m * a_m] x[r, 0 .. kTileColumns): four rows of `out` and
-// two vectors at a time stay in registers.
-void accumulate(int64_t rows, int64_t depth, const float* a, int64_t a_r, int64_t a_m, const float* x,
-                float* out) {
-  constexpr int kRows = 4, kVectors = 2;
+// out[m, 0 .. kTileColumns) ← Σ_r a[r * a_r + m * a_m] x[r, 0 .. kTileColumns), or += with kAdd: five
+// rows of `out` and two vectors at a time stay in registers. Classes come in fives and tens.
+template <bool kAdd>
+void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_r, int64_t a_m, const float* x,
+              float* out) {
+  constexpr int kVectors = 2;
   static_assert(kTileColumns % (kVectors * kLanes) == 0);
-  for (int64_t m = 0; m < rows; m += kRows) {
-    const int64_t live = std::min<int64_t>(kRows, rows - m);
+  for (int64_t m = 0; m < rows; m += kRowBlock) {
+    const int64_t live = std::min<int64_t>(kRowBlock, rows - m);
+    // Rows past the end repeat the last one; their sums are not stored.
+    const float* row[kRowBlock];
+    for (int i = 0; i < kRowBlock; ++i) row[i] = a + (m + std::min<int64_t>(i, live - 1)) * a_m;
     for (int64_t c = 0; c < kTileColumns; c += kVectors * kLanes) {
-      Vector sum[kRows][kVectors] = {};
-      // Rows past the end repeat the last one; their sums are not stored.
-      const float* row[kRows];
-      for (int i = 0; i < kRows; ++i) row[i] = a + (m + std::min<int64_t>(i, live - 1)) * a_m;
+      Vector sum[kRowBlock][kVectors] = {};
       for (int64_t r = 0; r < depth; ++r) {
         const float* xr = x + r * kTileColumns + c;
         const Vector x0 = load(xr), x1 = load(xr + kLanes);
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 5
+        for (int i = 0; i < kRowBlock; ++i) {
           const float w = row[i][r * a_r];
           sum[i][0] += w * x0;
           sum[i][1] += w * x1;
@@ -113,8 +192,8 @@ void accumulate(int64_t rows, int64_t depth, const float* a, int64_t a_r, int64_
       }
       for (int i = 0; i < live; ++i) {
         float* o = out + (m + i) * kTileColumns + c;
-        store(o, load(o) + sum[i][0]);
-        store(o + kLanes, load(o + kLanes) + sum[i][1]);
+        store(o, kAdd ? load(o) + sum[i][0] : sum[i][0]);
+        store(o + kLanes, kAdd ? load(o + kLanes) + sum[i][1] : sum[i][1]);
       }
     }
   }
@@ -152,9 +231,9 @@ void update_row(Rule rule, int64_t count, const float* __restrict g, float* __re
 
 template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
-  constexpr int64_t kSamples = 64;  // samples whose noise or projected error is held at a time
   if (p.samples == 0) return;
-  alignas(64) float rows[kSamples * kTileColumns];
+  alignas(64) float noise[kNoiseSamples * kTileColumns], projected[kRowBlock * kTileColumns];
+  const RoundKeys keys(p.noise);
   std::vector<float> g(p.outputs * kTileColumns), b(p.outputs * kTileColumns, 0.0f);
   const AdamStep adam =
       p.rule == Rule::adam ? adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates) : AdamStep{};
@@ -164,16 +243,15 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
     const int64_t count = std::min(kTileColumns, p.features - first);
 
     std::fill(g.begin(), g.end(), 0.0f);
-    std::fill(std::begin(rows), std::end(rows), 0.0f);
-    for (int64_t n0 = 0; n0 < p.samples; n0 += kSamples) {
-      const int64_t samples = std::min(kSamples, p.samples - n0);
+    for (int64_t n0 = 0; n0 < p.samples; n0 += kNoiseSamples) {
+      const int64_t samples = std::min(kNoiseSamples, p.samples - n0);
       with_noise(p.noise.kind, [&](auto kind) {
         for (int64_t n = 0; n < samples; ++n) {
-          fill_noise<kind()>(noise_stream(p.noise.state, p.noise.block, n0 + n), first / 4,
-                             (count + 3) / 4, rows + n * kTileColumns);
+          fill_noise<kind()>(keys, noise_stream(p.noise.state, p.noise.block, n0 + n), first / 4,
+                             (count + 3) / 4, noise + n * kTileColumns);
         }
       });
-      accumulate(p.outputs, samples, p.tangent + n0 * p.outputs, p.outputs, 1, rows, g.data());
+      multiply<true>(p.outputs, samples, p.tangent + n0 * p.outputs, p.outputs, 1, noise, g.data());
     }
     for (float& value : g) value *= inverse_samples;
 
@@ -185,26 +263,26 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
                  at(p.gradient, offset), adam, p.lr);
     }
 
-    for (int64_t n0 = 0; n0 < p.samples; n0 += kSamples) {
-      const int64_t samples = std::min(kSamples, p.samples - n0);
-      std::fill(rows, rows + samples * kTileColumns, 0.0f);
-      accumulate(samples, p.outputs, p.error + n0 * p.outputs, 1, p.outputs, b.data(), rows);
-      with_activation(p.gate ? p.activation : Activation::identity, [&](auto activation) {
+    with_activation(p.gate ? p.activation : Activation::identity, [&](auto activation) {
+      for (int64_t n0 = 0; n0 < p.samples; n0 += kRowBlock) {
+        const int64_t samples = std::min<int64_t>(kRowBlock, p.samples - n0);
+        multiply<false>(samples, p.outputs, p.error + n0 * p.outputs, 1, p.outputs, b.data(),
+                        projected);
         for (int64_t n = 0; n < samples; ++n) {
           const int64_t offset = (n0 + n) * p.features + first;
-          const float* projected = rows + n * kTileColumns;
+          const float* row = projected + n * kTileColumns;
           T* delta = p.delta + offset;
           if constexpr (activation() == Activation::identity) {
-            for (int64_t i = 0; i < count; ++i) delta[i] = from_float<T>(projected[i]);
+            for (int64_t i = 0; i < count; ++i) delta[i] = from_float<T>(row[i]);
           } else {
             const T* gate = p.gate + offset;
             for (int64_t i = 0; i < count; ++i) {
-              delta[i] = from_float<T>(projected[i] * derivative<activation()>(to_float(gate[i])));
+              delta[i] = from_float<T>(row[i] * derivative<activation()>(to_float(gate[i])));
             }
           }
         }
-      });
-    }
+      }
+    });
   }
 }
 

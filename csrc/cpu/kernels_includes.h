@@ -9,6 +9,10 @@
 #include <iterator>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "common/adam.h"
 #include "common/noise.h"
 #include "cpu/kernel_table.h"
