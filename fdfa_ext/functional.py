@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
-from fdfa_ext.tangents import forward_dual
+from fdfa_ext.tangents import forward_dual, make_dual, unpack_dual, without_rules
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a,
@@ -57,19 +56,20 @@ class DualPass:
 
 @dataclass
 class BlockPass:
-    """A block's view of the dual pass: the pass and the block's own name and place in the noise."""
+    """A block's view of the dual pass: its own name and place in the noise, and the pass, if one runs."""
 
-    dual: DualPass
     name: str
     index: int
+    dual: DualPass | None = None
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """x [N, *, in_features] (dual) → [N, *, out_features] (dual). Algorithm 1, lines 10 to 16."""
-        x, tangent = self._enter(x)
-        y, ty, pre = self.dual.backend.linear(
-            x, tangent, weight, bias, self.dual.noise_state, self.index, activation, self.dual.noise
-        )
-        return self._leave(y, ty, pre, activation, torch.contiguous_format)
+        with without_rules():
+            dual, x, tangent = self._enter(x)
+            y, ty, pre = dual.backend.linear(
+                x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
+            )
+            return self._leave(dual, y, ty, pre, activation, torch.contiguous_format)
 
     def conv2d(
         self,
@@ -83,28 +83,30 @@ class BlockPass:
         activation: str,
     ) -> Tensor:
         """x [N, C, H, W] (dual) → [N, C', H', W'] (dual), in channels_last."""
-        x, tangent = self._enter(x)
-        y, ty, pre = self.dual.backend.conv2d(
-            x,
-            tangent,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            self.dual.noise_state,
-            self.index,
-            activation,
-            self.dual.noise,
-        )
-        return self._leave(y, ty, pre, activation, torch.channels_last)
+        with without_rules():
+            dual, x, tangent = self._enter(x)
+            y, ty, pre = dual.backend.conv2d(
+                x,
+                tangent,
+                weight,
+                bias,
+                stride,
+                padding,
+                dilation,
+                groups,
+                dual.noise_state,
+                self.index,
+                activation,
+                dual.noise,
+            )
+            return self._leave(dual, y, ty, pre, activation, torch.channels_last)
 
     def chain(self, x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
         """Any torch modules, one after the other, perturbed at the end of the last."""
-        x, tangent = self._enter(x)
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        with without_rules():
+            dual, x, tangent = self._enter(x)
+            if x.dim() == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
         y, ty = x, tangent
         for position, module in enumerate(modules):
             y, ty = forward_dual(module, y, ty)
@@ -113,40 +115,53 @@ class BlockPass:
                     f"FDFA: block '{self.name}': its module {position} ({type(module).__name__}) "
                     "dropped the tangent; it is not differentiable in torch's forward mode"
                 )
-        gate = y.detach()
-        ty = self.dual.backend.perturb(gate, ty, self.dual.noise_state, self.index, self.dual.noise)
-        order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
-        self._record(y, gate, "identity", order)
-        return forward_ad.make_dual(gate, ty)
+        with without_rules():
+            gate = y.detach()
+            ty = dual.backend.perturb(gate, ty, dual.noise_state, self.index, dual.noise)
+            order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+            self._record(dual, y, gate, "identity", order)
+            return make_dual(gate, ty)
 
-    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Primal and tangent of a block's input, cut off from whatever made them."""
+    def _enter(self, x: Tensor) -> tuple[DualPass, Tensor, Tensor | None]:
+        """The pass that runs; primal and tangent of a block's input, cut off from what made them."""
+        assert self.dual is not None
         if any(record.index == self.index for record in self.dual.records):
             raise RuntimeError(
                 f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix "
                 "belongs to one place in the network, so use two blocks (they may share a weight)"
             )
-        primal, tangent = forward_ad.unpack_dual(x)
+        primal, tangent = unpack_dual(x)
         if primal.grad_fn is not None:
             raise RuntimeError(
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
                 "that is no block: they would get no gradient. Put that module into an FDFABlock"
             )
-        return primal.detach(), None if tangent is None else tangent.detach()
+        return self.dual, primal.detach(), None if tangent is None else tangent.detach()
 
     def _leave(
-        self, y: Tensor, ty: Tensor, pre: Tensor, activation: str, order: torch.memory_format
+        self,
+        dual: DualPass,
+        y: Tensor,
+        ty: Tensor,
+        pre: Tensor,
+        activation: str,
+        order: torch.memory_format,
     ) -> Tensor:
         gate = pre.detach() if activation in NEEDS_PRE_ACTIVATION else y
-        self._record(pre, gate, activation, order)
-        return forward_ad.make_dual(y, ty)
+        self._record(dual, pre, gate, activation, order)
+        return make_dual(y, ty)
 
     def _record(
-        self, handle: Tensor, gate: Tensor, activation: str, order: torch.memory_format
+        self,
+        dual: DualPass,
+        handle: Tensor,
+        gate: Tensor,
+        activation: str,
+        order: torch.memory_format,
     ) -> None:
         # A compiler cannot trace versions; the probe before it has looked at them.
         version = 0 if torch.compiler.is_compiling() else gate._version
-        self.dual.records.append(
+        dual.records.append(
             BlockRecord(self.name, self.index, handle, gate, activation, order, version)
         )
 

@@ -20,9 +20,15 @@ def _check_activation(layer: str, activation: str) -> None:
 
 
 class Block:
-    """What FDFA looks for. `block_pass` is set by it for the time of a dual pass."""
+    """What FDFA looks for, and gives a `block_pass`."""
 
     block_pass: BlockPass | None = None
+
+    @property
+    def running_pass(self) -> BlockPass | None:
+        """The block's pass while FDFA makes a training step, else None."""
+        block_pass = self.block_pass
+        return None if block_pass is None or block_pass.dual is None else block_pass
 
 
 class FDFALinear(nn.Linear, Block):
@@ -45,8 +51,8 @@ class FDFALinear(nn.Linear, Block):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.block_pass is not None:
-            return self.block_pass.linear(x, self.weight, self.bias, self.activation)
+        if (running := self.running_pass) is not None:
+            return running.linear(x, self.weight, self.bias, self.activation)
         return ACTIVATIONS[self.activation](super().forward(x))
 
     def extra_repr(self) -> str:
@@ -74,7 +80,7 @@ class FDFAConv2d(nn.Conv2d, Block):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.block_pass is None:
+        if (running := self.running_pass) is None:
             return ACTIVATIONS[self.activation](super().forward(x))
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
@@ -82,7 +88,7 @@ class FDFAConv2d(nn.Conv2d, Block):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0, 0)
-        return self.block_pass.conv2d(
+        return running.conv2d(
             x,
             self.weight,
             self.bias,
@@ -111,6 +117,6 @@ class FDFABlock(nn.Sequential, Block):
         super().__init__(*modules)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.block_pass is not None:
-            return self.block_pass.chain(x, list(self))
+        if (running := self.running_pass) is not None:
+            return running.chain(x, list(self))
         return super().forward(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fdfa_ext._ops import fused
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass, Star
 from fdfa_ext.layers import Block
-from fdfa_ext.tangents import LinearTangents
+from fdfa_ext.tangents import LinearTangents, unpack_dual, without_rules
 
 RULES = ("ema", "adam", "grad")
 
@@ -135,6 +135,7 @@ class FDFA(nn.Module):
         self.exp_avg = TensorMap()
         self.exp_avg_sq = TensorMap()
         self._blocks = dict(_find_blocks(module))
+        self._passes = [BlockPass(name, index) for index, name in enumerate(self._blocks)]
 
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         seed = int(torch.randint(2**63 - 1, ()))
@@ -183,8 +184,10 @@ class FDFA(nn.Module):
 
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
-        for index, (name, block) in enumerate(self._blocks.items()):
-            block.block_pass = BlockPass(dual, name, index)
+        for block, block_pass in zip(self._blocks.values(), self._passes, strict=True):
+            block_pass.dual = dual
+            if block.block_pass is not block_pass:
+                block.block_pass = block_pass
         try:
             # For eager steps alone: a compiled one traces torch's own forward mode.
             rules = nullcontext() if torch.compiler.is_compiling() else LinearTangents()
@@ -194,11 +197,11 @@ class FDFA(nn.Module):
                     raise TypeError(
                         f"FDFA: the module must return one tensor; got {type(output).__name__}"
                     )
-                primal, tangent = forward_ad.unpack_dual(output)
-                return primal, tangent
+                with without_rules():
+                    return unpack_dual(output)
         finally:
-            for block in self._blocks.values():
-                block.block_pass = None
+            for block_pass in self._passes:
+                block_pass.dual = None
 
     def _join(self, dual: DualPass, output: Tensor, tangent: Tensor) -> Tensor:
         """Advances the noise and ties output and blocks together for the backward (see Star)."""
@@ -244,18 +247,18 @@ class FDFA(nn.Module):
                 f"FDFA: the activation of block '{record.name}' was changed in place by a module after "
                 "it, but is needed for the derivative; use the module without inplace"
             )
-        shape = list(record.gate.shape)
+        feedback = self.feedback[record.name]
+        shape = record.gate.shape
         if shape[0] != output.shape[0]:
             raise ValueError(
                 f"FDFA: block '{record.name}' must keep the batch first: expected [{output.shape[0]}, "
-                f"*features] as the output has, got {shape}"
+                f"*features] as the output has, got {list(shape)}"
             )
-        feedback = self.feedback[record.name]
-        expected = list(feedback.shape)
-        if expected != [output.shape[1], *shape[1:]]:
+        if feedback.shape[0] != output.shape[1] or feedback.shape[1:] != shape[1:]:
             raise ValueError(
-                f"FDFA: block '{record.name}': its feedback has shape {expected}, but "
-                f"{output.shape[1]} outputs and features {shape[1:]} came; a sample's size is fixed"
+                f"FDFA: block '{record.name}': its feedback has shape {list(feedback.shape)}, but "
+                f"{output.shape[1]} outputs and features {list(shape[1:])} came; a sample's size is "
+                "fixed"
             )
         if not feedback.is_contiguous(memory_format=record.order):
             raise ValueError(
@@ -379,7 +382,7 @@ def _find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _has_tangent(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.is_floating_point() and forward_ad.unpack_dual(value).tangent is not None
+        return value.is_floating_point() and unpack_dual(value)[1] is not None
     if isinstance(value, (tuple, list)):
         return any(_has_tangent(item) for item in value)
     if isinstance(value, dict):

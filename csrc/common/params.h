@@ -36,6 +36,9 @@ struct EpilogueParams {
   int64_t samples, features, channels;
   Activation activation;
   NoiseParams noise;
+  // z and tz are [features, samples] instead, not the outputs' memory, and channels are features. For
+  // the CPU alone, whose libraries are faster at W xᵀ than at x Wᵀ.
+  bool transposed;
 };
 
 // G = tangentᵀ u / samples; B is moved by the rule; delta = (error B) ⊙ f'   (Algorithm 1, lines 22,

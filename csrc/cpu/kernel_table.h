@@ -8,6 +8,8 @@ namespace fdfa::cpu {
 
 // Features of one sample that an epilogue unit covers: noise, biases and operands stay in L1.
 constexpr int64_t kEpilogueRun = 1024;
+// The unit of a transposed product: a cache line of samples, and features whose rows stay in L1.
+constexpr int64_t kTransposedSamples = 16, kTransposedRun = 128;
 // Columns of B in a feedback tile: the noise of 64 samples and B's tile for 10 outputs take 19 KiB.
 constexpr int64_t kTileColumns = 64;
 

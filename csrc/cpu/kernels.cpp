@@ -65,7 +65,9 @@ bool select_isa(const char* name) {
 
 template <class T>
 int64_t epilogue_units(const EpilogueParams<T>& p) {
-  return p.samples * ((p.features + kEpilogueRun - 1) / kEpilogueRun);
+  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
+  return p.transposed ? parts(p.samples, kTransposedSamples) * parts(p.features, kTransposedRun)
+                      : p.samples * parts(p.features, kEpilogueRun);
 }
 
 template <class T>

@@ -102,17 +102,11 @@ void fill_noise(const RoundKeys& keys, const NoiseStream& stream, int64_t first_
   }
 }
 
-// A run of kEpilogueRun features of one sample. Whether z and tz exist is a template argument, so that
-// the loops have no branches.
+// Neighbouring features of one sample. Whether z and tz exist is a template argument, so that the loops
+// have no branches. Outputs may be the inputs' own memory, element by element.
 template <class T, Activation kActivation, bool kHasTangent>
-void epilogue_run(const EpilogueParams<T>& p, int64_t offset, int64_t count, const float* bias,
-                  const float* noise) {
-  const T* z = p.z + offset;
-  const T* tz = kHasTangent ? p.tz + offset : nullptr;
-  T* y = p.y + offset;
-  T* ty = p.ty + offset;
-  T* pre = derivative_needs_pre_activation(kActivation) ? p.pre + offset : nullptr;
-  // Outputs may be the inputs' own memory, element by element, which does not hinder vectors.
+void epilogue_run(int64_t count, const T* z, const T* tz, const float* bias, const float* noise, T* y,
+                  T* ty, T* pre) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
     const float a = to_float(z[i]) + bias[i];
@@ -126,40 +120,66 @@ void epilogue_run(const EpilogueParams<T>& p, int64_t offset, int64_t count, con
 }
 
 template <class T>
-void perturb_run(const EpilogueParams<T>& p, int64_t offset, int64_t count, const float* noise) {
+void perturb_run(int64_t count, const T* tz, const float* noise, T* ty) {
   for (int64_t i = 0; i < count; ++i) {
-    const float tangent = p.tz ? to_float(p.tz[offset + i]) : 0.0f;
-    p.ty[offset + i] = from_float<T>(tangent + noise[i]);
+    const float tangent = tz ? to_float(tz[i]) : 0.0f;
+    ty[i] = from_float<T>(tangent + noise[i]);
+  }
+}
+
+// A unit's part of z or tz [features, samples], row by row as the other matrices lie.
+template <class T>
+void transpose(const T* matrix, int64_t samples, int64_t features, int64_t matrix_samples,
+               T (&rows)[kTransposedSamples][kTransposedRun]) {
+  for (int64_t i = 0; i < features; ++i) {
+    for (int64_t n = 0; n < samples; ++n) rows[n][i] = matrix[i * matrix_samples + n];
   }
 }
 
 template <class T>
 void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
   if (begin == end) return;
+  const int64_t run = p.transposed ? kTransposedRun : kEpilogueRun;
+  const int64_t samples_of_unit = p.transposed ? kTransposedSamples : 1;
+  const int64_t runs = (p.features + run - 1) / run;
   // bias[i % channels] for a run that starts at any channel: one period more than a run.
-  std::vector<float> bias(p.channels + kEpilogueRun, 0.0f);
+  std::vector<float> bias(p.channels + run, 0.0f);
   if (p.bias) {
     for (size_t i = 0; i < bias.size(); ++i) bias[i] = to_float(p.bias[i % p.channels]);
   }
   alignas(64) float noise[kEpilogueRun];
+  alignas(64) T z_rows[kTransposedSamples][kTransposedRun], tz_rows[kTransposedSamples][kTransposedRun];
   const RoundKeys keys(p.noise);
-  const int64_t runs = (p.features + kEpilogueRun - 1) / kEpilogueRun;
   with_noise(p.noise.kind, [&](auto kind) {
     with_activation(p.activation, [&](auto activation) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t sample = unit / runs;
-        const int64_t first = unit % runs * kEpilogueRun;
-        const int64_t count = std::min(kEpilogueRun, p.features - first);
-        const NoiseStream stream = noise_stream(p.noise.state, p.noise.block, sample);
-        fill_noise<kind()>(keys, stream, first / 4, (count + 3) / 4, noise);
-        const int64_t offset = sample * p.features + first;
-        const float* run_bias = bias.data() + first % p.channels;
-        if (p.z == nullptr) {
-          perturb_run(p, offset, count, noise);
-        } else if (p.tz) {
-          epilogue_run<T, activation(), true>(p, offset, count, run_bias, noise);
-        } else {
-          epilogue_run<T, activation(), false>(p, offset, count, run_bias, noise);
+        const int64_t first_sample = unit / runs * samples_of_unit, first = unit % runs * run;
+        const int64_t samples = std::min(samples_of_unit, p.samples - first_sample);
+        const int64_t count = std::min(run, p.features - first);
+        if (p.transposed) {
+          const int64_t corner = first * p.samples + first_sample;
+          transpose(p.z + corner, samples, count, p.samples, z_rows);
+          if (p.tz) transpose(p.tz + corner, samples, count, p.samples, tz_rows);
+        }
+        for (int64_t n = 0; n < samples; ++n) {
+          const int64_t sample = first_sample + n, offset = sample * p.features + first;
+          fill_noise<kind()>(keys, noise_stream(p.noise.state, p.noise.block, sample), first / 4,
+                             (count + 3) / 4, noise);
+          const T* tz = p.tz == nullptr ? nullptr : p.transposed ? tz_rows[n] : p.tz + offset;
+          T* ty = p.ty + offset;
+          if (p.z == nullptr) {
+            perturb_run(count, tz, noise, ty);
+            continue;
+          }
+          const T* z = p.transposed ? z_rows[n] : p.z + offset;
+          T* y = p.y + offset;
+          T* pre = derivative_needs_pre_activation(activation()) ? p.pre + offset : nullptr;
+          const float* b = bias.data() + first % p.channels;
+          if (tz) {
+            epilogue_run<T, activation(), true>(count, z, tz, b, noise, y, ty, pre);
+          } else {
+            epilogue_run<T, activation(), false>(count, z, tz, b, noise, y, ty, pre);
+          }
         }
       }
     });

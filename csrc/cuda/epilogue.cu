@@ -106,6 +106,7 @@ bool all_quads_aligned(const EpilogueParams<T>& p) {
 
 template <class T>
 cudaError_t launch_epilogue(const EpilogueParams<T>& params, cudaStream_t stream) {
+  if (params.transposed) return cudaErrorInvalidValue;
   if (params.samples == 0 || params.features == 0) return cudaSuccess;
   const int64_t columns = (params.features + 4 * kQuadsPerBlock - 1) / (4 * kQuadsPerBlock);
   const int64_t rows = (params.samples + kSamplesPerBlock - 1) / kSamplesPerBlock;

@@ -13,7 +13,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;  // launches are synchronous, so that streams mean nothing
 
 struct dim3 {

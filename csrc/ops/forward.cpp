@@ -2,7 +2,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 
 #include "ops/checks.h"
 #include "ops/launch.h"
@@ -13,31 +12,36 @@ namespace {
 
 int64_t features_of(const Tensor& t) { return t.size(0) == 0 ? 0 : t.numel() / t.size(0); }
 
-// In place on the library's products z = W x and tz = W tangent, both dense in feature order; where
-// there is no tangent, `tz` is memory for the result. Returns the pre-activation.
-Tensor finish(const Tensor& z, const Tensor& tz, bool has_tangent, const OptionalTensor& bias,
-              int64_t channels, const Tensor& noise_state, int64_t block, Activation activation,
-              Noise noise) {
+// The pass after the library's products z = W x and tz = W tangent. Both are dense in feature order,
+// and are overwritten by y and ty; where there is no tangent, `tz` is memory for the result. Or they
+// are transposed, [features, N], and tz is undefined where there is no tangent.
+Dual finish(const Tensor& z, const Tensor& tz, bool has_tangent, bool transposed,
+            const OptionalTensor& bias, int64_t channels, const Tensor& noise_state, int64_t block,
+            Activation activation, Noise noise) {
+  const Tensor y = transposed ? at::empty({z.size(1), z.size(0)}, z.options()) : z;
+  const Tensor ty = transposed ? at::empty_like(y) : tz;
   const bool keep_pre = derivative_needs_pre_activation(activation);
-  // Elsewhere `pre` only carries a gradient: the shape of z, strides of zero, one element of memory.
-  const Tensor pre = keep_pre ? at::empty_like(z) : at::zeros({}, z.options()).expand(z.sizes());
+  // Elsewhere `pre` only carries a gradient: the shape of y, strides of zero, one element of memory.
+  const Tensor pre = keep_pre ? at::empty_like(y) : at::empty({}, y.options()).expand(y.sizes());
   const Tensor bias_dense = bias ? bias->contiguous() : Tensor();
-  with_storage(z.scalar_type(), [&](auto storage) {
+  with_storage(y.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
     EpilogueParams<T> p;
-    p.z = p.y = pointer<T>(z);
-    p.ty = pointer<T>(tz);
-    p.tz = has_tangent ? p.ty : nullptr;
+    p.z = pointer<T>(z);
+    p.tz = has_tangent ? pointer<T>(tz) : nullptr;
+    p.y = pointer<T>(y);
+    p.ty = pointer<T>(ty);
     p.bias = bias ? pointer<T>(bias_dense) : nullptr;
     p.pre = keep_pre ? pointer<T>(pre) : nullptr;
-    p.samples = z.size(0);
-    p.features = features_of(z);
+    p.samples = y.size(0);
+    p.features = features_of(y);
     p.channels = channels;
     p.activation = activation;
     p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, noise};
-    launch(p, z.device());
+    p.transposed = transposed;
+    launch(p, y.device());
   });
-  return pre;
+  return {y, ty, pre};
 }
 
 void check_operands(const char* op, const Tensor& x, const OptionalTensor& tangent,
@@ -60,7 +64,11 @@ void check_operands(const char* op, const Tensor& x, const OptionalTensor& tange
 Tensor next_noise(Tensor state) {
   check_counter("next_noise", "state", state, 3, state);
   Tensor snapshot = state.clone();
-  state.select(0, 1).add_(1);
+  if (state.is_cpu()) {
+    ++state.data_ptr<int64_t>()[1];
+  } else {
+    state.select(0, 1).add_(1);
+  }
   return snapshot;
 }
 
@@ -76,19 +84,27 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
   const Activation f = parse_activation(op, activation);
   const Noise kind = parse_noise(op, noise);
 
+  const bool has_tangent = tangent.has_value();
+  const int64_t out_features = weight.size(0);
+  if (x.is_cpu() && x.dim() == 2 && x.scalar_type() == at::kFloat) {
+    // W xᵀ, and the pass after it turns it over: 0.7 of the time of x Wᵀ for [64, 800] by [800, 800]
+    // on two cores, 0.85 for [256, 800], and twice for blocks with a tangent.
+    const Tensor z = at::mm(weight, x.t());
+    const Tensor tz = has_tangent ? at::mm(weight, tangent->t()) : Tensor();
+    return finish(z, tz, has_tangent, true, bias, out_features, noise_state, block, f, kind);
+  }
   std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = weight.size(0);
+  sizes.back() = out_features;
   const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
   const auto product = [&](const Tensor& input) {
     Tensor out = at::empty(sizes, x.options());
-    Tensor matrix = out.view({rows, weight.size(0)});
+    Tensor matrix = out.view({rows, out_features});
     at::mm_out(matrix, input.reshape({rows, weight.size(1)}), weight.t());
     return out;
   };
-  Tensor y = product(x);
-  Tensor ty = tangent ? product(*tangent) : at::empty_like(y);
-  Tensor pre = finish(y, ty, tangent.has_value(), bias, weight.size(0), noise_state, block, f, kind);
-  return {y, ty, pre};
+  const Tensor z = product(x);
+  const Tensor tz = has_tangent ? product(*tangent) : at::empty_like(z);
+  return finish(z, tz, has_tangent, false, bias, out_features, noise_state, block, f, kind);
 }
 
 Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
@@ -112,10 +128,10 @@ Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
                            /*transposed=*/false, /*output_padding=*/{0, 0}, groups)
         .contiguous(kOrder);
   };
-  Tensor y = product(x);
-  Tensor ty = tangent ? product(*tangent) : at::empty_like(y);
-  Tensor pre = finish(y, ty, tangent.has_value(), bias, weight.size(0), noise_state, block, f, kind);
-  return {y, ty, pre};
+  const bool has_tangent = tangent.has_value();
+  const Tensor z = product(x);
+  const Tensor tz = has_tangent ? product(*tangent) : at::empty_like(z);
+  return finish(z, tz, has_tangent, false, bias, weight.size(0), noise_state, block, f, kind);
 }
 
 Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,

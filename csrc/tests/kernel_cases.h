@@ -77,7 +77,7 @@ struct EpilogueCase {
   int64_t samples, features, channels, shift;
   Activation activation;
   Noise noise;
-  bool has_product, has_tangent, has_bias, in_place;
+  bool has_product, has_tangent, has_bias, in_place, transposed;
 };
 
 template <class T>
@@ -103,7 +103,8 @@ struct EpilogueArrays {
             c.features,
             c.channels,
             c.activation,
-            {kState, 2, c.noise}};
+            {kState, 2, c.noise},
+            c.transposed};
   }
 
   Array<T> z, tz, bias, y, ty, pre;
@@ -140,10 +141,22 @@ void test_epilogue(const Sizes& sizes, int stride) {
             for (Noise noise : {Noise::gaussian, Noise::rademacher})
               for (int flags = 0; flags < 16; ++flags) {
                 if (!selection.next()) continue;
-                test_epilogue_case<Backend, T>({samples, features, channels, shift,
-                                                static_cast<Activation>(f), noise, (flags & 1) == 0,
-                                                (flags & 2) == 0, (flags & 4) == 0, (flags & 8) != 0});
+                test_epilogue_case<Backend, T>(
+                    {samples, features, channels, shift, static_cast<Activation>(f), noise,
+                     (flags & 1) == 0, (flags & 2) == 0, (flags & 4) == 0, (flags & 8) != 0, false});
               }
+}
+
+template <class Backend, class T>
+void test_transposed_epilogue(const Sizes& sizes) {
+  for (int64_t samples : sizes.samples)
+    for (int64_t features : sizes.features)
+      for (int f = 0; f < kActivationCount; ++f)
+        for (int flags = 0; flags < 4; ++flags) {
+          test_epilogue_case<Backend, T>({samples, features, features, 0, static_cast<Activation>(f),
+                                          Noise::gaussian, true, (flags & 1) == 0, (flags & 2) == 0,
+                                          false, true});
+        }
 }
 
 struct FeedbackCase {

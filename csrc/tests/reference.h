@@ -79,9 +79,11 @@ void epilogue(const EpilogueParams<T>& p) {
   for (int64_t n = 0; n < p.samples; ++n) {
     for (int64_t i = 0; i < p.features; ++i) {
       const int64_t at = n * p.features + i;
-      double tangent = p.tz ? to_float(p.tz[at]) : 0.0;
+      const int64_t product = p.transposed ? i * p.samples + n : at;
+      double tangent = p.tz ? to_float(p.tz[product]) : 0.0;
       if (p.z) {
-        const double a = to_float(p.z[at]) + (p.bias ? double{to_float(p.bias[i % p.channels])} : 0.0);
+        const double a =
+            to_float(p.z[product]) + (p.bias ? double{to_float(p.bias[i % p.channels])} : 0.0);
         tangent *= slope(p.activation, a);
         p.y[at] = from_float<T>(static_cast<float>(activate(p.activation, a)));
         if (p.pre) p.pre[at] = from_float<T>(static_cast<float>(a));
