@@ -56,7 +56,7 @@ class DualPass:
 
 @dataclass
 class BlockPass:
-    """A block's view of the dual pass: its own name and place in the noise, and the pass, if one runs."""
+    """A block's own name and place in the noise, and the dual pass while one runs."""
 
     name: str
     index: int

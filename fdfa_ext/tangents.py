@@ -93,11 +93,11 @@ def _is_constant(t: Tensor) -> bool:
 # torch.autograd.forward_ad's functions take three times as long. There is no level but 0 in torch.
 def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent, None for none."""
-    return torch._VF._unpack_dual(x, level=0)  # type: ignore[attr-defined]
+    return torch._VF._unpack_dual(x, level=0)
 
 
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    return torch._VF._make_dual(primal, tangent, level=0)  # type: ignore[attr-defined]
+    return torch._VF._make_dual(primal, tangent, level=0)
 
 
 def without_rules() -> AbstractContextManager[Any]:
