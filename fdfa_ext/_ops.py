@@ -99,6 +99,38 @@ def _(
     return _dual_outputs(y, activation)
 
 
+@torch.library.register_fake("fdfa::batch_norm")
+def _(
+    x: Tensor,
+    tangent: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mean = x.new_empty([x.shape[1]])
+    return *_dual_outputs(torch.empty_like(x), activation), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("fdfa::batch_norm_backward")
+def _(
+    delta: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+
+
 @torch.library.register_fake("fdfa::perturb")
 def _(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:
     order = torch.channels_last if y.dim() == 4 else torch.contiguous_format

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
-from fdfa_ext.tangents import forward_dual, make_dual, unpack_dual, without_rules
+from fdfa_ext.tangents import (
+    BATCH_NORMS,
+    forward_dual,
+    make_dual,
+    plain_type,
+    unpack_dual,
+    without_rules,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda a: a,
@@ -27,6 +34,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 NEEDS_PRE_ACTIVATION = ("gelu", "silu")
+_ACTIVATION_MODULES: dict[Any, str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+}
 NOISES = ("gaussian", "rademacher")
 BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
 
@@ -108,7 +123,10 @@ class BlockPass:
             if x.dim() == 4:
                 x = x.contiguous(memory_format=torch.channels_last)
         y, ty = x, tangent
+        end = _normalized_end(modules)
         for position, module in enumerate(modules):
+            if end is not None and position == end[0] and _has_fused_norm(dual, module, y):
+                return self._batch_norm(dual, module, y, ty, end[1])
             y, ty = forward_dual(module, y, ty)
             if tangent is not None and ty is None:
                 raise RuntimeError(
@@ -121,6 +139,30 @@ class BlockPass:
             order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
             self._record(dual, y, gate, "identity", order)
             return make_dual(gate, ty)
+
+    def _batch_norm(
+        self, dual: DualPass, module: Any, x: Tensor, tangent: Tensor | None, activation: str
+    ) -> Tensor:
+        with without_rules():
+            order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+            if module.training and module.num_batches_tracked is not None:
+                module.num_batches_tracked.add_(1)
+            y, ty, pre = dual.backend.batch_norm(
+                x.contiguous(memory_format=order),
+                tangent,
+                module.weight,
+                module.bias,
+                module.running_mean,
+                module.running_var,
+                module.training or module.running_mean is None,
+                module.momentum,
+                module.eps,
+                dual.noise_state,
+                self.index,
+                activation,
+                dual.noise,
+            )[:3]
+            return self._leave(dual, y, ty, pre, activation, order)
 
     def _enter(self, x: Tensor) -> tuple[DualPass, Tensor, Tensor | None]:
         """The pass that runs; primal and tangent of a block's input, cut off from what made them."""
@@ -164,6 +206,40 @@ class BlockPass:
         dual.records.append(
             BlockRecord(self.name, self.index, handle, gate, activation, order, version)
         )
+
+
+def _normalized_end(modules: Sequence[nn.Module]) -> tuple[int, str] | None:
+    """Where a chain's last two modules, BatchNorm and activation, or its last one, BatchNorm, begin."""
+    activation = _activation(modules[-1])
+    position = len(modules) - (1 if activation is None else 2)
+    if position < 0 or plain_type(modules[position]) not in BATCH_NORMS:
+        return None
+    return position, activation or "identity"
+
+
+def _activation(module: nn.Module) -> str | None:
+    """The operators' name of it; None for any other module."""
+    kind = plain_type(module)
+    if (kind is nn.LeakyReLU and module.negative_slope != 0.01) or (
+        kind is nn.GELU and module.approximate != "none"
+    ):
+        return None
+    return _ACTIVATION_MODULES.get(kind)
+
+
+def _has_fused_norm(dual: DualPass, module: Any, x: Tensor) -> bool:
+    return (
+        dual.backend is fused
+        and not torch.compiler.is_compiling()
+        and x.is_cpu
+        and x.dim() in (2, 4)
+        and x.dtype == torch.float32
+        and (module.weight is None or module.weight.dtype == torch.float32)
+        and (module.running_mean is None or module.running_mean.dtype == torch.float32)
+        and module.momentum is not None
+        # Otherwise torch has the words for it.
+        and (x.numel() > x.shape[1] == module.num_features)
+    )
 
 
 class Star(torch.autograd.Function):

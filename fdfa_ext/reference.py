@@ -164,6 +164,46 @@ def conv2d(
     return _dual(pre, tz, noise_state, block, activation, noise)
 
 
+def batch_norm_tangent(
+    x: Tensor, tangent: Tensor, weight: Tensor | None, running_var: Tensor | None, eps: float
+) -> Tensor:
+    """γ/σ (t - mean t - x̂ mean(x̂ t)) over batch and positions; γ/σ t for a given running_var."""
+    channels = [1, -1, *[1] * (x.dim() - 2)]
+    scale = 1.0 if weight is None else weight.detach().view(channels)
+    if running_var is not None:
+        return tangent * scale * (running_var + eps).rsqrt().view(channels)
+    dims = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    inverse_std = (var + eps).rsqrt()
+    normalized = (x - mean) * inverse_std
+    mean_along = (normalized * tangent).mean(dims, keepdim=True)
+    return scale * inverse_std * (tangent - tangent.mean(dims, keepdim=True) - normalized * mean_along)
+
+
+def batch_norm(
+    x: Tensor,
+    tangent: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    noise_state: Tensor,
+    block: int,
+    activation: str,
+    noise: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, ty, pre); the fused operator also returns the statistics."""
+    tz = None
+    if tangent is not None:
+        fixed = None if training else running_var
+        tz = batch_norm_tangent(x.detach(), tangent, weight, fixed, eps)
+    pre = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _dual(pre, tz, noise_state, block, activation, noise)
+
+
 def perturb(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:
     u = perturbation(noise_state, block, noise, y.shape, channels_last=y.dim() == 4)
     return (u if tangent is None else tangent + u).to(y.dtype)

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fdfa_ext.reference import batch_norm_tangent
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _SYMMETRIC = (
-    *_BATCH_NORMS,
+    *BATCH_NORMS,
     nn.ReLU,
     nn.LeakyReLU,
     nn.Tanh,
@@ -40,8 +42,7 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
     """
     if ty is None:
         return module(y), None
-    # Exact types: a subclass, a parametrization or a hook may do something else.
-    kind = None if module._forward_hooks or module._forward_pre_hooks else type(module)
+    kind = plain_type(module)
     if kind in _CONVOLUTIONS:
         with torch.no_grad():
             tangent = module._conv_forward(ty, module.weight, None)  # type: ignore[operator]
@@ -52,8 +53,10 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
         return module(y), tangent
     if torch.compiler.is_compiling():
         # It traces no gradient within the forward pass, and no forward mode of batch-norm.
-        if kind in _BATCH_NORMS:
-            return module(y), _batch_norm_tangent(module, y.detach(), ty)
+        if kind in BATCH_NORMS:
+            fixed: Any = None if module.training else module.running_var
+            weight: Any = module.weight
+            return module(y), batch_norm_tangent(y.detach(), ty, weight, fixed, module.eps)  # type: ignore[arg-type]
     # In place, the input would be gone by the time its gradient is asked for.
     elif kind in _SYMMETRIC and y.requires_grad and not getattr(module, "inplace", False):
         out = module(y)
@@ -61,6 +64,14 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
         return out, tangent
     out, tangent = unpack_dual(module(make_dual(y, ty)))
     return out, None if tangent is None else tangent.detach()
+
+
+def plain_type(module: nn.Module) -> type[nn.Module] | None:
+    """Its type, by which its function is known, or None where a hook may do something else.
+
+    To be compared with exact types: so may a subclass or a parametrization.
+    """
+    return None if module._forward_hooks or module._forward_pre_hooks else type(module)
 
 
 class LinearTangents(TorchFunctionMode):
@@ -103,17 +114,3 @@ def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
 def without_rules() -> AbstractContextManager[Any]:
     """Within it no call asks LinearTangents, which costs more than most calls themselves."""
     return torch._C.DisableTorchFunction()
-
-
-def _batch_norm_tangent(module: Any, y: Tensor, ty: Tensor) -> Tensor:
-    """γ/σ (ty - mean ty - x̂ mean(x̂ ty)), over batch and positions; γ/σ ty with running statistics."""
-    channels = [1, -1, *[1] * (y.dim() - 2)]
-    weight = 1.0 if module.weight is None else module.weight.detach().view(channels)
-    if not module.training and module.running_var is not None:
-        return ty * weight * (module.running_var + module.eps).rsqrt().view(channels)
-    dims = [0, *range(2, y.dim())]
-    var, mean = torch.var_mean(y, dims, correction=0, keepdim=True)
-    inverse_std = (var + module.eps).rsqrt()
-    normalized = (y - mean) * inverse_std
-    mean_along = (normalized * ty).mean(dims, keepdim=True)
-    return weight * inverse_std * (ty - ty.mean(dims, keepdim=True) - normalized * mean_along)

@@ -94,6 +94,79 @@ def test_conv2d_is_the_reference(
             assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(9, 5), (64, 3), (6, 15, 5, 4), (2, 40, 9, 30), (1, 1, 2, 1)])
+def test_batch_norm_is_the_reference(
+    activation: str, training: bool, affine: bool, shape: tuple[int, ...]
+) -> None:
+    """Results, running statistics and the gradients of x, weight and bias; far from the origin too."""
+    channels = shape[1]
+    order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    upstream = torch.randn(shape)
+    for tangent in (None, torch.randn(shape).contiguous(memory_format=order)):
+        x = (torch.randn(shape) * 2 + 7).contiguous(memory_format=order)
+        weight = torch.rand(channels) + 0.5 if affine else None
+        bias = torch.randn(channels) if affine else None
+        running = (torch.full((channels,), 6.5), torch.rand(channels) + 3)
+        results = []
+        for backend, dtype in ((fused, torch.float32), (reference, torch.float64)):
+            leaves = [
+                None if t is None else t.to(dtype, copy=True).requires_grad_()
+                for t in (x, weight, bias)
+            ]
+            t = None if tangent is None else tangent.to(dtype)
+            statistics = [value.to(dtype, copy=True) for value in running]
+            y, ty, pre = backend.batch_norm(
+                leaves[0],
+                t,
+                *leaves[1:],
+                *statistics,
+                training,
+                0.1,
+                1e-5,
+                noise_state(torch.device("cpu")),
+                3,
+                activation,
+                "gaussian",
+            )[:3]
+            pre.backward(upstream.to(dtype))
+            results.append([y, ty, *statistics, *[leaf.grad for leaf in leaves if leaf is not None]])
+            smooth = (
+                pre.detach().abs() > 0.01
+                if activation in ("relu", "leaky_relu")
+                else torch.ones(shape) > 0
+            )
+        for actual, expected in zip(*results, strict=True):
+            if expected.shape == shape:
+                actual, expected = actual[smooth], expected[smooth]
+            # Two values a channel are normalised to ±1: their gradients are zero but for rounding.
+            torch.testing.assert_close(
+                actual.double(), expected, rtol=2e-5, atol=5e-5, check_stride=False
+            )
+
+
+def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None:
+    state = noise_state(torch.device("cpu"))
+
+    def run(x: Tensor, mean: Tensor, training: bool = True) -> None:
+        fused.batch_norm(
+            x, None, None, None, mean, torch.ones(3), training, 0.1, 1e-5, state, 0, "relu", "gaussian"
+        )
+
+    mean = torch.zeros(3)
+    with pytest.raises(RuntimeError, match=r"batch_norm: x must be \[N, C\].*channels_last"):
+        run(torch.randn(2, 3, 4, 4), mean)
+    with pytest.raises(RuntimeError, match=r"batch_norm: x must be float32 on the CPU; got Double"):
+        run(torch.randn(4, 3, dtype=torch.double), mean)
+    with pytest.raises(RuntimeError, match="more than one value a channel"):
+        run(torch.randn(1, 3), mean)
+    with pytest.raises(RuntimeError, match=r"running_mean must have shape \[3\]; got \[4\]"):
+        run(torch.randn(4, 3), torch.zeros(4))
+    assert not mean.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("shape", [(3, 7), (2, 5, 6), (2, 3, 4, 5), (0, 3), (2, 4099)])
@@ -345,6 +418,13 @@ def test_opcheck(device: torch.device) -> None:
     for y in (torch.randn(4, 9, device=device), images):
         torch.library.opcheck(fused.perturb.default, (y, y, state, 1, "gaussian"))
     torch.library.opcheck(fused.next_noise.default, (state.clone(),))
+    if device.type == "cpu":
+        x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+        running = (torch.zeros(4), torch.ones(4), True, 0.1, 1e-5)
+        args = (x, x.detach(), weight, None, *running, state, 0, "relu", "gaussian")
+        torch.library.opcheck(fused.batch_norm.default, args)
+        args = (x.detach(), x.detach(), weight.detach(), torch.zeros(4), torch.ones(4), True)
+        torch.library.opcheck(fused.batch_norm_backward.default, args)
     for gate in (
         torch.randn(4, 9, device=device),
         images.contiguous(memory_format=torch.channels_last),

@@ -121,6 +121,45 @@ def test_batch_norm_moves_its_statistics_once_and_from_the_primal_only() -> None
 
 
 @pytest.mark.parametrize(
+    "end",
+    [
+        lambda: [nn.BatchNorm2d(4), nn.ReLU(inplace=True)],
+        lambda: [nn.BatchNorm2d(4, affine=False), nn.GELU()],
+        lambda: [nn.BatchNorm2d(4, track_running_stats=False, momentum=0.3)],
+        # No fused pass: each has something that it does not do.
+        lambda: [nn.BatchNorm2d(4, momentum=None), nn.ReLU()],
+        lambda: [nn.BatchNorm2d(4), nn.LeakyReLU(0.3)],
+        lambda: [nn.BatchNorm2d(4), nn.GELU("tanh")],
+        lambda: [nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)],
+    ],
+)
+def test_a_block_with_batch_norm_trains_as_the_reference(end: Any) -> None:
+    """Three steps: loss, gradients, feedback and every buffer."""
+
+    def run(backend: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            FDFABlock(nn.Conv2d(2, 4, 3, bias=False), *end()),
+            FDFABlock(nn.Conv2d(4, 4, 3), *end()),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        )
+        x, labels = torch.randn(6, 2, 14, 14), torch.arange(6) % 3
+        net(x)
+        model = FDFA(net, backend=backend, feedback_lr=0.05, example_input=x)
+        seen = []
+        for _ in range(3):
+            loss = F.cross_entropy(model(x), labels)
+            model.zero_grad()
+            loss.backward()
+            seen += [loss.detach(), *[p.grad.clone() for p in net.parameters() if p.grad is not None]]
+        return seen + [t.clone() for t in model.state_dict().values()]
+
+    for actual, expected in zip(run("fused"), run("reference"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
     "chain",
     [
         lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()],

@@ -23,13 +23,23 @@ struct NoiseParams {
   Noise kind;
 };
 
-// y = f(z + bias),  ty = f'(z + bias) * tz + u       (Algorithm 1, lines 11 to 15)
+// What is done to channel c of a product z before the activation f, and to its tangent:
+//   a = scale[c] z + bias[c],  ta = scale[c] tz + slope[c] z + offset[c]
+// A batch normalisation is of this form once its statistics are known (see batch_norm.h).
+struct ChannelMap {
+  const float* scale;  // [channels]; null: 1
+  const float* slope;  // [channels]; null, like offset: 0
+  const float* offset;
+};
+
+// y = f(a),  ty = f'(a) * ta + u, with a = z + bias, ta = tz or as `map` says  (Algorithm 1, lines 11
+// to 15)
 // Outputs may alias the inputs of the same shape.
 template <class T>
 struct EpilogueParams {
   const T* z;     // [samples, features] product without bias; null: perturb only, ty = tz + u
   const T* tz;    // [samples, features] its tangent; null: zero
-  const T* bias;  // [channels], added to feature i as bias[i % channels]; null: zero
+  const T* bias;  // [channels]; feature i is of channel i % channels; null: zero
   T* y;           // [samples, features]; null where z is
   T* ty;          // [samples, features]
   T* pre;         // [samples, features] pre-activation, where f' needs it; null elsewhere
@@ -39,6 +49,27 @@ struct EpilogueParams {
   // z and tz are [features, samples] instead, not the outputs' memory, and channels are features. For
   // the CPU alone, whose libraries are faster at W xᵀ than at x Wᵀ.
   bool transposed;
+  ChannelMap map;  // slope and offset only where there is a tangent
+};
+
+// With d = x - pivot[c], sums over the rows of x and t [rows, channels], in parts of so many rows that
+// single precision is enough within one:
+//   sums[part] = (Σ d, Σ d², Σ t, Σ d t), each [channels]
+struct MomentParams {
+  const float* x;
+  const float* t;      // null: the last two sums are zero
+  const float* pivot;  // [channels], somewhere among the values of each, so that no digits are lost
+  double* sums;        // [parts, 4, channels]
+  int64_t rows, channels;
+};
+
+// out = scale[c] t + slope[c] x + offset[c], all [rows, channels]
+struct CombineParams {
+  const float* x;
+  const float* t;
+  float* out;
+  ChannelMap map;
+  int64_t rows, channels;
 };
 
 // G = tangentᵀ u / samples; B is moved by the rule; delta = (error B) ⊙ f'   (Algorithm 1, lines 22,

@@ -23,6 +23,8 @@ struct IsaKernels {
   KernelTable<float> f32;
   KernelTable<bfloat16> bf16;
   KernelTable<float16> f16;
+  void (*moments)(const MomentParams&, int64_t begin, int64_t end);
+  void (*combine)(const CombineParams&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

@@ -1,5 +1,6 @@
 #include "cpu/kernels.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -43,6 +44,8 @@ std::atomic<const Isa*>& current() {
   return isa;
 }
 
+int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
 const KernelTable<float>& table(float) { return current().load()->kernels->f32; }
 const KernelTable<bfloat16>& table(bfloat16) { return current().load()->kernels->bf16; }
 const KernelTable<float16>& table(float16) { return current().load()->kernels->f16; }
@@ -65,7 +68,6 @@ bool select_isa(const char* name) {
 
 template <class T>
 int64_t epilogue_units(const EpilogueParams<T>& p) {
-  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
   return p.transposed ? parts(p.samples, kTransposedSamples) * parts(p.features, kTransposedRun)
                       : p.samples * parts(p.features, kEpilogueRun);
 }
@@ -77,12 +79,23 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
 
 template <class T>
 int64_t feedback_units(const FeedbackParams<T>& p) {
-  return (p.features + kTileColumns - 1) / kTileColumns;
+  return parts(p.features, kTileColumns);
 }
 
 template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   table(T{}).feedback_step(p, begin, end);
+}
+
+int64_t moment_part_rows(int64_t channels) { return std::max<int64_t>(64, 16384 / channels); }
+int64_t moment_units(const MomentParams& p) { return parts(p.rows, moment_part_rows(p.channels)); }
+void moments(const MomentParams& p, int64_t begin, int64_t end) {
+  current().load()->kernels->moments(p, begin, end);
+}
+
+int64_t combine_units(const CombineParams& p) { return parts(p.rows * p.channels, kEpilogueRun); }
+void combine(const CombineParams& p, int64_t begin, int64_t end) {
+  current().load()->kernels->combine(p, begin, end);
 }
 
 #define FDFA_INSTANTIATE(T)                                              \

@@ -22,6 +22,15 @@ int64_t feedback_units(const FeedbackParams<T>& p);
 template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end);
 
+// A unit is a part of the rows.
+int64_t moment_part_rows(int64_t channels);
+int64_t moment_units(const MomentParams& p);
+void moments(const MomentParams& p, int64_t begin, int64_t end);
+
+// A unit is a run of neighbouring elements.
+int64_t combine_units(const CombineParams& p);
+void combine(const CombineParams& p, int64_t begin, int64_t end);
+
 // The instruction set in use: "avx512", "avx2" or "baseline".
 const char* isa();
 

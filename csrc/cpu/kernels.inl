@@ -102,17 +102,39 @@ void fill_noise(const RoundKeys& keys, const NoiseStream& stream, int64_t first_
   }
 }
 
+// The values of each channel repeated, so that a run may start at any channel: entry i belongs to
+// channel i % channels. Zero where there is no source.
+template <class T>
+std::vector<float> repeated(const T* source, int64_t channels, int64_t run) {
+  std::vector<float> values(channels + run, 0.0f);
+  if (source == nullptr) return values;
+  for (int64_t i = 0; i < channels; ++i) values[i] = to_float(source[i]);
+  for (size_t i = channels; i < values.size(); ++i) values[i] = values[i - channels];
+  return values;
+}
+
+// What the channels of a run add and multiply.
+struct RunMap {
+  const float *bias, *scale, *slope, *offset;
+};
+
 // Neighbouring features of one sample. Whether z and tz exist is a template argument, so that the loops
 // have no branches. Outputs may be the inputs' own memory, element by element.
-template <class T, Activation kActivation, bool kHasTangent>
-void epilogue_run(int64_t count, const T* z, const T* tz, const float* bias, const float* noise, T* y,
+template <class T, Activation kActivation, bool kHasTangent, bool kMapped>
+void epilogue_run(int64_t count, const T* z, const T* tz, const RunMap& map, const float* noise, T* y,
                   T* ty, T* pre) {
+  const float *bias = map.bias, *scale = map.scale, *slope = map.slope, *offset = map.offset;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    const float a = to_float(z[i]) + bias[i];
+    const float a = kMapped ? scale[i] * to_float(z[i]) + bias[i] : to_float(z[i]) + bias[i];
     const T y_stored = from_float<T>(activate<kActivation>(a));
     const float gate = derivative_needs_pre_activation(kActivation) ? a : to_float(y_stored);
-    const float tangent = kHasTangent ? derivative<kActivation>(gate) * to_float(tz[i]) : 0.0f;
+    float tangent = 0.0f;
+    if constexpr (kHasTangent) {
+      tangent = to_float(tz[i]);
+      if constexpr (kMapped) tangent = scale[i] * tangent + (slope[i] * to_float(z[i]) + offset[i]);
+      tangent *= derivative<kActivation>(gate);
+    }
     ty[i] = from_float<T>(tangent + noise[i]);
     y[i] = y_stored;
     if constexpr (derivative_needs_pre_activation(kActivation)) pre[i] = from_float<T>(a);
@@ -142,11 +164,12 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
   const int64_t run = p.transposed ? kTransposedRun : kEpilogueRun;
   const int64_t samples_of_unit = p.transposed ? kTransposedSamples : 1;
   const int64_t runs = (p.features + run - 1) / run;
-  // bias[i % channels] for a run that starts at any channel: one period more than a run.
-  std::vector<float> bias(p.channels + run, 0.0f);
-  if (p.bias) {
-    for (size_t i = 0; i < bias.size(); ++i) bias[i] = to_float(p.bias[i % p.channels]);
-  }
+  const bool mapped = p.map.scale != nullptr;
+  const int64_t mapped_channels = mapped ? p.channels : 0;
+  const auto bias = repeated(p.bias, p.channels, run);
+  const auto scale = repeated(p.map.scale, mapped_channels, run);
+  const auto slope = repeated(p.map.slope, mapped_channels, run);
+  const auto offset = repeated(p.map.offset, mapped_channels, run);
   alignas(64) float noise[kEpilogueRun];
   alignas(64) T z_rows[kTransposedSamples][kTransposedRun], tz_rows[kTransposedSamples][kTransposedRun];
   const RoundKeys keys(p.noise);
@@ -162,23 +185,31 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
           if (p.tz) transpose(p.tz + corner, samples, count, p.samples, tz_rows);
         }
         for (int64_t n = 0; n < samples; ++n) {
-          const int64_t sample = first_sample + n, offset = sample * p.features + first;
+          const int64_t sample = first_sample + n, at = sample * p.features + first;
           fill_noise<kind()>(keys, noise_stream(p.noise.state, p.noise.block, sample), first / 4,
                              (count + 3) / 4, noise);
-          const T* tz = p.tz == nullptr ? nullptr : p.transposed ? tz_rows[n] : p.tz + offset;
-          T* ty = p.ty + offset;
+          const T* tz = p.tz == nullptr ? nullptr : p.transposed ? tz_rows[n] : p.tz + at;
+          T* ty = p.ty + at;
           if (p.z == nullptr) {
             perturb_run(count, tz, noise, ty);
             continue;
           }
-          const T* z = p.transposed ? z_rows[n] : p.z + offset;
-          T* y = p.y + offset;
-          T* pre = derivative_needs_pre_activation(activation()) ? p.pre + offset : nullptr;
-          const float* b = bias.data() + first % p.channels;
-          if (tz) {
-            epilogue_run<T, activation(), true>(count, z, tz, b, noise, y, ty, pre);
+          const T* z = p.transposed ? z_rows[n] : p.z + at;
+          T* y = p.y + at;
+          T* pre = derivative_needs_pre_activation(activation()) ? p.pre + at : nullptr;
+          const int64_t c = first % p.channels;
+          RunMap map{bias.data() + c, nullptr, nullptr, nullptr};
+          if (mapped) map = {map.bias, scale.data() + c, slope.data() + c, offset.data() + c};
+          const auto run_with = [&](auto has_tangent, auto is_mapped) {
+            epilogue_run<T, activation(), has_tangent(), is_mapped()>(count, z, tz, map, noise, y, ty,
+                                                                      pre);
+          };
+          if (mapped) {
+            tz ? run_with(std::true_type{}, std::true_type{})
+               : run_with(std::false_type{}, std::true_type{});
           } else {
-            epilogue_run<T, activation(), false>(count, z, tz, b, noise, y, ty, pre);
+            tz ? run_with(std::true_type{}, std::false_type{})
+               : run_with(std::false_type{}, std::false_type{});
           }
         }
       }
@@ -306,6 +337,66 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   }
 }
 
+// The rows of several parts. Sums are kept for a period of whole rows, so that the loop over it is long
+// enough for vectors whatever the number of channels.
+void moments(const MomentParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kPeriod = 256;
+  const int64_t c = p.channels, period_rows = (kPeriod + c - 1) / c, period = period_rows * c;
+  const int64_t part_rows = moment_part_rows(c);
+  const auto pivots = repeated(p.pivot, c, period);
+  std::vector<float> storage(4 * period);
+  float *d_sum = storage.data(), *d_square = d_sum + period, *t_sum = d_square + period,
+        *product = t_sum + period;
+  const float* pivot = pivots.data();
+  for (int64_t part = begin; part < end; ++part) {
+    std::fill(storage.begin(), storage.end(), 0.0f);
+    const int64_t last = std::min((part + 1) * part_rows, p.rows);
+    for (int64_t row = part * part_rows; row < last; row += period_rows) {
+      const int64_t count = std::min(period_rows, last - row) * c;
+      const float* x = p.x + row * c;
+      if (p.t == nullptr) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < count; ++i) {
+          const float d = x[i] - pivot[i];
+          d_sum[i] += d;
+          d_square[i] += d * d;
+        }
+        continue;
+      }
+      const float* t = p.t + row * c;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < count; ++i) {
+        const float d = x[i] - pivot[i];
+        d_sum[i] += d;
+        d_square[i] += d * d;
+        t_sum[i] += t[i];
+        product[i] += d * t[i];
+      }
+    }
+    double* sums = p.sums + part * 4 * c;
+    std::fill(sums, sums + 4 * c, 0.0);
+    for (int64_t kind = 0; kind < 4; ++kind) {
+      for (int64_t i = 0; i < period; ++i) sums[kind * c + i % c] += storage[kind * period + i];
+    }
+  }
+}
+
+void combine(const CombineParams& p, int64_t begin, int64_t end) {
+  if (begin == end) return;
+  const auto scale = repeated(p.map.scale, p.channels, kEpilogueRun);
+  const auto slope = repeated(p.map.slope, p.channels, kEpilogueRun);
+  const auto offset = repeated(p.map.offset, p.channels, kEpilogueRun);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit * kEpilogueRun, c = first % p.channels;
+    const int64_t count = std::min(kEpilogueRun, p.rows * p.channels - first);
+    const float *x = p.x + first, *t = p.t + first;
+    const float *a = scale.data() + c, *b = slope.data() + c, *d = offset.data() + c;
+    float* out = p.out + first;
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) out[i] = a[i] * t[i] + (b[i] * x[i] + d[i]);
+  }
+}
+
 template <class T>
 constexpr KernelTable<T> table() {
   return {epilogue<T>, feedback_step<T>};
@@ -314,6 +405,6 @@ constexpr KernelTable<T> table() {
 }  // namespace
 
 extern const IsaKernels kernels;
-const IsaKernels kernels = {table<float>(), table<bfloat16>(), table<float16>()};
+const IsaKernels kernels = {table<float>(), table<bfloat16>(), table<float16>(), moments, combine};
 
 }  // namespace fdfa::cpu::FDFA_ISA

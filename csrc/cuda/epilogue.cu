@@ -63,9 +63,15 @@ __global__ void __launch_bounds__(kQuadsPerBlock* kSamplesPerBlock)
   if (feature >= p.features) return;
   const int count = static_cast<int>(p.features - feature < 4 ? p.features - feature : 4);
 
-  float bias[4] = {};
-  if (p.bias != nullptr) {
-    for (int i = 0; i < count; ++i) bias[i] = to_float(p.bias[(feature + i) % p.channels]);
+  float bias[4] = {}, scale[4] = {1, 1, 1, 1}, slope[4] = {}, offset[4] = {};
+  for (int i = 0; i < count; ++i) {
+    const int64_t channel = (feature + i) % p.channels;
+    if (p.bias != nullptr) bias[i] = to_float(p.bias[channel]);
+    if (p.map.scale != nullptr) scale[i] = p.map.scale[channel];
+    if (p.map.slope != nullptr) {
+      slope[i] = p.map.slope[channel];
+      offset[i] = p.map.offset[channel];
+    }
   }
 
   const int64_t stride = static_cast<int64_t>(gridDim.y) * kSamplesPerBlock;
@@ -78,7 +84,8 @@ __global__ void __launch_bounds__(kQuadsPerBlock* kSamplesPerBlock)
       load_quad(p.z, view, z);
       float y[4];
       for (int i = 0; i < 4; ++i) {
-        z[i] += bias[i];
+        tangent[i] = scale[i] * tangent[i] + (slope[i] * z[i] + offset[i]);
+        z[i] = scale[i] * z[i] + bias[i];
         y[i] = to_float(from_float<T>(activate<kActivation>(z[i])));  // as stored, and read by f' later
         tangent[i] *= derivative<kActivation>(kSlopeFromPre ? z[i] : y[i]);
       }

@@ -87,6 +87,55 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
   }
 };
 
+struct BatchNorm : torch::autograd::Function<BatchNorm> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
+                               const OptionalTensor& weight, const OptionalTensor& bias,
+                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                               bool training, double momentum, double eps, const Tensor& noise_state,
+                               int64_t block, c10::string_view activation, c10::string_view noise) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fdfa::batch_norm", "")
+                               .typed<decltype(fdfa::batch_norm)>();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, ty, pre, mean, inverse_std] =
+        op.call(x, tangent, weight, bias, running_mean, running_var, training, momentum, eps,
+                noise_state, block, activation, noise);
+    ctx->save_for_backward({x, weight.value_or(Tensor()), mean, inverse_std});
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->mark_non_differentiable({y, ty, mean, inverse_std});
+    ctx->set_materialize_grads(false);
+    return {y, ty, pre, mean, inverse_std};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fdfa::batch_norm_backward", "")
+                               .typed<decltype(fdfa::batch_norm_backward)>();
+    variable_list result(13);
+    if (const Tensor& delta = grads[2]; delta.defined()) {
+      const variable_list saved = ctx->get_saved_variables();
+      const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+      auto [dx, dweight, dbias] =
+          op.call(delta, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool());
+      result[0] = dx;
+      if (weight) result[2] = dweight;
+      if (ctx->saved_data["has_bias"].toBool()) result[3] = dbias;
+    }
+    return result;
+  }
+};
+
+Normalized batch_norm_autograd(const Tensor& x, const OptionalTensor& tangent,
+                               const OptionalTensor& weight, const OptionalTensor& bias,
+                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                               bool training, double momentum, double eps, const Tensor& noise_state,
+                               int64_t block, c10::string_view activation, c10::string_view noise) {
+  const auto out = BatchNorm::apply(x, tangent, weight, bias, running_mean, running_var, training,
+                                    momentum, eps, noise_state, block, activation, noise);
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
 Dual linear_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
                      const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
                      c10::string_view activation, c10::string_view noise) {
@@ -109,4 +158,5 @@ Dual conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const Tenso
 TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
   m.impl("linear", fdfa::linear_autograd);
   m.impl("conv2d", fdfa::conv2d_autograd);
+  m.impl("batch_norm", fdfa::batch_norm_autograd);
 }

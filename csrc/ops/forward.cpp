@@ -2,6 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include "ops/checks.h"
 #include "ops/launch.h"
@@ -22,11 +23,11 @@ Dual finish(const Tensor& z, const Tensor& tz, bool has_tangent, bool transposed
   const Tensor ty = transposed ? at::empty_like(y) : tz;
   const bool keep_pre = derivative_needs_pre_activation(activation);
   // Elsewhere `pre` only carries a gradient: the shape of y, strides of zero, one element of memory.
-  const Tensor pre = keep_pre ? at::empty_like(y) : at::empty({}, y.options()).expand(y.sizes());
+  const Tensor pre = keep_pre ? at::empty_like(y) : at::zeros({}, y.options()).expand(y.sizes());
   const Tensor bias_dense = bias ? bias->contiguous() : Tensor();
   with_storage(y.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
-    EpilogueParams<T> p;
+    EpilogueParams<T> p{};
     p.z = pointer<T>(z);
     p.tz = has_tangent ? pointer<T>(tz) : nullptr;
     p.y = pointer<T>(y);

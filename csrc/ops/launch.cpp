@@ -10,6 +10,8 @@ namespace {
 // Units that are worth a thread: about 4096 elements of work in an epilogue.
 constexpr int64_t kEpilogueGrain = 4;
 constexpr int64_t kFeedbackGrain = 1;
+constexpr int64_t kMomentGrain = 1;
+constexpr int64_t kCombineGrain = 16;
 
 }  // namespace
 
@@ -31,6 +33,18 @@ void launch(const FeedbackParams<T>& params, const at::Device& device) {
   (void)device;
   at::parallel_for(0, cpu::feedback_units(params), kFeedbackGrain,
                    [&](int64_t begin, int64_t end) { cpu::feedback_step(params, begin, end); });
+}
+
+int64_t moment_parts(const MomentParams& params) { return cpu::moment_units(params); }
+
+void launch(const MomentParams& params) {
+  at::parallel_for(0, cpu::moment_units(params), kMomentGrain,
+                   [&](int64_t begin, int64_t end) { cpu::moments(params, begin, end); });
+}
+
+void launch(const CombineParams& params) {
+  at::parallel_for(0, cpu::combine_units(params), kCombineGrain,
+                   [&](int64_t begin, int64_t end) { cpu::combine(params, begin, end); });
 }
 
 template void launch<float>(const EpilogueParams<float>&, const at::Device&);

@@ -14,6 +14,11 @@ void launch(const EpilogueParams<T>& params, const at::Device& device);
 template <class T>
 void launch(const FeedbackParams<T>& params, const at::Device& device);
 
+// On the CPU alone.
+int64_t moment_parts(const MomentParams& params);
+void launch(const MomentParams& params);
+void launch(const CombineParams& params);
+
 #if defined(FDFA_WITH_CUDA)
 template <class T>
 void launch_cuda(const EpilogueParams<T>& params, const at::Device& device);

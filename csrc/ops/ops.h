@@ -27,6 +27,18 @@ Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
 Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,
                c10::string_view noise);
 
+using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // a Dual, mean, 1 / σ
+
+Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& weight,
+                      const OptionalTensor& bias, const OptionalTensor& running_mean,
+                      const OptionalTensor& running_var, bool training, double momentum, double eps,
+                      const Tensor& noise_state, int64_t block, c10::string_view activation,
+                      c10::string_view noise);
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,
+                                                       const OptionalTensor& weight, const Tensor& mean,
+                                                       const Tensor& inverse_std, bool training);
+
 Tensor feedback_step(Tensor feedback, const OptionalTensor& exp_avg, const OptionalTensor& exp_avg_sq,
                      const OptionalTensor& updates, const Tensor& error, const Tensor& tangent,
                      const Tensor& gate, const Tensor& noise_state, int64_t block,

@@ -26,6 +26,21 @@ TORCH_LIBRARY(fdfa, m) {
       "int[2] dilation, int groups, Tensor noise_state, int block, str activation, str noise) -> "
       "(Tensor y, Tensor ty, Tensor pre)");
 
+  // The end of a block: a = BatchNorm(x), then as `linear` goes on from its a. x [N, C], or [N, C, H,
+  // W] in channels_last; float32 on the CPU. The tangent passes the batch's statistics too. In training
+  // they come from x, and move running_mean and running_var, both [C], by `momentum`. Returns also mean
+  // and 1 / σ, [C], for the backward.
+  m.def(
+      "batch_norm(Tensor x, Tensor? tangent, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor noise_state, "
+      "int block, str activation, str noise) -> "
+      "(Tensor y, Tensor ty, Tensor pre, Tensor mean, Tensor inverse_std)");
+
+  // From δ at its output a to the gradients of x, weight and bias.
+  m.def(
+      "batch_norm_backward(Tensor delta, Tensor x, Tensor? weight, Tensor mean, Tensor inverse_std, "
+      "bool training) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
   // ty = tangent + u for a block's output y [N, *features], in y's shape; images in channels_last.
   m.def("perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise) -> Tensor");
 
@@ -56,6 +71,10 @@ TORCH_LIBRARY(fdfa, m) {
   }
 
 FDFA_IMPLEMENT(CPU)
+TORCH_LIBRARY_IMPL(fdfa, CPU, m) {
+  m.impl("batch_norm", fdfa::batch_norm);
+  m.impl("batch_norm_backward", fdfa::batch_norm_backward);
+}
 #if defined(FDFA_WITH_CUDA)
 FDFA_IMPLEMENT(CUDA)
 #endif

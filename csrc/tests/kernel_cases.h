@@ -77,7 +77,7 @@ struct EpilogueCase {
   int64_t samples, features, channels, shift;
   Activation activation;
   Noise noise;
-  bool has_product, has_tangent, has_bias, in_place, transposed;
+  bool has_product, has_tangent, has_bias, in_place, transposed, mapped;
 };
 
 template <class T>
@@ -88,7 +88,10 @@ struct EpilogueArrays {
         bias(c.channels, 3, c.shift),
         y(c.samples * c.features, 4, c.shift),
         ty(c.samples * c.features, 5, c.shift),
-        pre(c.samples * c.features, 6, c.shift) {}
+        pre(c.samples * c.features, 6, c.shift),
+        scale(c.channels, 7),
+        slope(c.channels, 8),
+        offset(c.channels, 9) {}
 
   EpilogueParams<T> params(const EpilogueCase& c) {
     const bool in_place_tangent = c.in_place && c.has_tangent;
@@ -104,10 +107,13 @@ struct EpilogueArrays {
             c.channels,
             c.activation,
             {kState, 2, c.noise},
-            c.transposed};
+            c.transposed,
+            {c.mapped ? scale.data() : nullptr, c.mapped && c.has_tangent ? slope.data() : nullptr,
+             c.mapped && c.has_tangent ? offset.data() : nullptr}};
   }
 
   Array<T> z, tz, bias, y, ty, pre;
+  Array<float> scale, slope, offset;
 };
 
 template <class Backend, class T>
@@ -139,11 +145,12 @@ void test_epilogue(const Sizes& sizes, int stride) {
         for (int64_t shift : {0, 1})
           for (int f = 0; f < kActivationCount; ++f)
             for (Noise noise : {Noise::gaussian, Noise::rademacher})
-              for (int flags = 0; flags < 16; ++flags) {
+              for (int flags = 0; flags < 32; ++flags) {
                 if (!selection.next()) continue;
-                test_epilogue_case<Backend, T>(
-                    {samples, features, channels, shift, static_cast<Activation>(f), noise,
-                     (flags & 1) == 0, (flags & 2) == 0, (flags & 4) == 0, (flags & 8) != 0, false});
+                test_epilogue_case<Backend, T>({samples, features, channels, shift,
+                                                static_cast<Activation>(f), noise, (flags & 1) == 0,
+                                                (flags & 2) == 0, (flags & 4) == 0, (flags & 8) != 0,
+                                                false, (flags & 16) != 0});
               }
 }
 
@@ -155,7 +162,7 @@ void test_transposed_epilogue(const Sizes& sizes) {
         for (int flags = 0; flags < 4; ++flags) {
           test_epilogue_case<Backend, T>({samples, features, features, 0, static_cast<Activation>(f),
                                           Noise::gaussian, true, (flags & 1) == 0, (flags & 2) == 0,
-                                          false, true});
+                                          false, true, false});
         }
 }
 

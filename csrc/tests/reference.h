@@ -82,8 +82,11 @@ void epilogue(const EpilogueParams<T>& p) {
       const int64_t product = p.transposed ? i * p.samples + n : at;
       double tangent = p.tz ? to_float(p.tz[product]) : 0.0;
       if (p.z) {
-        const double a =
-            to_float(p.z[product]) + (p.bias ? double{to_float(p.bias[i % p.channels])} : 0.0);
+        const int64_t c = i % p.channels;
+        const double z = to_float(p.z[product]), scale = p.map.scale ? p.map.scale[c] : 1.0;
+        const double a = scale * z + (p.bias ? double{to_float(p.bias[c])} : 0.0);
+        tangent *= scale;
+        if (p.map.slope) tangent += p.map.slope[c] * z + double{p.map.offset[c]};
         tangent *= slope(p.activation, a);
         p.y[at] = from_float<T>(static_cast<float>(activate(p.activation, a)));
         if (p.pre) p.pre[at] = from_float<T>(static_cast<float>(a));

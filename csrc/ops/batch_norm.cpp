@@ -1,0 +1,171 @@
+#include "common/batch_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include "ops/checks.h"
+#include "ops/launch.h"
+#include "ops/ops.h"
+
+// The end of a block, BatchNorm and activation, as one dual pass: the sums that its statistics need are
+// one pass over x and its tangent, and the rest is the epilogue of the linear blocks. torch's kernels
+// take six passes for the same, and in channels_last some of them slow ones.
+
+namespace fdfa {
+namespace {
+
+void check_input(const char* op, const Tensor& x) {
+  TORCH_CHECK(x.is_cpu() && x.scalar_type() == at::kFloat, "fdfa::", op,
+              ": x must be float32 on the CPU; got ", x.scalar_type(), " on ", x.device());
+  TORCH_CHECK((x.dim() == 2 && x.is_contiguous()) ||
+                  (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)),
+              "fdfa::", op, ": x must be [N, C], or [N, C, H, W] in channels_last; got ", x.sizes(),
+              " with strides ", x.strides());
+}
+
+void check_channels(const char* op, const char* argument, const OptionalTensor& t, const Tensor& x) {
+  if (!t) return;
+  check_like(op, argument, *t, "x", x);
+  check_shape(op, argument, *t, {x.size(1)});
+  TORCH_CHECK(t->is_contiguous(), "fdfa::", op, ": ", argument, " must be contiguous");
+}
+
+const float* read(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
+
+std::vector<ChannelMoments> moments(const Tensor& x, const float* t) {
+  MomentParams p{};
+  p.x = p.pivot = x.const_data_ptr<float>();  // the first row, as good as any
+  p.t = t;
+  p.channels = x.size(1);
+  p.rows = x.numel() / p.channels;
+  const int64_t parts = moment_parts(p);
+  std::vector<double> sums(parts * 4 * p.channels);
+  p.sums = sums.data();
+  launch(p);
+  std::vector<ChannelMoments> result;
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double total[4] = {};
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int kind = 0; kind < 4; ++kind) total[kind] += sums[(part * 4 + kind) * p.channels + c];
+    }
+    result.push_back(channel_moments(total, p.pivot[c], static_cast<double>(p.rows)));
+  }
+  return result;
+}
+
+}  // namespace
+
+Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& weight,
+                      const OptionalTensor& bias, const OptionalTensor& running_mean,
+                      const OptionalTensor& running_var, bool training, double momentum, double eps,
+                      const Tensor& noise_state, int64_t block, c10::string_view activation,
+                      c10::string_view noise) {
+  const char* op = "batch_norm";
+  check_input(op, x);
+  const int64_t channels = x.size(1), rows = channels == 0 ? 0 : x.numel() / channels;
+  TORCH_CHECK(!training || rows > 1, "fdfa::batch_norm: x must hold more than one value a channel to ",
+              "train; got ", x.sizes());
+  TORCH_CHECK(running_mean.has_value() == running_var.has_value() && (training || running_mean),
+              "fdfa::batch_norm: running_mean and running_var go together, and are needed unless ",
+              "training");
+  const auto order = x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  Tensor tx;
+  if (tangent) {
+    check_like(op, "tangent", *tangent, "x", x);
+    check_shape(op, "tangent", *tangent, x.sizes());
+    tx = tangent->contiguous(order);
+  }
+  check_channels(op, "weight", weight, x);
+  check_channels(op, "bias", bias, x);
+  check_channels(op, "running_mean", running_mean, x);
+  check_channels(op, "running_var", running_var, x);
+  check_counter(op, "noise_state", noise_state, 3, x);
+  const Activation f = parse_activation(op, activation);
+  const Noise kind = parse_noise(op, noise);
+
+  const Tensor mean = at::empty({channels}, x.options()), inverse_std = at::empty_like(mean);
+  const float *w = read(weight), *b = read(bias);
+  float *mean_at = mean.data_ptr<float>(), *inverse_std_at = inverse_std.data_ptr<float>();
+  BatchNormMap map(channels);
+  std::vector<ChannelMoments> batch;
+  if (training) batch = moments(x, tangent ? tx.const_data_ptr<float>() : nullptr);
+  for (int64_t c = 0; c < channels; ++c) {
+    ChannelMoments m{};
+    if (training) {
+      m = batch[c];
+      if (running_mean) {
+        float& average = running_mean->data_ptr<float>()[c];
+        float& variance = running_var->data_ptr<float>()[c];
+        const double unbiased = m.variance * static_cast<double>(rows) / static_cast<double>(rows - 1);
+        average = static_cast<float>((1 - momentum) * average + momentum * m.mean);
+        variance = static_cast<float>((1 - momentum) * variance + momentum * unbiased);
+      }
+    } else {
+      m.mean = read(running_mean)[c];
+      m.variance = read(running_var)[c];
+    }
+    const double inverse = 1.0 / std::sqrt(m.variance + eps);
+    mean_at[c] = static_cast<float>(m.mean);
+    inverse_std_at[c] = static_cast<float>(inverse);
+    map.set(c, w ? w[c] : 1.0, b ? b[c] : 0.0, m.mean, inverse, m.t_mean, m.t_product, training);
+  }
+
+  const bool keep_pre = derivative_needs_pre_activation(f);
+  const Tensor y = at::empty_like(x);
+  const Tensor ty = at::empty_like(x);
+  const Tensor pre = keep_pre ? at::empty_like(x) : at::zeros({}, x.options()).expand(x.sizes());
+  EpilogueParams<float> p{};
+  p.z = x.data_ptr<float>();
+  p.tz = tangent ? tx.data_ptr<float>() : nullptr;
+  p.bias = map.bias.data();
+  p.y = y.data_ptr<float>();
+  p.ty = ty.data_ptr<float>();
+  p.pre = keep_pre ? pre.data_ptr<float>() : nullptr;
+  p.samples = x.size(0);
+  p.features = x.size(0) == 0 ? 0 : x.numel() / x.size(0);
+  p.channels = channels;
+  p.activation = f;
+  p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, kind};
+  p.map = map.map();
+  launch(p, x.device());
+  return {y, ty, pre, mean, inverse_std};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,
+                                                       const OptionalTensor& weight, const Tensor& mean,
+                                                       const Tensor& inverse_std, bool training) {
+  const char* op = "batch_norm_backward";
+  check_input(op, x);
+  check_like(op, "delta", delta, "x", x);
+  check_shape(op, "delta", delta, x.sizes());
+  check_channels(op, "weight", weight, x);
+  check_channels(op, "mean", mean, x);
+  check_channels(op, "inverse_std", inverse_std, x);
+  const Tensor t = delta.contiguous(x.suggest_memory_format());
+  const int64_t channels = x.size(1), rows = channels == 0 ? 0 : x.numel() / channels;
+
+  const Tensor dx = at::empty_like(x), dweight = at::empty_like(mean), dbias = at::empty_like(mean);
+  const std::vector<ChannelMoments> batch = moments(x, t.const_data_ptr<float>());
+  BatchNormMap map(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double mu = mean.const_data_ptr<float>()[c];
+    const double inverse = inverse_std.const_data_ptr<float>()[c];
+    // The moment's product is about the batch's own mean; μ may be a running one.
+    const double product = batch[c].t_product + (batch[c].mean - mu) * batch[c].t_mean;
+    map.set(c, weight ? read(weight)[c] : 1.0, 0.0, mu, inverse, batch[c].t_mean, product, training);
+    dweight.data_ptr<float>()[c] = static_cast<float>(product * inverse * static_cast<double>(rows));
+    dbias.data_ptr<float>()[c] = static_cast<float>(batch[c].t_mean * static_cast<double>(rows));
+  }
+  CombineParams p;
+  p.x = x.const_data_ptr<float>();
+  p.t = t.const_data_ptr<float>();
+  p.out = dx.data_ptr<float>();
+  p.map = map.map();
+  p.rows = rows;
+  p.channels = channels;
+  launch(p);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace fdfa
