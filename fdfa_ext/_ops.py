@@ -131,6 +131,15 @@ def _(
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
 
 
+@torch.library.register_fake("fdfa::max_pool2d")
+def _(
+    x: Tensor, tangent: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
+) -> tuple[Tensor, Tensor]:
+    size = [(x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)]
+    y = x.new_empty([*x.shape[:2], *size]).contiguous(memory_format=torch.channels_last)
+    return y, torch.empty_like(y)
+
+
 @torch.library.register_fake("fdfa::perturb")
 def _(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:
     order = torch.channels_last if y.dim() == 4 else torch.contiguous_format

@@ -204,6 +204,17 @@ def batch_norm(
     return _dual(pre, tz, noise_state, block, activation, noise)
 
 
+def max_pool2d(
+    x: Tensor,
+    tangent: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    y, winners = F.max_pool2d(x, tuple(kernel_size), tuple(stride), tuple(padding), return_indices=True)
+    return y, tangent.flatten(2).gather(2, winners.flatten(2)).view_as(y)
+
+
 def perturb(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:
     u = perturbation(noise_state, block, noise, y.shape, channels_last=y.dim() == 4)
     return (u if tangent is None else tangent + u).to(y.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fdfa_ext._ops import fused
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass, Star
 from fdfa_ext.layers import Block
-from fdfa_ext.tangents import LinearTangents, unpack_dual, without_rules
+from fdfa_ext.tangents import FunctionRules, unpack_dual, without_rules
 
 RULES = ("ema", "adam", "grad")
 
@@ -190,7 +190,7 @@ class FDFA(nn.Module):
                 block.block_pass = block_pass
         try:
             # For eager steps alone: a compiled one traces torch's own forward mode.
-            rules = nullcontext() if torch.compiler.is_compiling() else LinearTangents()
+            rules = nullcontext() if torch.compiler.is_compiling() else FunctionRules()
             with forward_ad.dual_level(), rules:
                 output = self.module(*args, **kwargs)
                 if not isinstance(output, Tensor):

@@ -147,6 +147,45 @@ def test_batch_norm_is_the_reference(
             )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"),
+    [
+        ((2, 2), (2, 2), (0, 0)),
+        ((3, 3), (2, 2), (1, 1)),
+        ((3, 2), (1, 3), (1, 0)),
+        ((5, 7), (1, 1), (2, 3)),
+    ],
+)
+def test_max_pool2d_is_the_reference(
+    dtype: torch.dtype, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    """Equal values, whose first one wins, and NaN included."""
+    for shape in ((3, 15, 9, 8), (1, 1, 5, 7), (0, 4, 6, 7)):
+        x, tangent = torch.randn(2, *shape).mul(3).to(dtype).unbind()
+        x = x.round()
+        if x.numel():
+            x[0, 0, 2, 3] = torch.nan
+        for order in (torch.contiguous_format, torch.channels_last):
+            args = (x.contiguous(memory_format=order), tangent, kernel, stride, padding)
+            for actual, expected in zip(
+                fused.max_pool2d(*args), reference.max_pool2d(*args), strict=True
+            ):
+                torch.testing.assert_close(
+                    actual, expected, rtol=0, atol=0, equal_nan=True, check_stride=False
+                )
+
+
+def test_max_pool2d_says_what_is_wrong() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(RuntimeError, match=r"max_pool2d: x must be \[N, C, H, W\]"):
+        fused.max_pool2d(x[0], x[0], (2, 2), (2, 2), (0, 0))
+    with pytest.raises(RuntimeError, match="no larger than the padded image"):
+        fused.max_pool2d(x, x, (5, 2), (2, 2), (0, 0))
+    with pytest.raises(RuntimeError, match="tangent must have shape"):
+        fused.max_pool2d(x, x[:1], (2, 2), (2, 2), (0, 0))
+
+
 def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None:
     state = noise_state(torch.device("cpu"))
 
@@ -425,6 +464,8 @@ def test_opcheck(device: torch.device) -> None:
         torch.library.opcheck(fused.batch_norm.default, args)
         args = (x.detach(), x.detach(), weight.detach(), torch.zeros(4), torch.ones(4), True)
         torch.library.opcheck(fused.batch_norm_backward.default, args)
+        args = (images, images, (2, 3), (2, 1), (1, 0))
+        torch.library.opcheck(fused.max_pool2d.default, args)
     for gate in (
         torch.randn(4, 9, device=device),
         images.contiguous(memory_format=torch.channels_last),

@@ -191,12 +191,12 @@ def test_tangent_of_a_block_is_that_of_forward_mode(chain: Any) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_tangents_are_those_of_forward_mode(moving: tuple[bool, bool], bias: bool) -> None:
     """Also for a weight that has a tangent itself, as that of a layer whose weights are computed."""
-    from fdfa_ext.tangents import LinearTangents
+    from fdfa_ext.tangents import FunctionRules
 
     tensors = [torch.randn(2, *size, dtype=torch.double) for size in ((5, 6), (4, 6))]
     b = torch.randn(4, dtype=torch.double) if bias else None
     results = []
-    for rules in (LinearTangents(), contextlib.nullcontext()):
+    for rules in (FunctionRules(), contextlib.nullcontext()):
         with forward_ad.dual_level(), rules:
             x, weight = (
                 forward_ad.make_dual(*t) if dual else t[0]
@@ -206,6 +206,40 @@ def test_linear_tangents_are_those_of_forward_mode(moving: tuple[bool, bool], bi
     assert (results[0].tangent is not None) == any(moving)
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 2},
+        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)},
+        {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+        {"kernel_size": 2, "dilation": 2},
+        {"kernel_size": 2, "return_indices": True},
+    ],
+)
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_max_pool_tangents_are_those_of_forward_mode(
+    arguments: dict[str, Any], order: torch.memory_format, needs_gradient: bool
+) -> None:
+    from fdfa_ext.tangents import FunctionRules
+
+    x, tangent = (t.contiguous(memory_format=order) for t in torch.randn(2, 3, 4, 8, 9).unbind())
+    x.requires_grad_(needs_gradient)
+    results: list[list[Any]] = []
+    for rules in (FunctionRules(), contextlib.nullcontext()):
+        with forward_ad.dual_level(), rules:
+            out = F.max_pool2d(forward_ad.make_dual(x, tangent), **arguments)
+            y = out[0] if isinstance(out, tuple) else out
+            assert y.requires_grad == needs_gradient
+            results.append(
+                [*forward_ad.unpack_dual(y), *out[1:]]
+                if isinstance(out, tuple)
+                else [*forward_ad.unpack_dual(y)]
+            )
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=0)
 
 
 class Residual(nn.Module):

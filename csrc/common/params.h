@@ -72,6 +72,18 @@ struct CombineParams {
   int64_t rows, channels;
 };
 
+// y = the greatest of each window of x, the first of equals or a NaN; ty = the tangent of that element.
+// Images are [samples, height, width, channels]; what a window covers of the padding does not count.
+template <class T>
+struct MaxPoolParams {
+  const T* x;   // [samples, height, width, channels]
+  const T* tx;  // the same
+  T* y;         // [samples, out_height, out_width, channels]
+  T* ty;        // the same
+  int64_t samples, height, width, channels, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2];  // along height and width
+};
+
 // G = tangentᵀ u / samples; B is moved by the rule; delta = (error B) ⊙ f'   (Algorithm 1, lines 22,
 // 23)
 //   ema       B ← (1 - lr) B + lr G, then delta from the new B            (eq. 8)

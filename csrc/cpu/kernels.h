@@ -22,6 +22,12 @@ int64_t feedback_units(const FeedbackParams<T>& p);
 template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end);
 
+// A unit is one row of windows.
+template <class T>
+int64_t max_pool_units(const MaxPoolParams<T>& p);
+template <class T>
+void max_pool(const MaxPoolParams<T>& p, int64_t begin, int64_t end);
+
 // A unit is a part of the rows.
 int64_t moment_part_rows(int64_t channels);
 int64_t moment_units(const MomentParams& p);

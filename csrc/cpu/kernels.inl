@@ -397,9 +397,43 @@ void combine(const CombineParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// A unit is one row of windows.
+template <class T>
+void max_pool(const MaxPoolParams<T>& p, int64_t begin, int64_t end) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t sample = unit / p.out_height, top = unit % p.out_height * p.stride[0] - p.padding[0];
+    const int64_t first_row = std::max<int64_t>(top, 0),
+                  last_row = std::min(top + p.kernel[0], p.height);
+    for (int64_t column = 0; column < p.out_width; ++column) {
+      const int64_t left = column * p.stride[1] - p.padding[1];
+      const int64_t first_column = std::max<int64_t>(left, 0);
+      const int64_t last_column = std::min(left + p.kernel[1], p.width);
+      T* __restrict y = p.y + (unit * p.out_width + column) * p.channels;
+      T* __restrict ty = p.ty + (unit * p.out_width + column) * p.channels;
+      for (int64_t row = first_row; row < last_row; ++row) {
+        for (int64_t at = first_column; at < last_column; ++at) {
+          const int64_t offset = ((sample * p.height + row) * p.width + at) * p.channels;
+          const T *x = p.x + offset, *tx = p.tx + offset;
+          if (row == first_row && at == first_column) {
+            std::copy(x, x + p.channels, y);
+            std::copy(tx, tx + p.channels, ty);
+            continue;
+          }
+          for (int64_t c = 0; c < p.channels; ++c) {
+            // A NaN is taken, and stays.
+            const bool stays = to_float(x[c]) <= to_float(y[c]) || to_float(y[c]) != to_float(y[c]);
+            y[c] = stays ? y[c] : x[c];
+            ty[c] = stays ? ty[c] : tx[c];
+          }
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 constexpr KernelTable<T> table() {
-  return {epilogue<T>, feedback_step<T>};
+  return {epilogue<T>, feedback_step<T>, max_pool<T>};
 }
 
 }  // namespace

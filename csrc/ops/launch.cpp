@@ -10,6 +10,7 @@ namespace {
 // Units that are worth a thread: about 4096 elements of work in an epilogue.
 constexpr int64_t kEpilogueGrain = 4;
 constexpr int64_t kFeedbackGrain = 1;
+constexpr int64_t kMaxPoolGrain = 16;
 constexpr int64_t kMomentGrain = 1;
 constexpr int64_t kCombineGrain = 16;
 
@@ -35,6 +36,12 @@ void launch(const FeedbackParams<T>& params, const at::Device& device) {
                    [&](int64_t begin, int64_t end) { cpu::feedback_step(params, begin, end); });
 }
 
+template <class T>
+void launch(const MaxPoolParams<T>& params) {
+  at::parallel_for(0, cpu::max_pool_units(params), kMaxPoolGrain,
+                   [&](int64_t begin, int64_t end) { cpu::max_pool(params, begin, end); });
+}
+
 int64_t moment_parts(const MomentParams& params) { return cpu::moment_units(params); }
 
 void launch(const MomentParams& params) {
@@ -53,5 +60,8 @@ template void launch<float16>(const EpilogueParams<float16>&, const at::Device&)
 template void launch<float>(const FeedbackParams<float>&, const at::Device&);
 template void launch<bfloat16>(const FeedbackParams<bfloat16>&, const at::Device&);
 template void launch<float16>(const FeedbackParams<float16>&, const at::Device&);
+template void launch<float>(const MaxPoolParams<float>&);
+template void launch<bfloat16>(const MaxPoolParams<bfloat16>&);
+template void launch<float16>(const MaxPoolParams<float16>&);
 
 }  // namespace fdfa

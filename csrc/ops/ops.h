@@ -27,6 +27,9 @@ Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
 Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,
                c10::string_view noise);
 
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
+                                      at::IntArrayRef stride, at::IntArrayRef padding);
+
 using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // a Dual, mean, 1 / σ
 
 Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& weight,

@@ -41,6 +41,12 @@ TORCH_LIBRARY(fdfa, m) {
       "batch_norm_backward(Tensor delta, Tensor x, Tensor? weight, Tensor mean, Tensor inverse_std, "
       "bool training) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
+  // (y, ty): torch's max_pool2d of x [N, C, H, W] without autograd, and the tangent of the element that
+  // won in each window; on the CPU, in channels_last.
+  m.def(
+      "max_pool2d(Tensor x, Tensor tangent, int[2] kernel_size, int[2] stride, int[2] padding) -> "
+      "(Tensor y, Tensor ty)");
+
   // ty = tangent + u for a block's output y [N, *features], in y's shape; images in channels_last.
   m.def("perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise) -> Tensor");
 
@@ -74,6 +80,7 @@ FDFA_IMPLEMENT(CPU)
 TORCH_LIBRARY_IMPL(fdfa, CPU, m) {
   m.impl("batch_norm", fdfa::batch_norm);
   m.impl("batch_norm_backward", fdfa::batch_norm_backward);
+  m.impl("max_pool2d", fdfa::max_pool2d);
 }
 #if defined(FDFA_WITH_CUDA)
 FDFA_IMPLEMENT(CUDA)

@@ -21,7 +21,7 @@ std::vector<float> values(int64_t size, uint32_t key, float mean) {
   return v;
 }
 
-void test(int64_t rows, int64_t channels, float mean) {
+void test_case(int64_t rows, int64_t channels, float mean) {
   const std::vector<float> x = values(rows * channels, 1, mean), t = values(rows * channels, 2, 0.3f);
   MomentParams p{x.data(), t.data(), x.data(), nullptr, rows, channels};
   const int64_t parts = cpu::moment_units(p);
@@ -74,7 +74,7 @@ int main() {
     if (!cpu::select_isa(isa)) continue;
     for (int64_t channels : {1, 3, 15, 40, 300}) {
       for (int64_t rows : {2, 63, 1100}) {
-        for (float mean : {0.0f, 10.0f}) test(rows, channels, mean);
+        for (float mean : {0.0f, 10.0f}) test_case(rows, channels, mean);
       }
     }
   }
