@@ -122,7 +122,7 @@ def _max_pool2d(
         or return_indices
         or dilation not in (1, (1, 1))
         or not (x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        or x.dtype != torch.float32
     ):
         return None
     size = _pair(kernel_size)

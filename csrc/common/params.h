@@ -74,12 +74,11 @@ struct CombineParams {
 
 // y = the greatest of each window of x, the first of equals or a NaN; ty = the tangent of that element.
 // Images are [samples, height, width, channels]; what a window covers of the padding does not count.
-template <class T>
 struct MaxPoolParams {
-  const T* x;   // [samples, height, width, channels]
-  const T* tx;  // the same
-  T* y;         // [samples, out_height, out_width, channels]
-  T* ty;        // the same
+  const float* x;   // [samples, height, width, channels]
+  const float* tx;  // the same
+  float* y;         // [samples, out_height, out_width, channels]
+  float* ty;        // the same
   int64_t samples, height, width, channels, out_height, out_width;
   int64_t kernel[2], stride[2], padding[2];  // along height and width
 };

@@ -17,7 +17,6 @@ template <class T>
 struct KernelTable {
   void (*epilogue)(const EpilogueParams<T>&, int64_t begin, int64_t end);
   void (*feedback_step)(const FeedbackParams<T>&, int64_t begin, int64_t end);
-  void (*max_pool)(const MaxPoolParams<T>&, int64_t begin, int64_t end);
 };
 
 struct IsaKernels {
@@ -26,6 +25,7 @@ struct IsaKernels {
   KernelTable<float16> f16;
   void (*moments)(const MomentParams&, int64_t begin, int64_t end);
   void (*combine)(const CombineParams&, int64_t begin, int64_t end);
+  void (*max_pool)(const MaxPoolParams&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

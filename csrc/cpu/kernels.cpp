@@ -87,14 +87,9 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   table(T{}).feedback_step(p, begin, end);
 }
 
-template <class T>
-int64_t max_pool_units(const MaxPoolParams<T>& p) {
-  return p.samples * p.out_height;
-}
-
-template <class T>
-void max_pool(const MaxPoolParams<T>& p, int64_t begin, int64_t end) {
-  table(T{}).max_pool(p, begin, end);
+int64_t max_pool_units(const MaxPoolParams& p) { return p.samples * p.out_height; }
+void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
+  current().load()->kernels->max_pool(p, begin, end);
 }
 
 int64_t moment_part_rows(int64_t channels) { return std::max<int64_t>(64, 16384 / channels); }
@@ -108,13 +103,11 @@ void combine(const CombineParams& p, int64_t begin, int64_t end) {
   current().load()->kernels->combine(p, begin, end);
 }
 
-#define FDFA_INSTANTIATE(T)                                                   \
-  template int64_t epilogue_units<T>(const EpilogueParams<T>&);               \
-  template void epilogue<T>(const EpilogueParams<T>&, int64_t, int64_t);      \
-  template int64_t feedback_units<T>(const FeedbackParams<T>&);               \
-  template void feedback_step<T>(const FeedbackParams<T>&, int64_t, int64_t); \
-  template int64_t max_pool_units<T>(const MaxPoolParams<T>&);                \
-  template void max_pool<T>(const MaxPoolParams<T>&, int64_t, int64_t);
+#define FDFA_INSTANTIATE(T)                                              \
+  template int64_t epilogue_units<T>(const EpilogueParams<T>&);          \
+  template void epilogue<T>(const EpilogueParams<T>&, int64_t, int64_t); \
+  template int64_t feedback_units<T>(const FeedbackParams<T>&);          \
+  template void feedback_step<T>(const FeedbackParams<T>&, int64_t, int64_t);
 FDFA_INSTANTIATE(float)
 FDFA_INSTANTIATE(bfloat16)
 FDFA_INSTANTIATE(float16)

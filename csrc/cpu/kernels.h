@@ -5,7 +5,7 @@
 #include "common/dtype.h"
 #include "common/params.h"
 
-// The CPU kernels for T = float, bfloat16 and float16. Work is cut into independent units, so that the
+// The CPU kernels; T is float, bfloat16 or float16. Work is cut into independent units, so that the
 // caller may spread [0, units) over threads as it likes.
 
 namespace fdfa::cpu {
@@ -23,10 +23,8 @@ template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end);
 
 // A unit is one row of windows.
-template <class T>
-int64_t max_pool_units(const MaxPoolParams<T>& p);
-template <class T>
-void max_pool(const MaxPoolParams<T>& p, int64_t begin, int64_t end);
+int64_t max_pool_units(const MaxPoolParams& p);
+void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end);
 
 // A unit is a part of the rows.
 int64_t moment_part_rows(int64_t channels);

@@ -397,9 +397,17 @@ void combine(const CombineParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// y ← x and ty ← tx where x is greater. A NaN is taken, and stays.
+inline __attribute__((always_inline)) void take_greater(const float* x, const float* tx, float* y,
+                                                        float* ty) {
+  const Vector candidate = load(x), greatest = load(y);
+  const auto stays = (candidate <= greatest) | (greatest != greatest);
+  store(y, stays ? greatest : candidate);
+  store(ty, stays ? load(ty) : load(tx));
+}
+
 // A unit is one row of windows.
-template <class T>
-void max_pool(const MaxPoolParams<T>& p, int64_t begin, int64_t end) {
+void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t sample = unit / p.out_height, top = unit % p.out_height * p.stride[0] - p.padding[0];
     const int64_t first_row = std::max<int64_t>(top, 0),
@@ -408,20 +416,27 @@ void max_pool(const MaxPoolParams<T>& p, int64_t begin, int64_t end) {
       const int64_t left = column * p.stride[1] - p.padding[1];
       const int64_t first_column = std::max<int64_t>(left, 0);
       const int64_t last_column = std::min(left + p.kernel[1], p.width);
-      T* __restrict y = p.y + (unit * p.out_width + column) * p.channels;
-      T* __restrict ty = p.ty + (unit * p.out_width + column) * p.channels;
+      float* y = p.y + (unit * p.out_width + column) * p.channels;
+      float* ty = p.ty + (unit * p.out_width + column) * p.channels;
       for (int64_t row = first_row; row < last_row; ++row) {
         for (int64_t at = first_column; at < last_column; ++at) {
           const int64_t offset = ((sample * p.height + row) * p.width + at) * p.channels;
-          const T *x = p.x + offset, *tx = p.tx + offset;
+          const float *x = p.x + offset, *tx = p.tx + offset;
           if (row == first_row && at == first_column) {
             std::copy(x, x + p.channels, y);
             std::copy(tx, tx + p.channels, ty);
             continue;
           }
-          for (int64_t c = 0; c < p.channels; ++c) {
-            // A NaN is taken, and stays.
-            const bool stays = to_float(x[c]) <= to_float(y[c]) || to_float(y[c]) != to_float(y[c]);
+          int64_t c = 0;
+          for (; c + kLanes <= p.channels; c += kLanes) take_greater(x + c, tx + c, y + c, ty + c);
+          if (c > 0 && c < p.channels) {
+            // Once more over some channels rather than one by one: the second time changes nothing.
+            c = p.channels - kLanes;
+            take_greater(x + c, tx + c, y + c, ty + c);
+            continue;
+          }
+          for (; c < p.channels; ++c) {
+            const bool stays = x[c] <= y[c] || y[c] != y[c];
             y[c] = stays ? y[c] : x[c];
             ty[c] = stays ? ty[c] : tx[c];
           }
@@ -433,12 +448,13 @@ void max_pool(const MaxPoolParams<T>& p, int64_t begin, int64_t end) {
 
 template <class T>
 constexpr KernelTable<T> table() {
-  return {epilogue<T>, feedback_step<T>, max_pool<T>};
+  return {epilogue<T>, feedback_step<T>};
 }
 
 }  // namespace
 
 extern const IsaKernels kernels;
-const IsaKernels kernels = {table<float>(), table<bfloat16>(), table<float16>(), moments, combine};
+const IsaKernels kernels = {table<float>(), table<bfloat16>(), table<float16>(),
+                            moments,        combine,           max_pool};
 
 }  // namespace fdfa::cpu::FDFA_ISA

@@ -36,8 +36,7 @@ void launch(const FeedbackParams<T>& params, const at::Device& device) {
                    [&](int64_t begin, int64_t end) { cpu::feedback_step(params, begin, end); });
 }
 
-template <class T>
-void launch(const MaxPoolParams<T>& params) {
+void launch(const MaxPoolParams& params) {
   at::parallel_for(0, cpu::max_pool_units(params), kMaxPoolGrain,
                    [&](int64_t begin, int64_t end) { cpu::max_pool(params, begin, end); });
 }
@@ -60,8 +59,5 @@ template void launch<float16>(const EpilogueParams<float16>&, const at::Device&)
 template void launch<float>(const FeedbackParams<float>&, const at::Device&);
 template void launch<bfloat16>(const FeedbackParams<bfloat16>&, const at::Device&);
 template void launch<float16>(const FeedbackParams<float16>&, const at::Device&);
-template void launch<float>(const MaxPoolParams<float>&);
-template void launch<bfloat16>(const MaxPoolParams<bfloat16>&);
-template void launch<float16>(const MaxPoolParams<float16>&);
 
 }  // namespace fdfa

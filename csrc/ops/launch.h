@@ -16,8 +16,7 @@ void launch(const FeedbackParams<T>& params, const at::Device& device);
 
 // On the CPU alone.
 int64_t moment_parts(const MomentParams& params);
-template <class T>
-void launch(const MaxPoolParams<T>& params);
+void launch(const MaxPoolParams& params);
 void launch(const MomentParams& params);
 void launch(const CombineParams& params);
 

@@ -9,9 +9,9 @@ namespace fdfa {
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
                                       at::IntArrayRef stride, at::IntArrayRef padding) {
   const char* op = "max_pool2d";
-  check_floating(op, "x", x);
-  TORCH_CHECK(x.is_cpu() && x.dim() == 4, "fdfa::max_pool2d: x must be [N, C, H, W] on the CPU; got ",
-              x.sizes(), " on ", x.device());
+  TORCH_CHECK(x.is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4,
+              "fdfa::max_pool2d: x must be [N, C, H, W], float32 on the CPU; got ", x.scalar_type(),
+              " ", x.sizes(), " on ", x.device());
   check_like(op, "tangent", tangent, "x", x);
   check_shape(op, "tangent", tangent, x.sizes());
   for (int i = 0; i < 2; ++i) {
@@ -29,23 +29,19 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at
   };
   const Tensor y = at::empty({x.size(0), x.size(1), out_size(0), out_size(1)}, x.options(), kOrder);
   const Tensor ty = at::empty(y.sizes(), x.options(), kOrder);
-  with_storage(x.scalar_type(), [&](auto storage) {
-    using T = decltype(storage);
-    const MaxPoolParams<T> p{pointer<T>(x_dense),
-                             pointer<T>(tx_dense),
-                             pointer<T>(y),
-                             pointer<T>(ty),
-                             x.size(0),
-                             x.size(2),
-                             x.size(3),
-                             x.size(1),
-                             y.size(2),
-                             y.size(3),
-                             {kernel[0], kernel[1]},
-                             {stride[0], stride[1]},
-                             {padding[0], padding[1]}};
-    launch(p);
-  });
+  launch(MaxPoolParams{x_dense.const_data_ptr<float>(),
+                       tx_dense.const_data_ptr<float>(),
+                       y.data_ptr<float>(),
+                       ty.data_ptr<float>(),
+                       x.size(0),
+                       x.size(2),
+                       x.size(3),
+                       x.size(1),
+                       y.size(2),
+                       y.size(3),
+                       {kernel[0], kernel[1]},
+                       {stride[0], stride[1]},
+                       {padding[0], padding[1]}});
   return {y, ty};
 }
 

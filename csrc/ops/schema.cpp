@@ -42,7 +42,7 @@ TORCH_LIBRARY(fdfa, m) {
       "bool training) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // (y, ty): torch's max_pool2d of x [N, C, H, W] without autograd, and the tangent of the element that
-  // won in each window; on the CPU, in channels_last.
+  // won in each window; float32 on the CPU, in channels_last.
   m.def(
       "max_pool2d(Tensor x, Tensor tangent, int[2] kernel_size, int[2] stride, int[2] padding) -> "
       "(Tensor y, Tensor ty)");
