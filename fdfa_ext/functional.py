@@ -68,6 +68,11 @@ class DualPass:
     backend: Any
     records: list[BlockRecord] = field(default_factory=list)
 
+    @property
+    def takes_duals(self) -> bool:
+        """Whether the operators take dual tensors as they are, which spares calls from Python."""
+        return self.backend is fused
+
 
 @dataclass
 class BlockPass:
@@ -80,11 +85,13 @@ class BlockPass:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """x [N, *, in_features] (dual) → [N, *, out_features] (dual). Algorithm 1, lines 10 to 16."""
         with without_rules():
-            dual, x, tangent = self._enter(x)
+            dual = self._enter(x)
+            x, tangent = (x, None) if dual.takes_duals else _unpack_detached(x)
             y, ty, pre = dual.backend.linear(
                 x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
             )
-            return self._leave(dual, y, ty, pre, activation, torch.contiguous_format)
+            self._record_operator(dual, y, pre, activation, torch.contiguous_format)
+            return y if dual.takes_duals else make_dual(y, ty)
 
     def conv2d(
         self,
@@ -99,7 +106,8 @@ class BlockPass:
     ) -> Tensor:
         """x [N, C, H, W] (dual) → [N, C', H', W'] (dual), in channels_last."""
         with without_rules():
-            dual, x, tangent = self._enter(x)
+            dual = self._enter(x)
+            x, tangent = (x, None) if dual.takes_duals else _unpack_detached(x)
             y, ty, pre = dual.backend.conv2d(
                 x,
                 tangent,
@@ -114,12 +122,14 @@ class BlockPass:
                 activation,
                 dual.noise,
             )
-            return self._leave(dual, y, ty, pre, activation, torch.channels_last)
+            self._record_operator(dual, y, pre, activation, torch.channels_last)
+            return y if dual.takes_duals else make_dual(y, ty)
 
     def chain(self, x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
         """Any torch modules, one after the other, perturbed at the end of the last."""
         with without_rules():
-            dual, x, tangent = self._enter(x)
+            dual = self._enter(x)
+            x, tangent = _unpack_detached(x)
             if x.dim() == 4:
                 x = x.contiguous(memory_format=torch.channels_last)
         y, ty = x, tangent
@@ -162,36 +172,29 @@ class BlockPass:
                 activation,
                 dual.noise,
             )[:3]
-            return self._leave(dual, y, ty, pre, activation, order)
+            self._record_operator(dual, y, pre, activation, order)
+            return make_dual(y, ty)
 
-    def _enter(self, x: Tensor) -> tuple[DualPass, Tensor, Tensor | None]:
-        """The pass that runs; primal and tangent of a block's input, cut off from what made them."""
+    def _enter(self, x: Tensor) -> DualPass:
+        """The pass that runs, once it is clear that it may go through this block."""
         assert self.dual is not None
         if any(record.index == self.index for record in self.dual.records):
             raise RuntimeError(
                 f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix "
                 "belongs to one place in the network, so use two blocks (they may share a weight)"
             )
-        primal, tangent = unpack_dual(x)
-        if primal.grad_fn is not None:
+        if x.grad_fn is not None:
             raise RuntimeError(
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
                 "that is no block: they would get no gradient. Put that module into an FDFABlock"
             )
-        return self.dual, primal.detach(), None if tangent is None else tangent.detach()
+        return self.dual
 
-    def _leave(
-        self,
-        dual: DualPass,
-        y: Tensor,
-        ty: Tensor,
-        pre: Tensor,
-        activation: str,
-        order: torch.memory_format,
-    ) -> Tensor:
+    def _record_operator(
+        self, dual: DualPass, y: Tensor, pre: Tensor, activation: str, order: torch.memory_format
+    ) -> None:
         gate = pre.detach() if activation in NEEDS_PRE_ACTIVATION else y
         self._record(dual, pre, gate, activation, order)
-        return make_dual(y, ty)
 
     def _record(
         self,
@@ -206,6 +209,12 @@ class BlockPass:
         dual.records.append(
             BlockRecord(self.name, self.index, handle, gate, activation, order, version)
         )
+
+
+def _unpack_detached(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent, cut off from what made them."""
+    primal, tangent = unpack_dual(x)
+    return primal.detach(), None if tangent is None else tangent.detach()
 
 
 def _normalized_end(modules: Sequence[nn.Module]) -> tuple[int, str] | None:

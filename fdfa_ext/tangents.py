@@ -98,13 +98,6 @@ class FunctionRules(TorchFunctionMode):
 # A rule returns None where it does not apply.
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    x, tangent = unpack_dual(input)
-    if tangent is None or not (_is_constant(weight) and (bias is None or _is_constant(bias))):
-        return None
-    return make_dual(F.linear(x, weight, bias), F.linear(tangent.detach(), weight.detach()))
-
-
 def _max_pool2d(
     input: Tensor,
     kernel_size: Any,
@@ -134,11 +127,7 @@ def _pair(value: int | Sequence[int]) -> list[int]:
     return values * 2 if len(values) == 1 else values
 
 
-_RULES: dict[Any, Any] = {F.linear: _linear, F.max_pool2d: _max_pool2d}
-
-
-def _is_constant(t: Tensor) -> bool:
-    return type(t) is nn.Parameter or unpack_dual(t)[1] is None
+_RULES: dict[Any, Any] = {F.linear: fused.dual_linear, F.max_pool2d: _max_pool2d}
 
 
 # torch.autograd.forward_ad's functions take three times as long. There is no level but 0 in torch.
