@@ -193,7 +193,8 @@ class BlockPass:
     def _record_operator(
         self, dual: DualPass, y: Tensor, pre: Tensor, activation: str, order: torch.memory_format
     ) -> None:
-        gate = pre.detach() if activation in NEEDS_PRE_ACTIVATION else y
+        # Detached, or the record would keep a dual's tangent until the end of the pass.
+        gate = (pre if activation in NEEDS_PRE_ACTIVATION else y).detach()
         self._record(dual, pre, gate, activation, order)
 
     def _record(
