@@ -204,6 +204,26 @@ def batch_norm(
     return _dual(pre, tz, noise_state, block, activation, noise)
 
 
+def batch_norm_backward(
+    delta: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    inverse_std: Tensor,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = [1, -1, *[1] * (x.dim() - 2)]
+    dims = [0, *range(2, x.dim())]
+    normalized = (x - mean.view(channels)) * inverse_std.view(channels)
+    dweight, dbias = (delta * normalized).sum(dims), delta.sum(dims)
+    scale = inverse_std if weight is None else weight * inverse_std
+    dx = delta
+    if training:
+        rows = x.numel() / x.shape[1]
+        dx = delta - (dbias.view(channels) + normalized * dweight.view(channels)) / rows
+    return scale.view(channels) * dx, dweight, dbias
+
+
 def max_pool2d(
     x: Tensor,
     tangent: Tensor,

@@ -185,6 +185,23 @@ def test_max_pool2d_says_what_is_wrong() -> None:
         fused.max_pool2d(x, x[:1], (2, 2), (2, 2), (0, 0))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_backward_is_the_reference(training: bool) -> None:
+    delta, x = torch.randn(2, 6, 5, 4, 3).unbind()
+    x = (x + 3).contiguous(memory_format=torch.channels_last)
+    for weight in (None, torch.randn(5)):
+        # Any statistics will do for constants; those of the batch for the rest.
+        mean, inverse_std = torch.randn(5), torch.rand(5) + 0.5
+        if training:
+            mean, inverse_std = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0).rsqrt()
+        results = fused.batch_norm_backward(delta, x, weight, mean, inverse_std, training)
+        expected = reference.batch_norm_backward(
+            *as_double(delta, x, weight, mean, inverse_std), training
+        )
+        for actual, value in zip(results, expected, strict=True):
+            torch.testing.assert_close(actual.double(), value, rtol=1e-5, atol=2e-5, check_stride=False)
+
+
 def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None:
     state = noise_state(torch.device("cpu"))
 
