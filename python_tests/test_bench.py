@@ -141,7 +141,7 @@ def test_commands_print_tables_and_write_their_files(tmp_path: Path, capsys, mon
         ("bench --models cnn --sweep width", "--sweep width is for the mlps, not for cnn"),
         (
             "bench --models mlp2 --methods plain --dtype bfloat16",
-            "784-800-10 in bfloat16: nothing to time with plain",
+            "784-800-10 in bfloat16 on cpu: nothing to time with plain",
         ),
         ("bench --batch-sizes 64,0", "'0' is not a whole number of 1 or more"),
         ("bench --plot nowhere/b.png", "--plot nowhere/b.png: there is no folder nowhere"),

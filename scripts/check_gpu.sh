@@ -95,7 +95,7 @@ sanitize racecheck
 sanitize synccheck
 
 step bench 45 largest_ratio "$python" -m fdfa_ext bench --device cuda --seconds 3 \
-  --methods fdfa,plain,bp,bp-channels-last --json "$logs/bench.json"
+  --methods fdfa,fdfa-graphed,plain,bp,bp-channels-last,bp-graphed --json "$logs/bench.json"
 step profile 45 least_bandwidth "$python" -m fdfa_ext profile --device cuda --model alexnet \
   --batch-size 128 --json "$logs/profile.json"
 step train 30 accuracies "$python" -m fdfa_ext train --dataset digits --method fdfa,bp --device cuda \

@@ -15,6 +15,7 @@ from fdfa_ext.arguments import device, positive, some_of, whole, whole_numbers
 from fdfa_ext.bench import report
 from fdfa_ext.bench.contenders import (
     DTYPES,
+    GRAPHED,
     METHODS,
     MODELS,
     Case,
@@ -89,7 +90,8 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
         default="mnist",
         help="input shape (default %(default)s); alexnet has 3 x 224 x 224",
     )
-    parser.add_argument("--method", choices=METHODS, default="fdfa", help="default %(default)s")
+    recorded = [method for method in METHODS if method not in GRAPHED]  # a replay calls no operator
+    parser.add_argument("--method", choices=recorded, default="fdfa", help="default %(default)s")
     parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="default 64")
     parser.add_argument(
         "--trace",
@@ -140,7 +142,7 @@ def time_steps(
     case: Case, methods: list[str], seconds: float, device: torch.device, dtype: str
 ) -> list[report.StepTime]:
     """The methods' whole training steps on one case, interleaved; and their peak memory."""
-    methods = methods_for(case, methods, dtype)
+    methods = methods_for(case, methods, dtype, device)
     steps = [training_step(case, method, device, dtype) for method in methods]
     contenders = [Contender(method, step.run) for method, step in zip(methods, steps, strict=True)]
     take_turns(contenders, seconds, device)
@@ -171,7 +173,7 @@ def profile(args: argparse.Namespace) -> None:
     """What the command does, for its arguments."""
     title = _set_up(args)
     case = Case.of(args.model, args.shape, args.batch_size, args.outputs)
-    (method,) = methods_for(case, [args.method], args.dtype)
+    (method,) = methods_for(case, [args.method], args.dtype, args.device)
     step = training_step(case, method, args.device, args.dtype).run
     whole_step = Contender(args.method, step)
     take_turns([whole_step], _STEP_SECONDS, args.device)

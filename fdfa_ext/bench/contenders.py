@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdfa_ext import FDFA
+from fdfa_ext import FDFA, make_graphed_step
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
 from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import build_net
@@ -17,7 +17,8 @@ HIDDEN = {"mlp2": 1, "mlp4": 3}  # 784-800-10 and 784-800-800-800-10
 MODELS = (*HIDDEN, "cnn", "cnn-two-pool", "alexnet")
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224)}
 DTYPES = ("float32", "tf32", "bfloat16")
-METHODS = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled")
+GRAPHED = ("fdfa-graphed", "bp-graphed")
+METHODS = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled", *GRAPHED)
 
 _N_BATCHES = 16  # enough that no contender learns them by heart and computes with zeros from then on
 _BATCH_BYTES = 2**28  # of them all at most
@@ -61,18 +62,20 @@ class Case:
         return build_net(family, SHAPES[self.shape], self.outputs, self.hidden, self.width)
 
 
-def methods_for(case: Case, methods: list[str], dtype: str) -> list[str]:
+def methods_for(case: Case, methods: list[str], dtype: str, device: torch.device) -> list[str]:
     """Those that make sense for it.
 
-    Memory order makes no difference to a net without images, and torch's autocast does not reach the
-    tangents of the plain forms.
+    Memory order makes no difference to a net without images, torch's autocast does not reach the
+    tangents of the plain forms, and only CUDA has graphs.
     """
     out = {"bp-channels-last"} if case.is_mlp else set()
+    if device.type != "cuda":
+        out |= {*GRAPHED}
     if dtype == "bfloat16":
         out |= {"plain", "published"}
     left = [method for method in methods if method not in out]
     if not left:
-        raise UserError(f"{case.net} in {dtype}: nothing to time with {', '.join(methods)}")
+        raise UserError(f"{case.net} in {dtype} on {device}: nothing to time with {', '.join(methods)}")
     return left
 
 
@@ -87,6 +90,7 @@ class TrainingStep:
 def training_step(case: Case, method: str, device: torch.device, dtype: str) -> TrainingStep:
     """dtype: "float32", "tf32" (which is a setting of torch and up to the caller) or "bfloat16"."""
     net = case.build()
+    graphed = method in GRAPHED
     plain_order = case.is_mlp or method in ("bp", "published")
     order = torch.contiguous_format if plain_order else torch.channels_last
     net = net.to(device=device, memory_format=order)  # type: ignore[call-overload]
@@ -95,18 +99,27 @@ def training_step(case: Case, method: str, device: torch.device, dtype: str) -> 
     example = batches[0][0]
 
     model: nn.Module = net
-    if method == "fdfa":
+    if method in ("fdfa", "fdfa-graphed"):
         model = FDFA(net, feedback="adam", feedback_lr=1e-4, example_input=example)
     elif method == "plain":
         model = PlainFDFA(net, example)
     elif method == "published":
         model = PublishedFDFA(net, example)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, capturable=graphed)
     forward = torch.compile(model) if method == "bp-compiled" else model
     model.train()
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    # A cast that was kept from before the capture would never see new weights.
+    precision = torch.autocast(
+        device.type, torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=not graphed
+    )
+    if graphed:
+        with precision:
+            replay = make_graphed_step(model, F.cross_entropy, optimizer, batches[0])
 
     def step() -> None:
+        if graphed:
+            replay(*next(endless))
+            return
         images, labels = next(endless)
         with precision:
             loss = F.cross_entropy(forward(images), labels)
