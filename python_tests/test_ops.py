@@ -215,6 +215,8 @@ def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None
         run(torch.randn(2, 3, 4, 4), mean)
     with pytest.raises(RuntimeError, match=r"batch_norm: x must be float32 on the CPU; got Double"):
         run(torch.randn(4, 3, dtype=torch.double), mean)
+    with pytest.raises(RuntimeError, match="x must have channels"):
+        run(torch.randn(4, 0), torch.zeros(0))
     with pytest.raises(RuntimeError, match="more than one value a channel"):
         run(torch.randn(1, 3), mean)
     with pytest.raises(RuntimeError, match=r"running_mean must have shape \[3\]; got \[4\]"):

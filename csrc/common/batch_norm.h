@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -19,7 +18,9 @@ struct ChannelMoments {
 // From one channel's sums over n rows, as MomentParams has them.
 inline ChannelMoments channel_moments(const double (&sums)[4], double pivot, double n) {
   const double d = sums[0] / n, t = sums[2] / n;
-  return {pivot + d, std::fmax(sums[1] / n - d * d, 0.0), t, sums[3] / n - d * t};
+  const double variance = sums[1] / n - d * d;
+  // Rounding may leave less than nothing of it; NaN stays.
+  return {pivot + d, variance < 0.0 ? 0.0 : variance, t, sums[3] / n - d * t};
 }
 
 // The maps of all channels. The arrays of ChannelMap point into it.

@@ -18,6 +18,7 @@ namespace {
 void check_input(const char* op, const Tensor& x) {
   TORCH_CHECK(x.is_cpu() && x.scalar_type() == at::kFloat, "fdfa::", op,
               ": x must be float32 on the CPU; got ", x.scalar_type(), " on ", x.device());
+  TORCH_CHECK(x.dim() < 2 || x.size(1) > 0, "fdfa::", op, ": x must have channels; got ", x.sizes());
   TORCH_CHECK((x.dim() == 2 && x.is_contiguous()) ||
                   (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)),
               "fdfa::", op, ": x must be [N, C], or [N, C, H, W] in channels_last; got ", x.sizes(),
@@ -63,7 +64,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
                       c10::string_view noise) {
   const char* op = "batch_norm";
   check_input(op, x);
-  const int64_t channels = x.size(1), rows = channels == 0 ? 0 : x.numel() / channels;
+  const int64_t channels = x.size(1), rows = x.numel() / channels;
   TORCH_CHECK(!training || rows > 1, "fdfa::batch_norm: x must hold more than one value a channel to ",
               "train; got ", x.sizes());
   TORCH_CHECK(running_mean.has_value() == running_var.has_value() && (training || running_mean),
@@ -143,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, cons
   check_channels(op, "mean", mean, x);
   check_channels(op, "inverse_std", inverse_std, x);
   const Tensor t = delta.contiguous(x.suggest_memory_format());
-  const int64_t channels = x.size(1), rows = channels == 0 ? 0 : x.numel() / channels;
+  const int64_t channels = x.size(1), rows = x.numel() / channels;
 
   const Tensor dx = at::empty_like(x), dweight = at::empty_like(mean), dbias = at::empty_like(mean);
   const std::vector<ChannelMoments> batch = moments(x, t.const_data_ptr<float>());
