@@ -1,4 +1,4 @@
-"""How a tangent passes through the modules of an FDFABlock, and through linear layers anywhere.
+"""How a tangent passes through the modules of an FDFABlock, and through some functions anywhere.
 
 torch's forward mode is right for every module, but records the tangent's own graph and works through
 several passes over memory. Two kinds of modules have a shorter way with the library's own kernels:
