@@ -146,12 +146,7 @@ def _(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise:
     return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=order)
 
 
-def _delta(feedback: Tensor, gate: Tensor) -> Tensor:
-    order = torch.contiguous_format if feedback.is_contiguous() else torch.channels_last
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device, memory_format=order)
-
-
-def _check_feedback(op: str, feedback: Tensor, error: Tensor, gate: Tensor) -> None:
+def _delta(op: str, feedback: Tensor, error: Tensor, gate: Tensor) -> Tensor:
     torch._check(
         feedback.shape[0] == error.shape[1] and feedback.shape[1:] == gate.shape[1:],
         lambda: (
@@ -159,43 +154,31 @@ def _check_feedback(op: str, feedback: Tensor, error: Tensor, gate: Tensor) -> N
             f"got {list(feedback.shape)}"
         ),
     )
+    order = torch.contiguous_format if feedback.is_contiguous() else torch.channels_last
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device, memory_format=order)
 
 
 @torch.library.register_fake("fdfa::feedback_step")
-def _(
-    feedback: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
-    updates: Tensor | None,
-    error: Tensor,
-    tangent: Tensor,
-    gate: Tensor,
-    noise_state: Tensor,
-    block: int,
-    activation: str,
-    noise: str,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> Tensor:
-    _check_feedback("feedback_step", feedback, error, gate)
-    return _delta(feedback, gate)
+def _(*_: Any) -> None:
+    """Everything is written to the arguments."""
 
 
 @torch.library.register_fake("fdfa::feedback_gradient")
 def _(
-    feedback: Tensor,
+    feedback: list[Tensor],
     error: Tensor,
     tangent: Tensor,
-    gate: Tensor,
+    gates: list[Tensor],
     noise_state: Tensor,
-    block: int,
-    activation: str,
+    blocks: list[int],
+    activations: list[str],
     noise: str,
-) -> tuple[Tensor, Tensor]:
-    _check_feedback("feedback_gradient", feedback, error, gate)
-    return _delta(feedback, gate), torch.empty_like(feedback)
+) -> tuple[list[Tensor], list[Tensor]]:
+    deltas = [
+        _delta("feedback_gradient", matrix, error, gate)
+        for matrix, gate in zip(feedback, gates, strict=True)
+    ]
+    return deltas, [torch.empty_like(matrix) for matrix in feedback]
 
 
 def build_info() -> dict[str, str]:

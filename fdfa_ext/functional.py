@@ -1,4 +1,4 @@
-"""The dual pass of a training step and the star that joins its blocks to the network's output.
+"""The dual pass of a training step: what its blocks do, and what they leave for the backward.
 
 Tangents travel between the blocks on torch's forward-mode dual tensors, so that any torch module may
 stand between them. Blocks unpack them, call an operator that takes the tangent as an argument, and make
@@ -250,80 +250,3 @@ def _has_fused_norm(dual: DualPass, module: Any, x: Tensor) -> bool:
         # Otherwise torch has the words for it.
         and (x.numel() > x.shape[1] == module.num_features)
     )
-
-
-class Star(torch.autograd.Function):
-    """The one autograd node between the loss and all blocks (Algorithm 1, lines 18 to 24).
-
-    Forward returns the network's output as it is. Backward gets e = ∂L/∂output [N, K], passes it on to
-    the modules after the last block, and gives every block its δ by a feedback step. No path leads from
-    one block to another.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        tangent: Tensor,
-        noise_state: Tensor,
-        noise: str,
-        backend: str,
-        rule: tuple[str, float, float, float, float],
-        blocks: tuple[tuple[int, str], ...],
-        updates: Tensor,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        """tensors: for each block its handle, then each gate, each B, exp_avg and exp_avg_sq."""
-        n = len(blocks)
-        gates = tensors[n : 2 * n]
-        ctx.save_for_backward(tangent, noise_state, *gates)
-        # B and its moments move in place from step to step, so autograd must not watch their versions.
-        ctx.matrices = tensors[2 * n :]
-        ctx.updates = updates
-        ctx.noise, ctx.backend, ctx.rule, ctx.blocks = noise, backend, rule, blocks
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (error,) = grads
-        tangent, noise_state, *gates = ctx.saved_tensors
-        backend = BACKENDS[ctx.backend]
-        kind, lr, beta1, beta2, eps = ctx.rule
-        n = len(ctx.blocks)
-        deltas: list[Tensor] = []
-        gradients: list[Tensor | None] = []
-        if kind == "adam":
-            ctx.updates.add_(1)
-        for i, (index, activation) in enumerate(ctx.blocks):
-            feedback, exp_avg, exp_avg_sq = (
-                ctx.matrices[i],
-                ctx.matrices[n + i],
-                ctx.matrices[2 * n + i],
-            )
-            if kind == "grad":
-                delta, gradient = backend.feedback_gradient(
-                    feedback, error, tangent, gates[i], noise_state, index, activation, ctx.noise
-                )
-                gradients.append(gradient)
-            else:
-                delta = backend.feedback_step(
-                    feedback,
-                    exp_avg,
-                    exp_avg_sq,
-                    ctx.updates if kind == "adam" else None,
-                    error,
-                    tangent,
-                    gates[i],
-                    noise_state,
-                    index,
-                    activation,
-                    ctx.noise,
-                    lr,
-                    beta1,
-                    beta2,
-                    eps,
-                )
-                gradients.append(None)
-            deltas.append(delta)
-        nothing = [None] * n
-        return (error, *[None] * 7, *deltas, *nothing, *gradients, *nothing, *nothing)

@@ -6,10 +6,13 @@ and in any floating dtype. `FDFA(..., backend="reference")` runs a whole model o
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fdfa_ext._ops import fused
 
 _WORD = 0xFFFFFFFF
 
@@ -255,51 +258,131 @@ def _project(feedback: Tensor, error: Tensor, gate: Tensor, activation: str) -> 
 
 
 def feedback_step(
-    feedback: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor | None,
+    feedback: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
     updates: Tensor | None,
     error: Tensor,
     tangent: Tensor,
-    gate: Tensor,
+    gates: list[Tensor],
     noise_state: Tensor,
-    block: int,
-    activation: str,
+    blocks: list[int],
+    activations: list[str],
     noise: str,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
-) -> Tensor:
-    if gate.shape[0] > 0:
-        target = _target(feedback, tangent, gate, noise_state, block, noise)
-        # Nothing moves where the target is not finite: one batch that overflowed must not spoil B.
-        finite = target.isfinite()
-        gradient = feedback - target
-        if exp_avg is None or exp_avg_sq is None or updates is None:
-            feedback -= torch.where(finite, lr * gradient, 0)
-        else:
-            exp_avg.lerp_(torch.where(finite, gradient, exp_avg), 1 - beta1)
-            exp_avg_sq.lerp_(torch.where(finite, gradient * gradient, exp_avg_sq), 1 - beta2)
-            t = updates.double()
-            step_size = (lr / (1 - beta1**t)).float()
-            correction = (1 - beta2**t).sqrt().float()
-            step = step_size * exp_avg / (exp_avg_sq.sqrt() / correction + eps)
-            feedback -= torch.where(finite, step, 0)
-    return _project(feedback, error, gate, activation)
+    deltas: list[Tensor],
+) -> None:
+    if updates is not None:
+        updates.add_(1)
+    for i, (matrix, gate) in enumerate(zip(feedback, gates, strict=True)):
+        if gate.shape[0] > 0:
+            target = _target(matrix, tangent, gate, noise_state, blocks[i], noise)
+            # Nothing moves where the target is not finite: one batch that overflowed must not spoil B.
+            finite = target.isfinite()
+            gradient = matrix - target
+            step = lr * gradient
+            if updates is not None:
+                m, v = exp_avg[i], exp_avg_sq[i]
+                m.lerp_(torch.where(finite, gradient, m), 1 - beta1)
+                v.lerp_(torch.where(finite, gradient * gradient, v), 1 - beta2)
+                t = updates.double()
+                step_size = (lr / (1 - beta1**t)).float()
+                correction = (1 - beta2**t).sqrt().float()
+                step = step_size * m / (v.sqrt() / correction + eps)
+            matrix -= torch.where(finite, step, 0)
+        deltas[i].copy_(_project(matrix, error, gate, activations[i]))
 
 
 def feedback_gradient(
-    feedback: Tensor,
+    feedback: list[Tensor],
     error: Tensor,
     tangent: Tensor,
-    gate: Tensor,
+    gates: list[Tensor],
     noise_state: Tensor,
-    block: int,
-    activation: str,
+    blocks: list[int],
+    activations: list[str],
     noise: str,
-) -> tuple[Tensor, Tensor]:
-    gradient = torch.zeros_like(feedback)
-    if gate.shape[0] > 0:
-        gradient = feedback - _target(feedback, tangent, gate, noise_state, block, noise)
-    return _project(feedback, error, gate, activation), gradient
+) -> tuple[list[Tensor], list[Tensor]]:
+    deltas, gradients = [], []
+    for matrix, gate, block, activation in zip(feedback, gates, blocks, activations, strict=True):
+        gradient = torch.zeros_like(matrix)
+        if gate.shape[0] > 0:
+            gradient = matrix - _target(matrix, tangent, gate, noise_state, block, noise)
+        deltas.append(_project(matrix, error, gate, activation))
+        gradients.append(gradient)
+    return deltas, gradients
+
+
+class _Star(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        tangent: Tensor,
+        noise_state: Tensor,
+        rule: tuple[str, float, float, float, float],
+        noise: str,
+        updates: Tensor,
+        blocks: list[int],
+        activations: list[str],
+        *tensors: Tensor,
+    ) -> Tensor:
+        """tensors: each block's handle, then each gate, each B, and for Adam their moments."""
+        n = len(blocks)
+        ctx.save_for_backward(tangent, noise_state, *tensors[n : 2 * n])
+        # B and its moments move in place from step to step, so autograd must not watch their versions.
+        ctx.matrices = list(tensors[2 * n :])
+        ctx.options = rule, noise, updates, blocks, activations
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (error,) = grads
+        tangent, noise_state, *gates = ctx.saved_tensors
+        (rule, lr, beta1, beta2, eps), noise, updates, blocks, activations = ctx.options
+        n = len(blocks)
+        feedback, exp_avg, exp_avg_sq = (ctx.matrices[i * n : (i + 1) * n] for i in range(3))
+        common = (error, tangent, gates, noise_state, blocks, activations, noise)
+        gradients: list[Tensor | None] = [None] * n
+        if rule == "grad":
+            deltas, gradients[:] = feedback_gradient(feedback, *common)
+        else:
+            steps = updates if rule == "adam" else None
+            deltas = [torch.empty_like(gate) for gate in gates]
+            numbers = (lr, beta1, beta2, eps)
+            feedback_step(feedback, exp_avg, exp_avg_sq, steps, *common, *numbers, deltas)
+        nothing = [None] * n
+        moments = [None] * (len(ctx.matrices) - n)
+        return (error, *[None] * 7, *deltas, *nothing, *gradients, *moments)
+
+
+def star(
+    output: Tensor,
+    tangent: Tensor,
+    noise_state: Tensor,
+    handles: list[Tensor],
+    gates: list[Tensor],
+    feedback: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    updates: Tensor,
+    blocks: list[int],
+    activations: list[str],
+    noise: str,
+    rule: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> Tensor:
+    # The operator: a compiler may put off a clone in plain torch until the state has moved.
+    used = fused.next_noise(noise_state)
+    tensors = (*handles, *gates, *feedback, *exp_avg, *exp_avg_sq)
+    options = (rule, lr, beta1, beta2, eps)
+    result: Tensor = _Star.apply(
+        output, tangent, used, options, noise, updates, blocks, activations, *tensors
+    )
+    return result

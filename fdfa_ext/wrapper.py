@@ -9,8 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from fdfa_ext._ops import fused
-from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass, Star
+from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
 from fdfa_ext.layers import Block
 from fdfa_ext.tangents import FunctionRules, unpack_dual, without_rules
 
@@ -204,31 +203,31 @@ class FDFA(nn.Module):
                 block_pass.dual = None
 
     def _join(self, dual: DualPass, output: Tensor, tangent: Tensor) -> Tensor:
-        """Advances the noise and ties output and blocks together for the backward (see Star)."""
-        # The operator for either backend: a compiler may put off a clone in plain torch until the state
-        # has moved.
-        used = fused.next_noise(self.noise_state)
+        """Advances the noise and ties output and blocks together for the backward."""
         records = dual.records
         names = [record.name for record in records]
-        adam = self.rule == "adam"
-        none: list[Tensor | None] = [None] * len(names)
+        handles = [record.handle for record in records]
+        moments = names if self.rule == "adam" else []
         # A model whose weights are all frozen can still learn its feedback.
-        if not (output.requires_grad or any(record.handle.requires_grad for record in records)):
+        if not (output.requires_grad or any(handle.requires_grad for handle in handles)):
             output = output.detach().requires_grad_()
-        result = Star.apply(
+        result: Tensor = dual.backend.star(
             output,
             tangent,
-            used,
-            self.noise,
-            self.backend,
-            (self.rule, self.feedback_lr, *self.betas, self.eps),
-            tuple((record.index, record.activation) for record in records),
+            self.noise_state,
+            handles,
+            [record.gate for record in records],
+            [self.feedback[name] for name in names],
+            [self.exp_avg[name] for name in moments],
+            [self.exp_avg_sq[name] for name in moments],
             self.updates,
-            *[record.handle for record in records],
-            *[record.gate for record in records],
-            *[self.feedback[name] for name in names],
-            *([self.exp_avg[name] for name in names] if adam else none),
-            *([self.exp_avg_sq[name] for name in names] if adam else none),
+            [record.index for record in records],
+            [record.activation for record in records],
+            self.noise,
+            self.rule,
+            self.feedback_lr,
+            *self.betas,
+            self.eps,
         )
         return result
 

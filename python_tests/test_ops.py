@@ -1,5 +1,8 @@
 """Every operator computes what the reference in plain torch defines."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -237,6 +240,23 @@ def test_perturb_is_the_reference(
         assert_close(actual, expected, dtype)
 
 
+def feedback_step(
+    ops: Any, matrices: Sequence[Tensor], updates: Tensor | None, gate: Tensor, *common: Any
+) -> Tensor:
+    """δ of one block. matrices: B and its moments, of which only B moves without `updates`.
+
+    common: error, tangent, noise_state, block, activation, noise.
+    """
+    error, tangent, state, block, activation, noise = common
+    feedback, *moments = [[m] for m in matrices] if updates is not None else [[matrices[0]], [], []]
+    order = torch.channels_last if not matrices[0].is_contiguous() else torch.contiguous_format
+    delta = torch.empty_like(gate, memory_format=order)
+    numbers = (0.1, 0.9, 0.999, 1e-8)
+    rest = (error, tangent, [gate], state, [block], [activation], noise, *numbers, [delta])
+    ops.feedback_step(feedback, *moments, updates, *rest)
+    return delta
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", ["ema", "adam", "gradient"])
 @pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "gelu"])
@@ -266,18 +286,20 @@ def test_feedback_step_is_the_reference(
     feedback = torch.randn(outputs, *shape[1:], device=device).contiguous(memory_format=order)
     exp_avg = torch.randn_like(feedback)
     exp_avg_sq = torch.rand_like(feedback) + 0.1
-    updates = torch.tensor([3], device=device)
-    common = (error, tangent, gate, noise_state(device), 2, activation, "gaussian")
+    state = noise_state(device)
     results = []
     for ops in (fused, reference):
         matrices = [feedback.clone(), exp_avg.clone(), exp_avg_sq.clone()]
         if rule == "gradient":
-            delta, gradient = ops.feedback_gradient(matrices[0], *common)
+            rest = (error, tangent, [gate], state, [2], [activation], "gaussian")
+            (delta,), (gradient,) = ops.feedback_gradient([matrices[0]], *rest)
             assert torch.equal(matrices[0], feedback)
             results.append((delta, gradient))
         else:
-            moments = [*matrices[1:], updates] if rule == "adam" else [None, None, None]
-            delta = ops.feedback_step(matrices[0], *moments, *common, 0.1, 0.9, 0.999, 1e-8)
+            updates = torch.tensor([3], device=device) if rule == "adam" else None
+            common = (error, tangent, state, 2, activation, "gaussian")
+            delta = feedback_step(ops, matrices, updates, gate, *common)
+            assert updates is None or updates == 4
             results.append((delta, *matrices))
     (delta, *matrices), (delta2, *matrices2) = results
     for actual, expected in zip(matrices, matrices2, strict=True):
@@ -303,9 +325,7 @@ def test_strided_inputs_give_the_dense_result(device: torch.device) -> None:
     results = []
     for g, e in ((gate, error), (gate.contiguous(), error.contiguous())):
         feedback = torch.zeros(4, 9, device=device)
-        delta = fused.feedback_step(
-            feedback, None, None, None, e, e, g, state, 0, "relu", "gaussian", 0.5, 0.9, 0.999, 1e-8
-        )
+        delta = feedback_step(fused, [feedback], None, g, e, e, state, 0, "relu", "gaussian")
         results.append((feedback, delta))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
@@ -323,21 +343,9 @@ def test_a_batch_that_overflowed_leaves_what_it_reached_of_the_feedback_alone(
     for ops in (fused, reference):
         matrices = list((torch.rand(3, 4, 70, generator=torch.Generator().manual_seed(1))).to(device))
         before = [m.clone() for m in matrices]
-        moments = [*matrices[1:], torch.tensor([2], device=device)] if rule == "adam" else [None] * 3
-        common = (
-            error,
-            tangent,
-            gate,
-            noise_state(device),
-            0,
-            "relu",
-            "gaussian",
-            0.1,
-            0.9,
-            0.999,
-            1e-8,
-        )
-        results.append([ops.feedback_step(matrices[0], *moments, *common), *matrices])
+        updates = torch.tensor([1], device=device) if rule == "adam" else None
+        common = (error, tangent, noise_state(device), 0, "relu", "gaussian")
+        results.append([feedback_step(ops, matrices, updates, gate, *common), *matrices])
         for matrix, old in zip(matrices[: 3 if rule == "adam" else 1], before, strict=False):
             assert torch.equal(matrix[[0, 2]], old[[0, 2]])
             assert not (matrix[[1, 3]] == old[[1, 3]]).all(1).any()
@@ -352,13 +360,10 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     results = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        feedback, exp_avg, exp_avg_sq = torch.zeros(3, 10, 5000).unbind()
-        moments = (exp_avg, exp_avg_sq, torch.tensor([1]))
-        common = (error, error, y, state, 1, "relu", "gaussian", 0.1, 0.9, 0.999, 1e-8)
-        delta = fused.feedback_step(feedback, *moments, *common)
-        results.append(
-            (fused.perturb(y, y, state, 1, "gaussian"), feedback, exp_avg, exp_avg_sq, delta)
-        )
+        matrices = torch.zeros(3, 10, 5000).unbind()
+        common = (error, error, state, 1, "relu", "gaussian")
+        delta = feedback_step(fused, matrices, torch.tensor([0]), y, *common)
+        results.append((fused.perturb(y, y, state, 1, "gaussian"), *matrices, delta))
     torch.set_num_threads(1)
     for one, several in zip(*results, strict=True):
         assert torch.equal(one, several)
@@ -490,17 +495,13 @@ def test_opcheck(device: torch.device) -> None:
     ):
         order = torch.channels_last if gate.dim() == 4 else torch.contiguous_format
         feedback = torch.randn(3, *gate.shape[1:], device=device).contiguous(memory_format=order)
-        moments = (
-            torch.rand_like(feedback),
-            torch.rand_like(feedback),
-            torch.tensor([1], device=device),
-        )
+        moments = ([torch.rand_like(feedback)], [torch.rand_like(feedback)])
         error = torch.randn(4, 3, device=device)
-        common = (error, error, gate, state, 1, "relu", "gaussian")
-        for adam in (moments, (None, None, None)):
-            args = (feedback, *adam, *common, 0.1, 0.9, 0.999, 1e-8)
+        common = (error, error, [gate], state, [1], ["relu"], "gaussian")
+        for adam in ((*moments, torch.tensor([1], device=device)), ([], [], None)):
+            args = ([feedback], *adam, *common, 0.1, 0.9, 0.999, 1e-8, [torch.empty_like(gate)])
             torch.library.opcheck(fused.feedback_step.default, args)
-        torch.library.opcheck(fused.feedback_gradient.default, (feedback, *common))
+        torch.library.opcheck(fused.feedback_gradient.default, ([feedback], *common))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -546,21 +547,55 @@ def test_bad_arguments_name_the_operator_and_the_argument(device: torch.device) 
 
 
 def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
+    """Of two blocks the second one is wrong."""
     gate, error = torch.randn(3, 5, device=device), torch.randn(3, 2, device=device)
-    feedback = torch.randn(2, 5, device=device)
-    moments = (torch.randn(2, 5, device=device), torch.randn(2, 5, device=device))
-    before = feedback.clone()
-    rest = (noise_state(device), 0, "relu", "gaussian", 0.5, 0.9, 0.999, 1e-8)
-    for args, message in (
-        ((feedback, None, None, None, error, error[:2], gate), "tangent must have shape"),
-        ((feedback, None, None, None, error[:2], error[:2], gate), r"error must be \[N, K\] = \[3, K\]"),
-        ((feedback[:, :4], None, None, None, error, error, gate), r"feedback must have shape \[2, 5\]"),
-        ((feedback, moments[0], None, None, error, error, gate), "Adam needs exp_avg, exp_avg_sq and updates"),
-        (
-            (feedback, moments[0], moments[1][:, :4], torch.tensor([1], device=device), error, error, gate),
-            "exp_avg_sq must have shape",
-        ),
+    feedback, m, v = (torch.randn(2, 5, device=device) for _ in range(3))
+    updates = torch.tensor([1], device=device)
+    delta = torch.zeros_like(gate)
+    good = {
+        "feedback": [feedback, feedback], "exp_avg": [m, m], "exp_avg_sq": [v, v], "updates": updates,
+        "error": error, "tangent": error, "gates": [gate, gate], "noise_state": noise_state(device),
+        "blocks": [0, 1], "activations": ["relu", "relu"], "noise": "gaussian", "lr": 0.5, "beta1": 0.9,
+        "beta2": 0.999, "eps": 1e-8, "deltas": [delta, delta],
+    }  # fmt: skip
+    before = [t.clone() for t in (feedback, m, v, updates, delta)]
+    for change, message in (
+        ({"tangent": error[:2]}, "tangent must have shape"),
+        ({"gates": [gate, gate[:2]]}, r"gate must be \[3, \*features\]; got \[2, 5\]"),
+        ({"gates": [gate]}, "gates must have one entry for each of 2 blocks; got 1"),
+        ({"feedback": [feedback, feedback[:, :4]]}, r"feedback must have shape \[2, 5\]"),
+        ({"updates": None}, "Adam needs exp_avg, exp_avg_sq and updates"),
+        ({"exp_avg": []}, "Adam needs exp_avg, exp_avg_sq and updates"),
+        ({"exp_avg_sq": [v, v[:, :4]]}, "exp_avg_sq must have shape"),
+        ({"deltas": [delta, delta[:, :4]]}, "delta must have shape"),
+        ({"deltas": [delta, torch.zeros(5, 3, device=device).t()]}, "delta must have the memory order"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="fdfa::feedback_step: " + message):
-            fused.feedback_step(*args, *rest)
-        assert torch.equal(feedback, before)
+            fused.feedback_step(**{**good, **change})
+        with pytest.raises(ValueError, match="activation must be one of"):
+            fused.feedback_step(**{**good, "activations": ["relu", "swish"]})
+        for tensor, old in zip((feedback, m, v, updates, delta), before, strict=True):
+            assert torch.equal(tensor, old)
+
+
+def test_blocks_of_several_sizes_and_dtypes_step_as_each_would_alone(device: torch.device) -> None:
+    shapes, dtypes = ((4, 3), (4, 2, 5, 5), (4, 200)), (torch.float32, torch.float32, torch.bfloat16)
+    activations = ["relu", "identity", "gelu"]
+    error, tangent = torch.randn(2, 4, 3, device=device).unbind()
+    state = noise_state(device)
+    gates = [
+        rand(*shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    matrices = [
+        [torch.rand(3, *shape[1:], device=device) for shape in shapes] for _ in range(3)
+    ]  # B, exp_avg, exp_avg_sq
+    alone = [[t.clone() for t in block] for block in zip(*matrices, strict=True)]
+    deltas = [torch.empty_like(gate) for gate in gates]
+    common = (error, tangent, gates, state, [0, 1, 2], activations, "gaussian", 0.1, 0.9, 0.999, 1e-8)
+    fused.feedback_step(*matrices, torch.tensor([6], device=device), *common, deltas)
+    for i, block in enumerate(alone):
+        updates = torch.tensor([6], device=device)
+        rest = (error, tangent, state, i, activations[i], "gaussian")
+        assert torch.equal(feedback_step(fused, block, updates, gates[i], *rest), deltas[i])
+        for actual, expected in zip(block, (kind[i] for kind in matrices), strict=True):
+            assert torch.equal(actual, expected)

@@ -6,7 +6,7 @@
 #include "common/noise.h"
 #include "cuda/kernels.h"
 
-// The feedback step of one block of the network, in one launch: G = tangentᵀ u / samples, B moved by
+// The feedback step of all blocks of the network, in one launch: G = tangentᵀ u / samples, B moved by
 // the rule, delta = (error B) ⊙ f'. B, with its moments, is read from and written to DRAM once; u is
 // made again and never stored; gate is read and delta written once.
 
@@ -90,13 +90,25 @@ __device__ float slope_at(Activation activation, float gate) {
   }
 }
 
+// Blocks of the network that one launch takes, as its parameter; a thread block works on one of them.
+template <class T>
+struct Group {
+  static constexpr int kMost = 16;
+  FeedbackParams<T> members[kMost];
+  unsigned ends[kMost];  // one past the last thread block of each
+};
+
 template <class T, Noise kNoise, Rule kRule>
-__global__ void __launch_bounds__(kThreads) feedback_kernel(FeedbackParams<T> p) {
+__global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constant__ Group<T> blocks) {
   __shared__ float u[kSamples][kColumns];
   __shared__ float rows[kSamples][kOutputs];  // of the tangent, then of the error
   __shared__ AdamStep adam;
 
-  const int64_t first_feature = static_cast<int64_t>(blockIdx.x) * kColumns;
+  int member = 0;
+  while (blockIdx.x >= blocks.ends[member]) ++member;
+  const FeedbackParams<T>& p = blocks.members[member];
+  const unsigned tile = blockIdx.x - (member == 0 ? 0 : blocks.ends[member - 1]);
+  const int64_t first_feature = static_cast<int64_t>(tile) * kColumns;
   const int column = threadIdx.x, group = threadIdx.y;
   const int64_t feature = first_feature + column;
   const bool inside = feature < p.features;  // threads outside still meet every barrier
@@ -165,23 +177,39 @@ auto with_rule(Rule value, F&& f) {
   return f(std::integral_constant<Rule, Rule::gradient>{});
 }
 
-}  // namespace
-
 template <class T>
-cudaError_t launch_feedback_step(const FeedbackParams<T>& params, cudaStream_t stream) {
-  if (params.samples == 0 || params.features == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>((params.features + kColumns - 1) / kColumns));
-  const dim3 block(kColumns, kGroups);
-  return with_noise(params.noise.kind, [&](auto noise) {
-    return with_rule(params.rule, [&](auto rule) {
-      return launch(feedback_kernel<T, decltype(noise)::value, decltype(rule)::value>, grid, block,
-                    stream, params);
+cudaError_t launch_group(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream) {
+  Group<T> group{};
+  unsigned end = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    group.members[i] = blocks[i];
+    end += static_cast<unsigned>((blocks[i].features + kColumns - 1) / kColumns);
+    group.ends[i] = end;
+  }
+  if (end == 0) return cudaSuccess;
+  return with_noise(blocks[0].noise.kind, [&](auto noise) {
+    return with_rule(blocks[0].rule, [&](auto rule) {
+      return launch(feedback_kernel<T, decltype(noise)::value, decltype(rule)::value>, dim3(end),
+                    dim3(kColumns, kGroups), stream, group);
     });
   });
 }
 
-template cudaError_t launch_feedback_step(const FeedbackParams<float>&, cudaStream_t);
-template cudaError_t launch_feedback_step(const FeedbackParams<bfloat16>&, cudaStream_t);
-template cudaError_t launch_feedback_step(const FeedbackParams<float16>&, cudaStream_t);
+}  // namespace
+
+template <class T>
+cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream) {
+  if (count == 0 || blocks[0].samples == 0) return cudaSuccess;
+  for (int64_t first = 0; first < count; first += Group<T>::kMost) {
+    const int64_t members = count - first < Group<T>::kMost ? count - first : Group<T>::kMost;
+    const cudaError_t error = launch_group(blocks + first, members, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template cudaError_t launch_feedback_step(const FeedbackParams<float>*, int64_t, cudaStream_t);
+template cudaError_t launch_feedback_step(const FeedbackParams<bfloat16>*, int64_t, cudaStream_t);
+template cudaError_t launch_feedback_step(const FeedbackParams<float16>*, int64_t, cudaStream_t);
 
 }  // namespace fdfa::cuda

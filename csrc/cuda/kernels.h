@@ -12,7 +12,8 @@ namespace fdfa::cuda {
 template <class T>
 cudaError_t launch_epilogue(const EpilogueParams<T>& params, cudaStream_t stream);
 
+// Blocks of one network: they have samples, outputs, rule and kind of noise in common.
 template <class T>
-cudaError_t launch_feedback_step(const FeedbackParams<T>& params, cudaStream_t stream);
+cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream);
 
 }  // namespace fdfa::cuda

@@ -14,16 +14,17 @@ void launch_cuda(const EpilogueParams<T>& params, const at::Device& device) {
 }
 
 template <class T>
-void launch_cuda(const FeedbackParams<T>& params, const at::Device& device) {
+void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device) {
   const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_feedback_step(params, c10::cuda::getCurrentCUDAStream()));
+  const auto count = static_cast<int64_t>(blocks.size());
+  C10_CUDA_CHECK(cuda::launch_feedback_step(blocks.data(), count, c10::cuda::getCurrentCUDAStream()));
 }
 
 template void launch_cuda<float>(const EpilogueParams<float>&, const at::Device&);
 template void launch_cuda<bfloat16>(const EpilogueParams<bfloat16>&, const at::Device&);
 template void launch_cuda<float16>(const EpilogueParams<float16>&, const at::Device&);
-template void launch_cuda<float>(const FeedbackParams<float>&, const at::Device&);
-template void launch_cuda<bfloat16>(const FeedbackParams<bfloat16>&, const at::Device&);
-template void launch_cuda<float16>(const FeedbackParams<float16>&, const at::Device&);
+template void launch_cuda<float>(const std::vector<FeedbackParams<float>>&, const at::Device&);
+template void launch_cuda<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, const at::Device&);
+template void launch_cuda<float16>(const std::vector<FeedbackParams<float16>>&, const at::Device&);
 
 }  // namespace fdfa

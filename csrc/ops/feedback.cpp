@@ -8,112 +8,186 @@
 namespace fdfa {
 namespace {
 
-void check_matrix(const char* op, const char* argument, const Tensor& t, const Tensor& error,
-                  const Tensor& gate) {
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, "fdfa::", op, ": ", argument,
+// What a feedback step needs of the network; lists have one entry a block.
+struct Network {
+  const char* op;
+  const Tensor &error, &tangent, &noise_state;
+  at::TensorList feedback, gates;
+  at::IntArrayRef blocks;
+  const Names& activations;
+  c10::string_view noise;
+};
+
+// How B moves; what a rule does not need is empty.
+struct Motion {
+  Rule rule;
+  at::TensorList exp_avg, exp_avg_sq, gradients;
+  OptionalTensor updates;
+  double lr = 0, beta1 = 0, beta2 = 0, eps = 0;
+};
+
+template <class List>
+void check_count(const Network& net, const char* argument, const List& list) {
+  TORCH_CHECK(list.size() == net.feedback.size(), "fdfa::", net.op, ": ", argument,
+              " must have one entry for each of ", net.feedback.size(), " blocks; got ", list.size());
+}
+
+void check_matrix(const Network& net, const char* argument, const Tensor& t, size_t block) {
+  const Tensor& gate = net.gates[block];
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, "fdfa::", net.op, ": ", argument,
                    " must be float32; got ", t.scalar_type());
   std::vector<int64_t> expected = gate.sizes().vec();
-  expected[0] = error.size(1);
-  check_shape(op, argument, t, expected);
-  TORCH_CHECK(t.device() == gate.device(), "fdfa::", op, ": ", argument, " must be on ", gate.device(),
-              "; got ", t.device());
+  expected[0] = net.error.size(1);
+  check_shape(net.op, argument, t, expected);
+  TORCH_CHECK(t.device() == gate.device(), "fdfa::", net.op, ": ", argument, " must be on ",
+              gate.device(), "; got ", t.device());
 }
 
-void check_inputs(const char* op, const Tensor& feedback, const Tensor& error, const Tensor& tangent,
-                  const Tensor& gate, const Tensor& noise_state) {
-  TORCH_CHECK(gate.dim() >= 2, "fdfa::", op, ": gate must be [N, *features]; got ", gate.sizes());
-  check_floating(op, "gate", gate);
-  TORCH_CHECK(error.dim() == 2 && error.size(0) == gate.size(0), "fdfa::", op,
-              ": error must be [N, K] = [", gate.size(0), ", K]; got ", error.sizes());
-  check_floating(op, "error", error);
-  check_shape(op, "tangent", tangent, error.sizes());
-  check_floating(op, "tangent", tangent);
-  for (const Tensor& t : {error, tangent}) {
-    TORCH_CHECK(t.device() == gate.device(), "fdfa::", op, ": error and tangent must be on ",
-                gate.device(), "; got ", t.device());
+void check_moments(const Network& net, const Motion& motion) {
+  const bool adam = motion.updates.has_value();
+  TORCH_CHECK(adam != motion.exp_avg.empty() && adam != motion.exp_avg_sq.empty(), "fdfa::", net.op,
+              ": Adam needs exp_avg, exp_avg_sq and updates; eq. 8 needs none of them");
+  if (!adam) return;
+  check_counter(net.op, "updates", *motion.updates, 1, net.error);
+  check_count(net, "exp_avg", motion.exp_avg);
+  check_count(net, "exp_avg_sq", motion.exp_avg_sq);
+  for (size_t i = 0; i < net.feedback.size(); ++i) {
+    const Tensor &feedback = net.feedback[i], &m = motion.exp_avg[i], &v = motion.exp_avg_sq[i];
+    check_matrix(net, "exp_avg", m, i);
+    check_matrix(net, "exp_avg_sq", v, i);
+    TORCH_CHECK(m.strides() == feedback.strides() && v.strides() == feedback.strides(),
+                "fdfa::", net.op, ": exp_avg and exp_avg_sq must have feedback's strides ",
+                feedback.strides(), "; got ", m.strides(), " and ", v.strides());
   }
-  TORCH_CHECK(error.size(1) > 0, "fdfa::", op, ": error must be [N, K] with K > 0; got ",
-              error.sizes());
-  check_matrix(op, "feedback", feedback, error, gate);
-  check_counter(op, "noise_state", noise_state, 3, gate);
 }
 
-// Runs the kernel for a rule whose matrices are set in `rule_params`; returns δ.
-Tensor run(const char* op, Rule rule, const Tensor& feedback, const OptionalTensor& exp_avg,
-           const OptionalTensor& exp_avg_sq, const OptionalTensor& updates,
-           const OptionalTensor& gradient, const Tensor& error, const Tensor& tangent,
-           const Tensor& gate, const Tensor& noise_state, int64_t block, c10::string_view activation,
-           c10::string_view noise, double lr, double beta1, double beta2, double eps) {
-  const Activation f = parse_activation(op, activation);
-  const Noise kind = parse_noise(op, noise);
-  // [N, K] is small beside [N, D] and [K, D]: the kernels take it in float32.
-  const Tensor e = error.to(at::kFloat).contiguous();
-  const Tensor d = tangent.to(at::kFloat).contiguous();
-  const at::MemoryFormat order = feature_order(op, feedback);
-  const Tensor gate_dense = f == Activation::identity ? gate : gate.contiguous(order);
-  Tensor delta = at::empty(gate.sizes(), gate.options(), order);
-  with_storage(gate.scalar_type(), [&](auto storage) {
+void check_network(const Network& net) {
+  const char* op = net.op;
+  const Tensor &error = net.error, &tangent = net.tangent;
+  check_count(net, "gates", net.gates);
+  check_count(net, "blocks", net.blocks);
+  check_count(net, "activations", net.activations);
+  TORCH_CHECK(error.dim() == 2 && error.size(1) > 0, "fdfa::", op,
+              ": error must be [N, K] with K > 0; got ", error.sizes());
+  check_floating(op, "error", error);
+  check_floating(op, "tangent", tangent);
+  check_shape(op, "tangent", tangent, error.sizes());
+  TORCH_CHECK(tangent.device() == error.device(), "fdfa::", op, ": tangent must be on ", error.device(),
+              "; got ", tangent.device());
+  check_counter(op, "noise_state", net.noise_state, 3, error);
+  for (size_t i = 0; i < net.feedback.size(); ++i) {
+    const Tensor& gate = net.gates[i];
+    check_floating(op, "gate", gate);
+    TORCH_CHECK(gate.dim() >= 2 && gate.size(0) == error.size(0), "fdfa::", op, ": gate must be [",
+                error.size(0), ", *features]; got ", gate.sizes());
+    TORCH_CHECK(gate.device() == error.device(), "fdfa::", op, ": gate must be on ", error.device(),
+                "; got ", gate.device());
+    check_matrix(net, "feedback", net.feedback[i], i);
+    feature_order(op, net.feedback[i]);
+    parse_activation(op, net.activations.get(i));
+  }
+  parse_noise(op, net.noise);
+}
+
+void check_deltas(const Network& net, at::TensorList deltas) {
+  check_count(net, "deltas", deltas);
+  for (size_t i = 0; i < deltas.size(); ++i) {
+    check_like(net.op, "delta", deltas[i], "gate", net.gates[i]);
+    check_shape(net.op, "delta", deltas[i], net.gates[i].sizes());
+    TORCH_CHECK(deltas[i].is_contiguous(feature_order(net.op, net.feedback[i])), "fdfa::", net.op,
+                ": delta must have the memory order of feedback; got strides ", deltas[i].strides());
+  }
+}
+
+// The blocks whose gates are of this dtype, in one launch.
+void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion, const Tensor& error,
+                 const Tensor& tangent, at::TensorList deltas) {
+  const auto matrix = [](at::TensorList list, size_t i) {
+    return list.empty() ? nullptr : pointer<float>(list[i]);
+  };
+  std::vector<Tensor> kept;  // until the launch
+  with_storage(dtype, [&](auto storage) {
     using T = decltype(storage);
-    FeedbackParams<T> p{};
-    p.feedback = pointer<float>(feedback);
-    p.exp_avg = exp_avg ? pointer<float>(*exp_avg) : nullptr;
-    p.exp_avg_sq = exp_avg_sq ? pointer<float>(*exp_avg_sq) : nullptr;
-    p.gradient = gradient ? pointer<float>(*gradient) : nullptr;
-    p.updates = updates ? updates->const_data_ptr<int64_t>() : nullptr;
-    p.error = pointer<float>(e);
-    p.tangent = pointer<float>(d);
-    p.gate = f == Activation::identity ? nullptr : pointer<T>(gate_dense);
-    p.delta = pointer<T>(delta);
-    p.samples = gate.size(0);
-    p.features = feedback.numel() / feedback.size(0);
-    p.outputs = error.size(1);
-    p.activation = f;
-    p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, kind};
-    p.rule = rule;
-    p.lr = static_cast<float>(lr);
-    p.beta1 = static_cast<float>(beta1);
-    p.beta2 = static_cast<float>(beta2);
-    p.eps = static_cast<float>(eps);
-    launch(p, gate.device());
+    std::vector<FeedbackParams<T>> launched;
+    for (size_t i = 0; i < net.feedback.size(); ++i) {
+      const Tensor &feedback = net.feedback[i], &gate = net.gates[i];
+      if (gate.scalar_type() != dtype) continue;
+      const Activation f = parse_activation(net.op, net.activations.get(i));
+      FeedbackParams<T> p{};
+      p.feedback = pointer<float>(feedback);
+      p.exp_avg = matrix(motion.exp_avg, i);
+      p.exp_avg_sq = matrix(motion.exp_avg_sq, i);
+      p.gradient = matrix(motion.gradients, i);
+      p.updates = motion.updates ? motion.updates->const_data_ptr<int64_t>() : nullptr;
+      p.error = pointer<float>(error);
+      p.tangent = pointer<float>(tangent);
+      if (f != Activation::identity) {
+        kept.push_back(gate.contiguous(feature_order(net.op, feedback)));
+        p.gate = pointer<T>(kept.back());
+      }
+      p.delta = pointer<T>(deltas[i]);
+      p.samples = gate.size(0);
+      p.features = feedback.numel() / feedback.size(0);
+      p.outputs = error.size(1);
+      p.activation = f;
+      p.noise = NoiseParams{net.noise_state.const_data_ptr<int64_t>(), net.blocks[i],
+                            parse_noise(net.op, net.noise)};
+      p.rule = motion.rule;
+      p.lr = static_cast<float>(motion.lr);
+      p.beta1 = static_cast<float>(motion.beta1);
+      p.beta2 = static_cast<float>(motion.beta2);
+      p.eps = static_cast<float>(motion.eps);
+      launched.push_back(p);
+    }
+    launch(launched, error.device());
   });
-  return delta;
+}
+
+void step(const Network& net, const Motion& motion, at::TensorList deltas) {
+  // [N, K] is small beside [N, D] and [K, D]: the kernels take it in float32.
+  const Tensor error = net.error.to(at::kFloat).contiguous();
+  const Tensor tangent = net.tangent.to(at::kFloat).contiguous();
+  for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
+    step_blocks(dtype, net, motion, error, tangent, deltas);
+  }
 }
 
 }  // namespace
 
-Tensor feedback_step(Tensor feedback, const OptionalTensor& exp_avg, const OptionalTensor& exp_avg_sq,
-                     const OptionalTensor& updates, const Tensor& error, const Tensor& tangent,
-                     const Tensor& gate, const Tensor& noise_state, int64_t block,
-                     c10::string_view activation, c10::string_view noise, double lr, double beta1,
-                     double beta2, double eps) {
-  const char* op = "feedback_step";
-  check_inputs(op, feedback, error, tangent, gate, noise_state);
-  const bool adam = exp_avg.has_value();
-  TORCH_CHECK(
-      adam == exp_avg_sq.has_value() && adam == updates.has_value(),
-      "fdfa::feedback_step: Adam needs exp_avg, exp_avg_sq and updates; eq. 8 needs none of them");
-  if (adam) {
-    check_matrix(op, "exp_avg", *exp_avg, error, gate);
-    check_matrix(op, "exp_avg_sq", *exp_avg_sq, error, gate);
-    TORCH_CHECK(exp_avg->strides() == feedback.strides() && exp_avg_sq->strides() == feedback.strides(),
-                "fdfa::feedback_step: exp_avg and exp_avg_sq must have feedback's strides ",
-                feedback.strides(), "; got ", exp_avg->strides(), " and ", exp_avg_sq->strides());
-    check_counter(op, "updates", *updates, 1, gate);
-  }
-  return run(op, adam ? Rule::adam : Rule::ema, feedback, exp_avg, exp_avg_sq, updates, std::nullopt,
-             error, tangent, gate, noise_state, block, activation, noise, lr, beta1, beta2, eps);
+Tensor empty_delta(const Tensor& gate, const Tensor& feedback) {
+  return at::empty(gate.sizes(), gate.options(), feature_order("feedback_step", feedback));
 }
 
-std::tuple<Tensor, Tensor> feedback_gradient(const Tensor& feedback, const Tensor& error,
-                                             const Tensor& tangent, const Tensor& gate,
-                                             const Tensor& noise_state, int64_t block,
-                                             c10::string_view activation, c10::string_view noise) {
-  const char* op = "feedback_gradient";
-  check_inputs(op, feedback, error, tangent, gate, noise_state);
-  Tensor gradient = at::zeros_like(feedback);  // an empty batch teaches nothing
-  Tensor delta = run(op, Rule::gradient, feedback, std::nullopt, std::nullopt, std::nullopt, gradient,
-                     error, tangent, gate, noise_state, block, activation, noise, 0, 0, 0, 0);
-  return {delta, gradient};
+void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
+                   const OptionalTensor& updates, const Tensor& error, const Tensor& tangent,
+                   at::TensorList gates, const Tensor& noise_state, at::IntArrayRef blocks,
+                   const Names& activations, c10::string_view noise, double lr, double beta1,
+                   double beta2, double eps, at::TensorList deltas) {
+  const Network net{"feedback_step", error,  tangent,     noise_state, feedback,
+                    gates,           blocks, activations, noise};
+  const Rule rule = updates ? Rule::adam : Rule::ema;
+  const Motion motion{rule, exp_avg, exp_avg_sq, {}, updates, lr, beta1, beta2, eps};
+  check_network(net);
+  check_moments(net, motion);
+  check_deltas(net, deltas);
+  if (updates) count_up(*updates);
+  step(net, motion, deltas);
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
+    at::TensorList feedback, const Tensor& error, const Tensor& tangent, at::TensorList gates,
+    const Tensor& noise_state, at::IntArrayRef blocks, const Names& activations,
+    c10::string_view noise) {
+  const Network net{"feedback_gradient", error, tangent, noise_state, feedback, gates, blocks,
+                    activations,         noise};
+  check_network(net);
+  std::vector<Tensor> deltas, gradients;
+  for (size_t i = 0; i < feedback.size(); ++i) {
+    deltas.push_back(empty_delta(gates[i], feedback[i]));
+    gradients.push_back(at::zeros_like(feedback[i]));  // an empty batch teaches nothing
+  }
+  step(net, {Rule::gradient, {}, {}, gradients, std::nullopt}, deltas);
+  return {deltas, gradients};
 }
 
 }  // namespace fdfa

@@ -65,11 +65,7 @@ void check_operands(const char* op, const Tensor& x, const OptionalTensor& tange
 Tensor next_noise(Tensor state) {
   check_counter("next_noise", "state", state, 3, state);
   Tensor snapshot = state.clone();
-  if (state.is_cpu()) {
-    ++state.data_ptr<int64_t>()[1];
-  } else {
-    state.select(0, 1).add_(1);
-  }
+  count_up(state.select(0, 1));
   return snapshot;
 }
 

@@ -2,6 +2,8 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+
 #include "cpu/kernels.h"
 
 namespace fdfa {
@@ -27,13 +29,22 @@ void launch(const EpilogueParams<T>& params, const at::Device& device) {
 }
 
 template <class T>
-void launch(const FeedbackParams<T>& params, const at::Device& device) {
+void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device) {
 #if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(params, device);
+  if (device.is_cuda()) return launch_cuda(blocks, device);
 #endif
   (void)device;
-  at::parallel_for(0, cpu::feedback_units(params), kFeedbackGrain,
-                   [&](int64_t begin, int64_t end) { cpu::feedback_step(params, begin, end); });
+  int64_t units = 0;
+  for (const auto& block : blocks) units += cpu::feedback_units(block);
+  at::parallel_for(0, units, kFeedbackGrain, [&](int64_t begin, int64_t end) {
+    for (const auto& block : blocks) {
+      const int64_t own = cpu::feedback_units(block);
+      const int64_t first = std::clamp<int64_t>(begin, 0, own), last = std::clamp<int64_t>(end, 0, own);
+      if (first < last) cpu::feedback_step(block, first, last);
+      begin -= own;
+      end -= own;
+    }
+  });
 }
 
 void launch(const MaxPoolParams& params) {
@@ -56,8 +67,8 @@ void launch(const CombineParams& params) {
 template void launch<float>(const EpilogueParams<float>&, const at::Device&);
 template void launch<bfloat16>(const EpilogueParams<bfloat16>&, const at::Device&);
 template void launch<float16>(const EpilogueParams<float16>&, const at::Device&);
-template void launch<float>(const FeedbackParams<float>&, const at::Device&);
-template void launch<bfloat16>(const FeedbackParams<bfloat16>&, const at::Device&);
-template void launch<float16>(const FeedbackParams<float16>&, const at::Device&);
+template void launch<float>(const std::vector<FeedbackParams<float>>&, const at::Device&);
+template void launch<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, const at::Device&);
+template void launch<float16>(const std::vector<FeedbackParams<float16>>&, const at::Device&);
 
 }  // namespace fdfa

@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "common/dtype.h"
 #include "common/params.h"
 
@@ -11,8 +13,9 @@ namespace fdfa {
 
 template <class T>
 void launch(const EpilogueParams<T>& params, const at::Device& device);
+// All blocks at once: nothing orders them.
 template <class T>
-void launch(const FeedbackParams<T>& params, const at::Device& device);
+void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
 
 // On the CPU alone.
 int64_t moment_parts(const MomentParams& params);
@@ -24,7 +27,7 @@ void launch(const CombineParams& params);
 template <class T>
 void launch_cuda(const EpilogueParams<T>& params, const at::Device& device);
 template <class T>
-void launch_cuda(const FeedbackParams<T>& params, const at::Device& device);
+void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
 #endif
 
 // The kernels' storage type for a tensor's dtype, given to f as a value of it.

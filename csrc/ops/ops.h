@@ -1,9 +1,12 @@
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 // The operators behind torch.ops.fdfa, for the CPU and CUDA alike. schema.cpp says what each does.
 
@@ -11,6 +14,7 @@ namespace fdfa {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using Names = c10::List<std::string>;
 using Dual = std::tuple<Tensor, Tensor, Tensor>;  // y, its tangent, pre-activation
 
 Tensor next_noise(Tensor state);
@@ -42,15 +46,18 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, cons
                                                        const OptionalTensor& weight, const Tensor& mean,
                                                        const Tensor& inverse_std, bool training);
 
-Tensor feedback_step(Tensor feedback, const OptionalTensor& exp_avg, const OptionalTensor& exp_avg_sq,
-                     const OptionalTensor& updates, const Tensor& error, const Tensor& tangent,
-                     const Tensor& gate, const Tensor& noise_state, int64_t block,
-                     c10::string_view activation, c10::string_view noise, double lr, double beta1,
-                     double beta2, double eps);
+// Memory for a block's δ.
+Tensor empty_delta(const Tensor& gate, const Tensor& feedback);
 
-std::tuple<Tensor, Tensor> feedback_gradient(const Tensor& feedback, const Tensor& error,
-                                             const Tensor& tangent, const Tensor& gate,
-                                             const Tensor& noise_state, int64_t block,
-                                             c10::string_view activation, c10::string_view noise);
+void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
+                   const OptionalTensor& updates, const Tensor& error, const Tensor& tangent,
+                   at::TensorList gates, const Tensor& noise_state, at::IntArrayRef blocks,
+                   const Names& activations, c10::string_view noise, double lr, double beta1,
+                   double beta2, double eps, at::TensorList deltas);
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
+    at::TensorList feedback, const Tensor& error, const Tensor& tangent, at::TensorList gates,
+    const Tensor& noise_state, at::IntArrayRef blocks, const Names& activations,
+    c10::string_view noise);
 
 }  // namespace fdfa

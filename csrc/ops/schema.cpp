@@ -55,20 +55,32 @@ TORCH_LIBRARY(fdfa, m) {
   // ty = tangent + u for a block's output y [N, *features], in y's shape; images in channels_last.
   m.def("perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise) -> Tensor");
 
-  // G = tangentᵀ u / N; moves feedback B [K, *features] by eq. 8 (exp_avg absent) or by a step of Adam
-  // on the gradient B - G, the `updates`-th one (int64 [1]), where G is finite. Then δ = (error B) ⊙
-  // f'(gate), in gate's shape [N, *features]: y, or the pre-activation for gelu and silu. error and
-  // tangent [N, K].
+  // For each block of the network: G = tangentᵀ u / N; moves feedback B [K, *features] by eq. 8 (no
+  // exp_avg, no updates) or by a step of Adam on the gradient B - G, where G is finite; `updates`,
+  // int64 [1], counts these steps. Then δ = (error B) ⊙ f'(gate), in gate's shape [N, *features]: y, or
+  // the pre-activation for gelu and silu; error and tangent [N, K]. Each δ is written to `deltas`, in
+  // B's memory order, and not returned, because torch.compile wants no lists from operators that change
+  // their arguments.
   m.def(
-      "feedback_step(Tensor(a!) feedback, Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, Tensor? "
-      "updates, "
-      "Tensor error, Tensor tangent, Tensor gate, Tensor noise_state, int block, str activation, "
-      "str noise, float lr, float beta1, float beta2, float eps) -> Tensor");
+      "feedback_step(Tensor(a!)[] feedback, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
+      "Tensor(d!)? updates, Tensor error, Tensor tangent, Tensor[] gates, Tensor noise_state, "
+      "int[] blocks, str[] activations, str noise, float lr, float beta1, float beta2, float eps, "
+      "Tensor(e!)[] deltas) -> ()");
 
-  // (δ from the feedback as it is, B - G), for a torch optimizer to move B (eq. 10).
+  // (δ from the feedback as it is, B - G) for each block, for a torch optimizer to move B (eq. 10).
   m.def(
-      "feedback_gradient(Tensor feedback, Tensor error, Tensor tangent, Tensor gate, "
-      "Tensor noise_state, int block, str activation, str noise) -> (Tensor delta, Tensor gradient)");
+      "feedback_gradient(Tensor[] feedback, Tensor error, Tensor tangent, Tensor[] gates, "
+      "Tensor noise_state, int[] blocks, str[] activations, str noise) -> "
+      "(Tensor[] deltas, Tensor[] gradients)");
+
+  // The network's output [N, K], tied to its blocks: the backward of the result hands each handle its δ
+  // by a feedback step (rule "ema" or "adam") or by feedback_gradient ("grad"), and passes the error on
+  // to what made the output. Advances noise_state, of which the backward uses the value before.
+  m.def(
+      "star(Tensor output, Tensor tangent, Tensor(a!) noise_state, Tensor[] handles, Tensor[] gates, "
+      "Tensor[] feedback, Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, int[] blocks, "
+      "str[] activations, str noise, str rule, float lr, float beta1, float beta2, float eps) -> "
+      "Tensor");
 }
 
 #define FDFA_IMPLEMENT(key)                               \

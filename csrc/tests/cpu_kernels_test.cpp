@@ -17,10 +17,12 @@ struct Cpu {
   }
 
   template <class T>
-  static void feedback_step(const FeedbackParams<T>& p) {
-    const int64_t units = cpu::feedback_units(p);
-    cpu::feedback_step(p, 0, units / 2);
-    cpu::feedback_step(p, units / 2, units);
+  static void feedback_step(const std::vector<FeedbackParams<T>>& blocks) {
+    for (const auto& p : blocks) {
+      const int64_t units = cpu::feedback_units(p);
+      cpu::feedback_step(p, 0, units / 2);
+      cpu::feedback_step(p, units / 2, units);
+    }
   }
 };
 

@@ -18,8 +18,9 @@ struct EmulatedCuda {
   }
 
   template <class T>
-  static void feedback_step(const FeedbackParams<T>& p) {
-    CHECK(cuda::launch_feedback_step(p, nullptr) == cudaSuccess);
+  static void feedback_step(const std::vector<FeedbackParams<T>>& blocks) {
+    const auto count = static_cast<int64_t>(blocks.size());
+    CHECK(cuda::launch_feedback_step(blocks.data(), count, nullptr) == cudaSuccess);
   }
 };
 

@@ -9,7 +9,7 @@
 
 // Every shape, type, rule and optional pointer, for any implementation of the kernels. A Backend has
 //   template <class T> static void epilogue(const EpilogueParams<T>&);
-//   template <class T> static void feedback_step(const FeedbackParams<T>&);
+//   template <class T> static void feedback_step(const std::vector<FeedbackParams<T>>& blocks);
 
 namespace fdfa::test {
 
@@ -217,16 +217,26 @@ struct FeedbackArrays {
   int64_t updates;
 };
 
+// Blocks of one network, in one step.
 template <class Backend, class T>
-void test_feedback_case(const FeedbackCase& c) {
-  FeedbackArrays<T> actual(c), expected(c);
-  Backend::template feedback_step<T>(actual.params(c));
-  feedback_step<T>(expected.params(c));
-  actual.feedback.check_close_to(expected.feedback, kTolerance<float>, "B");
-  actual.exp_avg.check_close_to(expected.exp_avg, kTolerance<float>, "exp_avg");
-  actual.exp_avg_sq.check_close_to(expected.exp_avg_sq, kTolerance<float>, "exp_avg_sq");
-  actual.gradient.check_close_to(expected.gradient, kTolerance<float>, "gradient");
-  actual.delta.check_close_to(expected.delta, kTolerance<T>, "delta");
+void test_feedback_blocks(const std::vector<FeedbackCase>& blocks) {
+  std::vector<FeedbackArrays<T>> all_actual, all_expected;
+  std::vector<FeedbackParams<T>> params;
+  for (const FeedbackCase& c : blocks) {
+    all_actual.emplace_back(c);
+    all_expected.emplace_back(c);
+  }
+  for (size_t i = 0; i < blocks.size(); ++i) params.push_back(all_actual[i].params(blocks[i]));
+  Backend::template feedback_step<T>(params);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    FeedbackArrays<T>&actual = all_actual[i], &expected = all_expected[i];
+    feedback_step<T>(expected.params(blocks[i]));
+    actual.feedback.check_close_to(expected.feedback, kTolerance<float>, "B");
+    actual.exp_avg.check_close_to(expected.exp_avg, kTolerance<float>, "exp_avg");
+    actual.exp_avg_sq.check_close_to(expected.exp_avg_sq, kTolerance<float>, "exp_avg_sq");
+    actual.gradient.check_close_to(expected.gradient, kTolerance<float>, "gradient");
+    actual.delta.check_close_to(expected.delta, kTolerance<T>, "delta");
+  }
 }
 
 template <class Backend, class T>
@@ -242,9 +252,23 @@ void test_feedback(const Sizes& sizes, int stride) {
               for (bool has_gate : {true, false}) {
                 if (!selection.next()) continue;
                 const auto f = static_cast<Activation>(activation++ % kActivationCount);
-                test_feedback_case<Backend, T>(
-                    {samples, features, outputs, updates, f, noise, rule, has_gate});
+                test_feedback_blocks<Backend, T>(
+                    {{samples, features, outputs, updates, f, noise, rule, has_gate}});
               }
+}
+
+// More blocks than one launch of the CUDA kernel takes, some of them empty.
+template <class Backend>
+void test_feedback_of_many_blocks() {
+  for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient}) {
+    std::vector<FeedbackCase> blocks;
+    for (int64_t i = 0; i < 19; ++i) {
+      const int64_t features = i % 5 == 2 ? 0 : 1 + 37 * i % 101;
+      const auto f = static_cast<Activation>(i % kActivationCount);
+      blocks.push_back({3, features, 7, 4, f, Noise::gaussian, rule, i % 3 != 0});
+    }
+    test_feedback_blocks<Backend, float>(blocks);
+  }
 }
 
 template <class Backend>
@@ -255,6 +279,7 @@ void test_kernels(const Sizes& sizes, int epilogue_stride, int feedback_stride) 
   test_feedback<Backend, float>(sizes, feedback_stride);
   test_feedback<Backend, bfloat16>(sizes, feedback_stride);
   test_feedback<Backend, float16>(sizes, feedback_stride);
+  test_feedback_of_many_blocks<Backend>();
 }
 
 }  // namespace fdfa::test

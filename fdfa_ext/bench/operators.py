@@ -182,13 +182,15 @@ _PRODUCTS = {"fdfa::linear": _linear_products, "fdfa::conv2d": _conv2d_products}
 def necessary_bytes(call: OperatorCall) -> int:
     """Each tensor read once and each result written once; what an operator changes counts as both."""
     schema = call.operator._schema
-    named = [(a, call.kwargs.get(a.name)) for a in schema.arguments[len(call.args) :]]
+    given = dict(zip((a.name for a in schema.arguments), call.args, strict=False)) | call.kwargs
+    if "gates" in given:
+        both = zip(given["gates"], given["activations"], strict=True)
+        given["gates"] = [gate for gate, f in both if f != "identity"]  # whose f' is one
     total = 0
-    for argument, value in [*zip(schema.arguments, call.args, strict=False), *named]:
-        if argument.name == "gate" and "identity" in call.args:
-            continue  # f' is one, whatever the gate is
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        total += sum(t.nbytes for t in _tensors(value)) * (2 if written else 1)
+    for argument in schema.arguments:
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        times = 2 if changed and argument.name != "deltas" else 1  # they are written alone
+        total += times * sum(t.nbytes for t in _tensors(given.get(argument.name)))
     with torch.no_grad():
         result = call.copy()()
     results = result if isinstance(result, tuple) else (result,)
@@ -218,7 +220,7 @@ def _(x: Any, tangent: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> 
 
 
 def _feedback_flops(feedback: Any, error: Any) -> int:
-    return 2 * 2 * error[0] * math.prod(feedback)
+    return sum(2 * 2 * error[0] * math.prod(matrix) for matrix in feedback)
 
 
 @register_flop_formula(fused.feedback_step)
