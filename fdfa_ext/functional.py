@@ -66,7 +66,9 @@ class DualPass:
     noise_state: Tensor  # int64 [3]: seed, step, index of the batch's first sample
     noise: str
     backend: Any
+    compiling: bool  # by torch.compile
     records: list[BlockRecord] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)  # the blocks of the records
 
     @property
     def takes_duals(self) -> bool:
@@ -178,7 +180,7 @@ class BlockPass:
     def _enter(self, x: Tensor) -> DualPass:
         """The pass that runs, once it is clear that it may go through this block."""
         assert self.dual is not None
-        if any(record.index == self.index for record in self.dual.records):
+        if self.index in self.dual.seen:
             raise RuntimeError(
                 f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix "
                 "belongs to one place in the network, so use two blocks (they may share a weight)"
@@ -206,7 +208,8 @@ class BlockPass:
         order: torch.memory_format,
     ) -> None:
         # A compiler cannot trace versions; the probe before it has looked at them.
-        version = 0 if torch.compiler.is_compiling() else gate._version
+        version = 0 if dual.compiling else gate._version
+        dual.seen.add(self.index)
         dual.records.append(
             BlockRecord(self.name, self.index, handle, gate, activation, order, version)
         )
@@ -240,7 +243,7 @@ def _activation(module: nn.Module) -> str | None:
 def _has_fused_norm(dual: DualPass, module: Any, x: Tensor) -> bool:
     return (
         dual.backend is fused
-        and not torch.compiler.is_compiling()
+        and not dual.compiling
         and x.is_cpu
         and x.dim() in (2, 4)
         and x.dtype == torch.float32

@@ -133,11 +133,11 @@ _RULES: dict[Any, Any] = {F.linear: fused.dual_linear, F.max_pool2d: _max_pool2d
 # torch.autograd.forward_ad's functions take three times as long. There is no level but 0 in torch.
 def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent, None for none."""
-    return torch._VF._unpack_dual(x, level=0)
+    return torch._unpack_dual(x, level=0)
 
 
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    return torch._VF._make_dual(primal, tangent, level=0)
+    return torch._make_dual(primal, tangent, level=0)
 
 
 def without_rules() -> AbstractContextManager[Any]:

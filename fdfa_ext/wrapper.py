@@ -1,7 +1,7 @@
 """FDFA: wraps a torch model, runs its dual pass in training and owns feedback and noise."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -44,6 +44,10 @@ class TensorMap(nn.Module):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self.key(name)]
+
+    def select(self, names: Iterable[str]) -> list[Tensor]:
+        tensors = self._tensors
+        return [tensors[self.key(name)] for name in names]
 
     def __contains__(self, name: str) -> bool:
         return self.key(name) in self._tensors
@@ -153,13 +157,11 @@ class FDFA(nn.Module):
             return self.module(*args, **kwargs)
         if not self._checked:
             self._prepare(*args, **kwargs)
-        dual = DualPass(self.noise_state, self.noise, BACKENDS[self.backend])
+        dual = self._dual_pass(self.noise_state)
         output, tangent = self._run(dual, *args, **kwargs)
         if tangent is None:
             raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
         self._check_output(output)
-        for record in dual.records:
-            self._check_block(record, output)
         return self._join(dual, output, tangent.detach())
 
     def forward_parameters(self) -> Iterator[nn.Parameter]:
@@ -181,6 +183,10 @@ class FDFA(nn.Module):
             [f"feedback={self.rule}", *(f"{key}={value}" for key, value in options.items())]
         )
 
+    def _dual_pass(self, noise_state: Tensor) -> DualPass:
+        compiling = torch.compiler.is_compiling()
+        return DualPass(noise_state, self.noise, BACKENDS[self.backend], compiling)
+
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
         for block, block_pass in zip(self._blocks.values(), self._passes, strict=True):
@@ -189,7 +195,7 @@ class FDFA(nn.Module):
                 block.block_pass = block_pass
         try:
             # For eager steps alone: a compiled one traces torch's own forward mode.
-            rules = nullcontext() if torch.compiler.is_compiling() else FunctionRules()
+            rules = nullcontext() if dual.compiling else FunctionRules()
             with forward_ad.dual_level(), rules:
                 output = self.module(*args, **kwargs)
                 if not isinstance(output, Tensor):
@@ -208,6 +214,9 @@ class FDFA(nn.Module):
         names = [record.name for record in records]
         handles = [record.handle for record in records]
         moments = names if self.rule == "adam" else []
+        feedback = self.feedback.select(names)
+        for record, matrix in zip(records, feedback, strict=True):
+            self._check_block(record, matrix, output, dual.compiling)
         # A model whose weights are all frozen can still learn its feedback.
         if not (output.requires_grad or any(handle.requires_grad for handle in handles)):
             output = output.detach().requires_grad_()
@@ -217,9 +226,9 @@ class FDFA(nn.Module):
             self.noise_state,
             handles,
             [record.gate for record in records],
-            [self.feedback[name] for name in names],
-            [self.exp_avg[name] for name in moments],
-            [self.exp_avg_sq[name] for name in moments],
+            feedback,
+            self.exp_avg.select(moments),
+            self.exp_avg_sq.select(moments),
             self.updates,
             [record.index for record in records],
             [record.activation for record in records],
@@ -239,25 +248,24 @@ class FDFA(nn.Module):
                 f"{list(output.shape)}. Flatten it within the module"
             )
 
-    def _check_block(self, record: BlockRecord, output: Tensor) -> None:
-        needs_gate = record.activation != "identity" and not torch.compiler.is_compiling()
-        if needs_gate and record.gate._version != record.version:
+    @staticmethod
+    def _check_block(record: BlockRecord, feedback: Tensor, output: Tensor, compiling: bool) -> None:
+        if record.activation != "identity" and not compiling and record.gate._version != record.version:
             raise RuntimeError(
                 f"FDFA: the activation of block '{record.name}' was changed in place by a module after "
                 "it, but is needed for the derivative; use the module without inplace"
             )
-        feedback = self.feedback[record.name]
-        shape = record.gate.shape
-        if shape[0] != output.shape[0]:
+        samples, *features = record.gate.shape
+        n, outputs = output.shape
+        if samples != n:
             raise ValueError(
-                f"FDFA: block '{record.name}' must keep the batch first: expected [{output.shape[0]}, "
-                f"*features] as the output has, got {list(shape)}"
+                f"FDFA: block '{record.name}' must keep the batch first: expected [{n}, *features] as "
+                f"the output has, got {[samples, *features]}"
             )
-        if feedback.shape[0] != output.shape[1] or feedback.shape[1:] != shape[1:]:
+        if feedback.shape != (outputs, *features):
             raise ValueError(
                 f"FDFA: block '{record.name}': its feedback has shape {list(feedback.shape)}, but "
-                f"{output.shape[1]} outputs and features {list(shape[1:])} came; a sample's size is "
-                "fixed"
+                f"{outputs} outputs and features {features} came; a sample's size is fixed"
             )
         if not feedback.is_contiguous(memory_format=record.order):
             raise ValueError(
@@ -282,7 +290,7 @@ class FDFA(nn.Module):
 
         modes = {module: module.training for module in self.module.modules()}
         hooks = [watch(name, module) for name, module in self.module.named_modules() if name]
-        dual = DualPass(self.noise_state.clone(), self.noise, BACKENDS[self.backend])
+        dual = self._dual_pass(self.noise_state.clone())
         try:
             self.module.eval()
             output, tangent = self._run(dual, *args, **kwargs)
@@ -340,7 +348,7 @@ class FDFA(nn.Module):
             # A loaded matrix may come in any layout.
             matrix = tensors[record.name]
             matrix.data = matrix.data.contiguous(memory_format=record.order)
-        self._check_block(record, output)
+        self._check_block(record, self.feedback[record.name], output, compiling=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback that a saved model has and this one has not created yet."""

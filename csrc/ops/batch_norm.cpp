@@ -2,7 +2,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 
 #include "ops/checks.h"
 #include "ops/launch.h"
@@ -115,7 +114,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
   const bool keep_pre = derivative_needs_pre_activation(f);
   const Tensor y = at::empty_like(x);
   const Tensor ty = at::empty_like(x);
-  const Tensor pre = keep_pre ? at::empty_like(x) : at::zeros({}, x.options()).expand(x.sizes());
+  const Tensor pre = keep_pre ? at::empty_like(x) : gradient_carrier(x);
   EpilogueParams<float> p{};
   p.z = x.data_ptr<float>();
   p.tz = tangent ? tx.data_ptr<float>() : nullptr;

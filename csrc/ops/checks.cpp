@@ -55,11 +55,11 @@ void check_counter(const char* op, const char* argument, const at::Tensor& t, in
               other.device(), "; got ", t.device());
 }
 
-void count_up(const at::Tensor& counter) {
+void count_up(const at::Tensor& counter, int64_t index) {
   if (counter.is_cpu()) {
-    ++*counter.data_ptr<int64_t>();
+    ++counter.data_ptr<int64_t>()[index];
   } else {
-    counter.add_(1);
+    counter.select(0, index).add_(1);
   }
 }
 

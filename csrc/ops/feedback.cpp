@@ -170,7 +170,7 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
   check_network(net);
   check_moments(net, motion);
   check_deltas(net, deltas);
-  if (updates) count_up(*updates);
+  if (updates) count_up(*updates, 0);
   step(net, motion, deltas);
 }
 

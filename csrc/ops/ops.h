@@ -19,6 +19,9 @@ using Dual = std::tuple<Tensor, Tensor, Tensor>;  // y, its tangent, pre-activat
 
 Tensor next_noise(Tensor state);
 
+// `pre` where it only carries a gradient: zeros in the shape of y, in a single element of memory.
+Tensor gradient_carrier(const Tensor& y);
+
 Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
             const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
             c10::string_view activation, c10::string_view noise);

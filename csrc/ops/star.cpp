@@ -38,6 +38,7 @@ struct Star : torch::autograd::Function<Star> {
     ctx->save_for_backward(std::move(saved));
     // B and its moments move in place from step to step, so autograd must not watch their versions.
     auto& data = ctx->saved_data;
+    data.reserve(12);
     data["feedback"] = feedback.vec();
     data["exp_avg"] = o.exp_avg.vec();
     data["exp_avg_sq"] = o.exp_avg_sq.vec();
@@ -46,7 +47,10 @@ struct Star : torch::autograd::Function<Star> {
     data["activations"] = o.activations;
     data["noise"] = std::string(o.noise);
     data["rule"] = std::string(o.rule);
-    data["numbers"] = std::vector<double>{o.lr, o.beta1, o.beta2, o.eps};
+    data["lr"] = o.lr;
+    data["beta1"] = o.beta1;
+    data["beta2"] = o.beta2;
+    data["eps"] = o.eps;
     return output.clone();
   }
 
@@ -54,30 +58,29 @@ struct Star : torch::autograd::Function<Star> {
     static const auto feedback_step = find<decltype(fdfa::feedback_step)>("fdfa::feedback_step");
     static const auto feedback_gradient =
         find<decltype(fdfa::feedback_gradient)>("fdfa::feedback_gradient");
-    auto& data = ctx->saved_data;
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &error = grads[0], &tangent = saved[0], &noise_state = saved[1];
     const at::TensorList gates = at::TensorList(saved).slice(2);
+    auto& data = ctx->saved_data;
     const auto feedback = data["feedback"].toTensorVector();
     const auto blocks = data["blocks"].toIntVector();
     const auto activations = data["activations"].to<Names>();
-    const std::string noise = data["noise"].toStringRef(), rule = data["rule"].toStringRef();
+    const std::string &noise = data["noise"].toStringRef(), &rule = data["rule"].toStringRef();
 
     variable_list deltas, gradients(feedback.size());
     if (rule == "grad") {
       std::tie(deltas, gradients) = feedback_gradient.call(feedback, error, tangent, gates, noise_state,
                                                            blocks, activations, noise);
     } else {
-      const auto numbers = data["numbers"].toDoubleVector();
       OptionalTensor updates;
       if (rule == "adam") updates = data["updates"].toTensor();
       for (size_t i = 0; i < feedback.size(); ++i) {
         deltas.push_back(empty_delta(gates[i], feedback[i]));
       }
-      feedback_step.call(feedback, data["exp_avg"].toTensorVector(),
-                         data["exp_avg_sq"].toTensorVector(), updates, error, tangent, gates,
-                         noise_state, blocks, activations, noise, numbers[0], numbers[1], numbers[2],
-                         numbers[3], deltas);
+      feedback_step.call(
+          feedback, data["exp_avg"].toTensorVector(), data["exp_avg_sq"].toTensorVector(), updates,
+          error, tangent, gates, noise_state, blocks, activations, noise, data["lr"].toDouble(),
+          data["beta1"].toDouble(), data["beta2"].toDouble(), data["eps"].toDouble(), deltas);
     }
     variable_list result{error};
     result.insert(result.end(), deltas.begin(), deltas.end());
