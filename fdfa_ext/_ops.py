@@ -103,6 +103,7 @@ def _(
 def _(
     x: Tensor,
     tangent: Tensor | None,
+    ty: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -114,9 +115,10 @@ def _(
     block: int,
     activation: str,
     noise: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean = x.new_empty([x.shape[1]])
-    return *_dual_outputs(torch.empty_like(x), activation), mean, torch.empty_like(mean)
+    y, _, pre = _dual_outputs(torch.empty_like(x), activation)
+    return y, pre, mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("fdfa::batch_norm_backward")

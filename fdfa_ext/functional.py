@@ -19,6 +19,7 @@ from fdfa_ext.tangents import (
     BATCH_NORMS,
     forward_dual,
     make_dual,
+    makes_tangent,
     plain_type,
     unpack_dual,
     without_rules,
@@ -138,7 +139,9 @@ class BlockPass:
         end = _normalized_end(modules)
         for position, module in enumerate(modules):
             if end is not None and position == end[0] and _has_fused_norm(dual, module, y):
-                return self._batch_norm(dual, module, y, ty, end[1])
+                # The tangent that a layer just made is nobody else's: it may be overwritten.
+                spare = ty if position > 0 and makes_tangent(modules[position - 1]) else None
+                return self._batch_norm(dual, module, y, ty, spare, end[1])
             y, ty = forward_dual(module, y, ty)
             if tangent is not None and ty is None:
                 raise RuntimeError(
@@ -153,15 +156,25 @@ class BlockPass:
             return make_dual(gate, ty)
 
     def _batch_norm(
-        self, dual: DualPass, module: Any, x: Tensor, tangent: Tensor | None, activation: str
+        self,
+        dual: DualPass,
+        module: Any,
+        x: Tensor,
+        tangent: Tensor | None,
+        spare: Tensor | None,
+        activation: str,
     ) -> Tensor:
+        """spare: memory for the tangent of the result, if it has the right order."""
         with without_rules():
             order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
             if module.training and module.num_batches_tracked is not None:
                 module.num_batches_tracked.add_(1)
-            y, ty, pre = dual.backend.batch_norm(
+            if spare is None or not spare.is_contiguous(memory_format=order):
+                spare = torch.empty_like(x, memory_format=order)
+            y, pre = dual.backend.batch_norm(
                 x.contiguous(memory_format=order),
                 tangent,
+                spare,
                 module.weight,
                 module.bias,
                 module.running_mean,
@@ -173,9 +186,9 @@ class BlockPass:
                 self.index,
                 activation,
                 dual.noise,
-            )[:3]
+            )[:2]
             self._record_operator(dual, y, pre, activation, order)
-            return make_dual(y, ty)
+            return make_dual(y, spare)
 
     def _enter(self, x: Tensor) -> DualPass:
         """The pass that runs, once it is clear that it may go through this block."""

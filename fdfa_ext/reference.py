@@ -186,6 +186,7 @@ def batch_norm_tangent(
 def batch_norm(
     x: Tensor,
     tangent: Tensor | None,
+    ty: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -197,14 +198,16 @@ def batch_norm(
     block: int,
     activation: str,
     noise: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, ty, pre); the fused operator also returns the statistics."""
+) -> tuple[Tensor, Tensor]:
+    """(y, pre); the fused operator also returns the statistics."""
     tz = None
     if tangent is not None:
         fixed = None if training else running_var
         tz = batch_norm_tangent(x.detach(), tangent, weight, fixed, eps)
     pre = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _dual(pre, tz, noise_state, block, activation, noise)
+    y, tangent, pre = _dual(pre, tz, noise_state, block, activation, noise)
+    ty.copy_(tangent)
+    return y, pre
 
 
 def batch_norm_backward(

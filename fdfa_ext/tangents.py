@@ -68,6 +68,11 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
     return out, None if tangent is None else tangent.detach()
 
 
+def makes_tangent(module: nn.Module) -> bool:
+    """Whether forward_dual's tangent is new memory, never the input's or a view of it."""
+    return plain_type(module) in (*_CONVOLUTIONS, nn.Linear)
+
+
 def plain_type(module: nn.Module) -> type[nn.Module] | None:
     """Its type, by which its function is known, or None where a hook may do something else.
 

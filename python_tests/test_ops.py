@@ -119,11 +119,13 @@ def test_batch_norm_is_the_reference(
                 None if t is None else t.to(dtype, copy=True).requires_grad_()
                 for t in (x, weight, bias)
             ]
-            t = None if tangent is None else tangent.to(dtype)
+            t = None if tangent is None else tangent.to(dtype, copy=True)
             statistics = [value.to(dtype, copy=True) for value in running]
-            y, ty, pre = backend.batch_norm(
+            ty = torch.empty_like(leaves[0]) if t is None else t
+            y, pre = backend.batch_norm(
                 leaves[0],
                 t,
+                ty,
                 *leaves[1:],
                 *statistics,
                 training,
@@ -133,7 +135,7 @@ def test_batch_norm_is_the_reference(
                 3,
                 activation,
                 "gaussian",
-            )[:3]
+            )[:2]
             pre.backward(upstream.to(dtype))
             results.append([y, ty, *statistics, *[leaf.grad for leaf in leaves if leaf is not None]])
             smooth = (
@@ -209,9 +211,9 @@ def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None
     state = noise_state(torch.device("cpu"))
 
     def run(x: Tensor, mean: Tensor, training: bool = True) -> None:
-        fused.batch_norm(
-            x, None, None, None, mean, torch.ones(3), training, 0.1, 1e-5, state, 0, "relu", "gaussian"
-        )
+        statistics = (mean, torch.ones(3), training, 0.1, 1e-5)
+        ty = torch.empty_like(x)
+        fused.batch_norm(x, None, ty, None, None, *statistics, state, 0, "relu", "gaussian")
 
     mean = torch.zeros(3)
     with pytest.raises(RuntimeError, match=r"batch_norm: x must be \[N, C\].*channels_last"):
@@ -483,7 +485,8 @@ def test_opcheck(device: torch.device) -> None:
     if device.type == "cpu":
         x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(4, requires_grad=True)
         running = (torch.zeros(4), torch.ones(4), True, 0.1, 1e-5)
-        args = (x, x.detach(), weight, None, *running, state, 0, "relu", "gaussian")
+        out = torch.empty(6, 4)
+        args = (x, x.detach(), out, weight, None, *running, state, 0, "relu", "gaussian")
         torch.library.opcheck(fused.batch_norm.default, args)
         args = (x.detach(), x.detach(), weight.detach(), torch.zeros(4), torch.ones(4), True)
         torch.library.opcheck(fused.batch_norm_backward.default, args)

@@ -159,6 +159,33 @@ def test_a_block_with_batch_norm_trains_as_the_reference(end: Any) -> None:
         torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-4)
 
 
+class _Both(nn.Module):
+    """[N, 6] → [N, 3] of a block's output and of what the next block makes of it."""
+
+    def __init__(self, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = FDFALinear(6, 8, activation="tanh"), second
+        self.output = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.output(torch.cat([self.second(y), y], dim=1))
+
+
+@pytest.mark.parametrize("chain", [[nn.BatchNorm1d(8)], [nn.Flatten(), nn.BatchNorm1d(8), nn.ReLU()]])
+def test_a_block_leaves_the_tangent_of_its_input_to_others(chain: list[nn.Module]) -> None:
+    """Batch-norm may write its tangent over the one that it was given, but not over another block's."""
+    x = torch.randn(5, 6)
+    torch.manual_seed(2)
+    models = [FDFA(_Both(FDFABlock(*chain)), feedback_lr=0.1, example_input=x)]
+    models.append(copy.deepcopy(models[0]))
+    models[1].backend = "reference"
+    for model in models:
+        model(x).square().sum().backward()
+    for name, matrix in models[0].feedback.items():
+        torch.testing.assert_close(matrix, models[1].feedback[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "chain",
     [

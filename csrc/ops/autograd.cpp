@@ -93,51 +93,52 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
 
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
-                               const OptionalTensor& weight, const OptionalTensor& bias,
-                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                               bool training, double momentum, double eps, const Tensor& noise_state,
-                               int64_t block, c10::string_view activation, c10::string_view noise) {
+                               const Tensor& ty, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const OptionalTensor& running_mean,
+                               const OptionalTensor& running_var, bool training, double momentum,
+                               double eps, const Tensor& noise_state, int64_t block,
+                               c10::string_view activation, c10::string_view noise) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fdfa::batch_norm", "")
                                .typed<decltype(fdfa::batch_norm)>();
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, ty, pre, mean, inverse_std] =
-        op.call(x, tangent, weight, bias, running_mean, running_var, training, momentum, eps,
+    auto [y, pre, mean, inverse_std] =
+        op.call(x, tangent, ty, weight, bias, running_mean, running_var, training, momentum, eps,
                 noise_state, block, activation, noise);
     ctx->save_for_backward({x, weight.value_or(Tensor()), mean, inverse_std});
     ctx->saved_data["training"] = training;
     ctx->saved_data["has_bias"] = bias.has_value();
-    ctx->mark_non_differentiable({y, ty, mean, inverse_std});
+    ctx->mark_non_differentiable({y, mean, inverse_std});
     ctx->set_materialize_grads(false);
-    return {y, ty, pre, mean, inverse_std};
+    return {y, pre, mean, inverse_std};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("fdfa::batch_norm_backward", "")
                                .typed<decltype(fdfa::batch_norm_backward)>();
-    variable_list result(13);
-    if (const Tensor& delta = grads[2]; delta.defined()) {
+    variable_list result(14);
+    if (const Tensor& delta = grads[1]; delta.defined()) {
       const variable_list saved = ctx->get_saved_variables();
       const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
       auto [dx, dweight, dbias] =
           op.call(delta, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool());
       result[0] = dx;
-      if (weight) result[2] = dweight;
-      if (ctx->saved_data["has_bias"].toBool()) result[3] = dbias;
+      if (weight) result[3] = dweight;
+      if (ctx->saved_data["has_bias"].toBool()) result[4] = dbias;
     }
     return result;
   }
 };
 
-Normalized batch_norm_autograd(const Tensor& x, const OptionalTensor& tangent,
+Normalized batch_norm_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& ty,
                                const OptionalTensor& weight, const OptionalTensor& bias,
                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                bool training, double momentum, double eps, const Tensor& noise_state,
                                int64_t block, c10::string_view activation, c10::string_view noise) {
-  const auto out = BatchNorm::apply(x, tangent, weight, bias, running_mean, running_var, training,
+  const auto out = BatchNorm::apply(x, tangent, ty, weight, bias, running_mean, running_var, training,
                                     momentum, eps, noise_state, block, activation, noise);
-  return {out[0], out[1], out[2], out[3], out[4]};
+  return {out[0], out[1], out[2], out[3]};
 }
 
 // Within a level of torch's forward mode, of which it has one, x may be a dual tensor in place of x and

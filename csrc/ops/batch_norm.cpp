@@ -56,11 +56,11 @@ std::vector<ChannelMoments> moments(const Tensor& x, const float* t) {
 
 }  // namespace
 
-Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& weight,
-                      const OptionalTensor& bias, const OptionalTensor& running_mean,
-                      const OptionalTensor& running_var, bool training, double momentum, double eps,
-                      const Tensor& noise_state, int64_t block, c10::string_view activation,
-                      c10::string_view noise) {
+Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Tensor& ty,
+                      const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      bool training, double momentum, double eps, const Tensor& noise_state,
+                      int64_t block, c10::string_view activation, c10::string_view noise) {
   const char* op = "batch_norm";
   check_input(op, x);
   const int64_t channels = x.size(1), rows = x.numel() / channels;
@@ -76,6 +76,10 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
     check_shape(op, "tangent", *tangent, x.sizes());
     tx = tangent->contiguous(order);
   }
+  check_like(op, "ty", ty, "x", x);
+  check_shape(op, "ty", ty, x.sizes());
+  TORCH_CHECK(ty.is_contiguous(order),
+              "fdfa::batch_norm: ty must have the memory order of x; got strides ", ty.strides());
   check_channels(op, "weight", weight, x);
   check_channels(op, "bias", bias, x);
   check_channels(op, "running_mean", running_mean, x);
@@ -113,7 +117,6 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
 
   const bool keep_pre = derivative_needs_pre_activation(f);
   const Tensor y = at::empty_like(x);
-  const Tensor ty = at::empty_like(x);
   const Tensor pre = keep_pre ? at::empty_like(x) : gradient_carrier(x);
   EpilogueParams<float> p{};
   p.z = x.data_ptr<float>();
@@ -129,7 +132,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
   p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, kind};
   p.map = map.map();
   launch(p, x.device());
-  return {y, ty, pre, mean, inverse_std};
+  return {y, pre, mean, inverse_std};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,

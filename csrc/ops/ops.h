@@ -37,13 +37,13 @@ Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noi
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
                                       at::IntArrayRef stride, at::IntArrayRef padding);
 
-using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // a Dual, mean, 1 / σ
+using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, pre-activation, mean, 1 / σ
 
-Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& weight,
-                      const OptionalTensor& bias, const OptionalTensor& running_mean,
-                      const OptionalTensor& running_var, bool training, double momentum, double eps,
-                      const Tensor& noise_state, int64_t block, c10::string_view activation,
-                      c10::string_view noise);
+Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Tensor& ty,
+                      const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      bool training, double momentum, double eps, const Tensor& noise_state,
+                      int64_t block, c10::string_view activation, c10::string_view noise);
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,
                                                        const OptionalTensor& weight, const Tensor& mean,

@@ -30,13 +30,15 @@ TORCH_LIBRARY(fdfa, m) {
 
   // The end of a block: a = BatchNorm(x), then as `linear` goes on from its a. x [N, C], or [N, C, H,
   // W] in channels_last; float32 on the CPU. The tangent passes the batch's statistics too. In training
-  // they come from x, and move running_mean and running_var, both [C], by `momentum`. Returns also mean
-  // and 1 / σ, [C], for the backward.
+  // they come from x, and move running_mean and running_var, both [C], by `momentum`. ty is written to
+  // memory of the caller's, which may be tangent itself. Returns also mean and 1 / σ, [C], for the
+  // backward.
   m.def(
-      "batch_norm(Tensor x, Tensor? tangent, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "batch_norm(Tensor x, Tensor? tangent, Tensor(c!) ty, Tensor? weight, Tensor? bias, Tensor(a!)? "
+      "running_mean, "
       "Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor noise_state, "
       "int block, str activation, str noise) -> "
-      "(Tensor y, Tensor ty, Tensor pre, Tensor mean, Tensor inverse_std)");
+      "(Tensor y, Tensor pre, Tensor mean, Tensor inverse_std)");
 
   // From δ at its output a to the gradients of x, weight and bias.
   m.def(
