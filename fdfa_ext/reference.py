@@ -63,11 +63,16 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _normal_pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Box-Muller: the radius from 24 bits of a; two bits of b give the quadrant, 24 the place in it."""
+    """Box-Muller: the radius from 24 bits of a; b is the angle from one of four half axes.
+
+    Its two lowest bits, far below the angle's last digit in float32, choose the half axis.
+    """
     radius = torch.sqrt(-2 * torch.log(((a >> 8) + 1).double() / 2**24))
-    place = ((b << 2) & _WORD) >> 8
-    angle = ((b >> 30) + place.double() / 2**24 - 0.5) * (math.pi / 2)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
+    angle = (b - ((b >> 31) << 32)).double() * (math.pi / 4 / 2**31)
+    along = radius * torch.cos(angle) * (1 - 2 * (b & 1))
+    across = radius * torch.sin(angle)
+    second_axis = (b & 2) > 0
+    return torch.where(second_axis, across, along), torch.where(second_axis, along, across)
 
 
 def perturbation(

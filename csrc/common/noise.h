@@ -12,48 +12,45 @@
 
 namespace fdfa {
 
-// -2 ln(u) for u in (0, 1]. Polynomial on [sqrt(1/2), sqrt(2)), relative error below 2e-7; free of
-// branches so that compilers vectorise it.
-FDFA_HD float minus_two_log(float u) {
-  // Shift the exponent so that the mantissa falls into [sqrt(1/2), sqrt(2)).
-  const uint32_t bits = bits_from_float(u) + (0x3F800000u - 0x3F3504F3u);
-  const float exponent = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
-  const float m = float_from_bits((bits & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
-  float p = 7.0376836292e-2f;
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
+// -2 ln(k / 2^24) for k in [1, 2^24], relative error below 2e-7 and free of branches so that compilers
+// vectorise it. A polynomial on [sqrt(1/2), sqrt(2)), in two halves that need not wait for each other.
+FDFA_HD float minus_two_log(int32_t k) {
+  const int32_t bits = static_cast<int32_t>(bits_from_float(static_cast<float>(k))) - (24 << 23);
+  // A whole exponent, where it stands in the bits, that leaves a mantissa in [sqrt(1/2), sqrt(2)).
+  const int32_t exponent = (bits - 0x3F3504F3) & static_cast<int32_t>(0xFF800000u);
+  const float m = float_from_bits(static_cast<uint32_t>(bits - exponent)) - 1.0f;
   const float m2 = m * m;
-  const float log_m = m - 0.5f * m2 + p * m * m2;
-  return -2.0f * (log_m + exponent * 0.693147180559945f);
+  float even = -1.40753673e-1f;
+  even = even * m2 - 2.33539975e-1f;
+  even = even * m2 - 2.84986446e-1f;
+  even = even * m2 - 4.00014295e-1f;
+  even = even * m2 - 6.66666662e-1f;
+  float odd = 2.30292206e-1f;
+  odd = odd * m2 + 2.48402817e-1f;
+  odd = odd * m2 + 3.33361155e-1f;
+  odd = odd * m2 + 4.99999880e-1f;
+  const float log_m = (m2 - 2.0f * m) + (odd * m + even) * (m2 * m);
+  constexpr float k2Ln2Pow23 = 1.38629436112f / 8388608.0f;
+  return log_m - static_cast<float>(exponent) * k2Ln2Pow23;
 }
 
-// Two independent standard normals from two words (Box-Muller). The radius takes 24 bits of `a`, the
-// angle two bits of `b` for the quadrant and 24 for the place in it, so both uniforms are exact floats.
+// Two independent standard normals from two words (Box-Muller). The radius takes 24 bits of `a`. `b` is
+// the angle from the nearest of the four half axes, in parts of pi/4 / 2^31; its two lowest bits, far
+// below the angle's last digit, choose the half axis.
 FDFA_HD void normal_pair(uint32_t a, uint32_t b, float& first, float& second) {
-  constexpr float k2Pow24 = 1.0f / 16777216.0f;
-  const float u = static_cast<float>(static_cast<int32_t>(a >> 8) + 1) * k2Pow24;
-  const float radius = sqrtf(minus_two_log(u));
-  // The angle is (quadrant + t) * pi/2 less a fixed pi/4, which a uniform angle does not feel.
+  const float radius = sqrtf(minus_two_log(static_cast<int32_t>(a >> 8) + 1));
   constexpr float kQuarterPi = 0.785398163397448f;
-  const float t = static_cast<float>(static_cast<int32_t>((b << 2) >> 8));
-  const float x = t * (2.0f * kQuarterPi * k2Pow24) - kQuarterPi;  // [-pi/4, pi/4)
+  const float x = static_cast<float>(static_cast<int32_t>(b)) * (kQuarterPi / 2147483648.0f);
   const float x2 = x * x;
   const float sine = x + x * x2 * (-1.6666654611e-1f + x2 * (8.3321608736e-3f - x2 * 1.9515295891e-4f));
   const float cosine =
       1.0f - 0.5f * x2 +
       x2 * x2 * (4.166664568298827e-2f + x2 * (-1.388731625493765e-3f + x2 * 2.443315711809948e-5f));
-  // Rotate (cosine, sine) by the quadrant: swap in odd ones, then set the signs. Its upper bit is the
-  // sign of b, its lower bit that of b << 1.
-  const uint32_t c = bits_from_float(cosine), s = bits_from_float(sine), odd = b << 1;
-  const uint32_t swap = (c ^ s) & static_cast<uint32_t>(static_cast<int32_t>(odd) >> 31);
-  first = radius * float_from_bits(c ^ swap ^ ((b ^ odd) & 0x80000000u));
-  second = radius * float_from_bits(s ^ swap ^ (b & 0x80000000u));
+  const float along = radius * float_from_bits(bits_from_float(cosine) ^ (b << 31));
+  const float across = radius * sine;
+  const bool second_axis = static_cast<int32_t>(b << 30) < 0;
+  first = second_axis ? across : along;
+  second = second_axis ? along : across;
 }
 
 // +1 or -1 from the top bit.

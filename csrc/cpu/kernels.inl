@@ -30,14 +30,25 @@ inline __attribute__((always_inline)) Lanes multiply_low_words(Lanes a, uint32_t
 #endif
 }
 
+// The low words of both, alternating: even's first.
+inline __attribute__((always_inline)) Lanes join_low_words(Lanes even, Lanes odd) {
+#if FDFA_VECTOR_BYTES == 64
+  return (Lanes)_mm512_mask_blend_epi32(0xAAAA, (__m512i)even, (__m512i)(odd << 32));
+#elif FDFA_VECTOR_BYTES == 32
+  return (Lanes)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xAA);
+#else
+  return (even & 0xFFFFFFFFu) | (odd << 32);
+#endif
+}
+
 // philox4x32_10 of many counters: one in each 64-bit lane, so that a product's two words fall into
 // place without a shuffle. High words of x0 to x3 mean nothing.
 inline __attribute__((always_inline)) void philox_round(Lanes& x0, Lanes& x1, Lanes& x2, Lanes& x3,
-                                                        uint64_t k0, uint64_t k1) {
+                                                        const Lanes& k0, const Lanes& k1) {
   const Lanes p0 = multiply_low_words(x0, kPhiloxMul0), p1 = multiply_low_words(x2, kPhiloxMul1);
-  x0 = (p1 >> 32) ^ x1 ^ k0;
+  x0 = (p1 >> 32) ^ (x1 ^ k0);
   x1 = p1;
-  x2 = (p0 >> 32) ^ x3 ^ k1;
+  x2 = (p0 >> 32) ^ (x3 ^ k1);
   x3 = p0;
 }
 
@@ -48,19 +59,19 @@ static_assert(kEpilogueRun % (4 * kQuadGroup) == 0 && kTileColumns % (4 * kQuadG
 constexpr int64_t kNoiseSamples = 4096 / kTileColumns;  // whose noise is held at a time: 16 KiB
 constexpr int kRowBlock = 5;
 
-// The keys of all rounds, the same for all samples of a step.
+// The keys of all rounds, in every lane: the same for all samples of a step.
 struct RoundKeys {
   explicit RoundKeys(const NoiseParams& noise) {
     const NoiseStream any = noise_stream(noise.state, noise.block, 0);
     uint32_t k0 = any.key0, k1 = any.key1;
     for (auto& key : values) {
-      key[0] = k0;
-      key[1] = k1;
+      key[0] = Lanes{} + k0;
+      key[1] = Lanes{} + k1;
       k0 += kPhiloxWeyl0;
       k1 += kPhiloxWeyl1;
     }
   }
-  uint64_t values[kPhiloxRounds][2];
+  Lanes values[kPhiloxRounds][2];
 };
 
 // words[j][i] ← word j of the block of quad first_quad + i.
@@ -82,7 +93,7 @@ inline __attribute__((always_inline)) void fill_words(const RoundKeys& keys, con
     for (auto& block : x) philox_round(block[0], block[1], block[2], block[3], key[0], key[1]);
   }
   for (int j = 0; j < 4; ++j) {
-    const Lanes joined = (x[0][j] & 0xFFFFFFFFu) | (x[1][j] << 32);
+    const Lanes joined = join_low_words(x[0][j], x[1][j]);
     std::memcpy(words[j], &joined, sizeof joined);
   }
 }
