@@ -408,13 +408,31 @@ void combine(const CombineParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// y ← x and ty ← tx where x is greater. A NaN is taken, and stays.
-inline __attribute__((always_inline)) void take_greater(const float* x, const float* tx, float* y,
-                                                        float* ty) {
-  const Vector candidate = load(x), greatest = load(y);
-  const auto stays = (candidate <= greatest) | (greatest != greatest);
-  store(y, stays ? greatest : candidate);
-  store(ty, stays ? load(ty) : load(tx));
+// The part of a window that lies within the image; strides in floats.
+struct Window {
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+// The greatest x of a window, and the tx beside it, for one channel (V = float) or kLanes of them. The
+// first of equals wins; a NaN is taken, and stays.
+template <class V>
+inline __attribute__((always_inline)) void pool(const Window& window, const float* x, const float* tx,
+                                                float* y, float* ty) {
+  V greatest, tangent, candidate, candidate_tangent;
+  std::memcpy(&greatest, x, sizeof(V));
+  std::memcpy(&tangent, tx, sizeof(V));
+  for (int64_t row = 0; row < window.rows; ++row) {
+    for (int64_t column = 0; column < window.columns; ++column) {
+      const int64_t at = row * window.row_stride + column * window.column_stride;
+      std::memcpy(&candidate, x + at, sizeof(V));
+      std::memcpy(&candidate_tangent, tx + at, sizeof(V));
+      const auto stays = (candidate <= greatest) | (greatest != greatest);
+      greatest = stays ? greatest : candidate;
+      tangent = stays ? tangent : candidate_tangent;
+    }
+  }
+  std::memcpy(y, &greatest, sizeof(V));
+  std::memcpy(ty, &tangent, sizeof(V));
 }
 
 // A unit is one row of windows.
@@ -427,31 +445,20 @@ void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
       const int64_t left = column * p.stride[1] - p.padding[1];
       const int64_t first_column = std::max<int64_t>(left, 0);
       const int64_t last_column = std::min(left + p.kernel[1], p.width);
-      float* y = p.y + (unit * p.out_width + column) * p.channels;
-      float* ty = p.ty + (unit * p.out_width + column) * p.channels;
-      for (int64_t row = first_row; row < last_row; ++row) {
-        for (int64_t at = first_column; at < last_column; ++at) {
-          const int64_t offset = ((sample * p.height + row) * p.width + at) * p.channels;
-          const float *x = p.x + offset, *tx = p.tx + offset;
-          if (row == first_row && at == first_column) {
-            std::copy(x, x + p.channels, y);
-            std::copy(tx, tx + p.channels, ty);
-            continue;
-          }
-          int64_t c = 0;
-          for (; c + kLanes <= p.channels; c += kLanes) take_greater(x + c, tx + c, y + c, ty + c);
-          if (c > 0 && c < p.channels) {
-            // Once more over some channels rather than one by one: the second time changes nothing.
-            c = p.channels - kLanes;
-            take_greater(x + c, tx + c, y + c, ty + c);
-            continue;
-          }
-          for (; c < p.channels; ++c) {
-            const bool stays = x[c] <= y[c] || y[c] != y[c];
-            y[c] = stays ? y[c] : x[c];
-            ty[c] = stays ? ty[c] : tx[c];
-          }
-        }
+      const Window window{last_row - first_row, last_column - first_column, p.width * p.channels,
+                          p.channels};
+      const int64_t from = ((sample * p.height + first_row) * p.width + first_column) * p.channels;
+      const int64_t to = (unit * p.out_width + column) * p.channels;
+      const float *x = p.x + from, *tx = p.tx + from;
+      float *y = p.y + to, *ty = p.ty + to;
+      if (p.channels < kLanes) {
+        for (int64_t c = 0; c < p.channels; ++c) pool<float>(window, x + c, tx + c, y + c, ty + c);
+        continue;
+      }
+      for (int64_t next = 0; next < p.channels; next += kLanes) {
+        // At the end once more over some channels rather than one by one; they come out the same.
+        const int64_t c = std::min(next, p.channels - kLanes);
+        pool<Vector>(window, x + c, tx + c, y + c, ty + c);
       }
     }
   }
