@@ -19,6 +19,7 @@ from fdfa_ext.bench.operators import record, time_operators
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
 from fdfa_ext.bench.report import slope
 from fdfa_ext.bench.timing import Contender, peak_memory, take_turns
+from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import build_net
 
 
@@ -173,3 +174,9 @@ def test_alexnet_learns_in_every_block() -> None:
     F.cross_entropy(model(x), y).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     assert all(b.abs().sum() > 0 for b in model.feedback.values())
+
+
+def test_digits_stand_for_the_small_mlp_and_are_refused_for_images_nets() -> None:
+    assert Case.of("mlp2", "digits", 32, None).net == "64-128-10"
+    with pytest.raises(UserError, match="needs images of"):
+        Case.of("cnn", "digits", 32, None).build()

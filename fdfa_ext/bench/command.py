@@ -16,6 +16,7 @@ from fdfa_ext.bench import report
 from fdfa_ext.bench.contenders import (
     DTYPES,
     GRAPHED,
+    INPUTS,
     METHODS,
     MODELS,
     Case,
@@ -55,10 +56,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shapes",
-        type=some_of(("mnist", "cifar10")),
+        type=some_of(INPUTS),
         default="mnist",
         metavar="SHAPE[,...]",
-        help="input shapes, of mnist, cifar10 (default %(default)s); alexnet has 3 x 224 x 224",
+        help=f"input shapes, of {', '.join(INPUTS)} (default %(default)s); digits, where overhead shows, "
+        "are for the mlps, and alexnet has 3 x 224 x 224",
     )
     parser.add_argument(
         "--methods",
@@ -86,7 +88,7 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=MODELS, default="mlp4", help="default %(default)s")
     parser.add_argument(
         "--shape",
-        choices=("mnist", "cifar10"),
+        choices=INPUTS,
         default="mnist",
         help="input shape (default %(default)s); alexnet has 3 x 224 x 224",
     )

@@ -15,7 +15,9 @@ from fdfa_ext.train.models import build_net
 
 HIDDEN = {"mlp2": 1, "mlp4": 3}  # 784-800-10 and 784-800-800-800-10
 MODELS = (*HIDDEN, "cnn", "cnn-two-pool", "alexnet")
-SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224)}
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224)}
+INPUTS = ("digits", "mnist", "cifar10")  # that one may ask for
+_WIDTHS = {"digits": 128, "mnist": 800, "cifar10": 1000}
 DTYPES = ("float32", "tf32", "bfloat16")
 GRAPHED = ("fdfa-graphed", "bp-graphed")
 METHODS = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled", *GRAPHED)
@@ -37,11 +39,10 @@ class Case:
 
     @staticmethod
     def of(model: str, shape: str, batch_size: int, outputs: int | None) -> "Case":
-        """The paper's net on that input; AlexNet has an input of its own."""
+        """The paper's net on that input, a small mlp on digits; AlexNet has an input of its own."""
         if model == "alexnet":
             return Case(model, "imagenet", batch_size, outputs or 100)
-        width = 1000 if shape == "cifar10" else 800
-        return Case(model, shape, batch_size, outputs or 10, HIDDEN.get(model, 1), width)
+        return Case(model, shape, batch_size, outputs or 10, HIDDEN.get(model, 1), _WIDTHS[shape])
 
     @property
     def is_mlp(self) -> bool:

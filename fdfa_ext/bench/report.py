@@ -103,7 +103,7 @@ def plot_ratios(rows: Sequence[StepTime], title: str, file: Path) -> None:
 
     groups = by_case(rows)
     methods = list(dict.fromkeys(row.method for row in rows))
-    figure = Figure(figsize=(max(6.0, 1.6 * len(groups)), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 1.8 * len(groups)), 4.2), layout="constrained")
     axes = figure.subplots()
     for number, method in enumerate(methods):
         places, heights = [], []
@@ -115,7 +115,7 @@ def plot_ratios(rows: Sequence[StepTime], title: str, file: Path) -> None:
                     heights.append(row.ms.median / best.ms.median if best else row.ms.median)
         axes.bar(places, heights, 0.8 / len(methods), label=method)
     labels = [f"{c.net}\n{c.shape}, batch {c.batch_size}" for c in groups]
-    axes.set_xticks(range(len(groups)), labels)
+    axes.set_xticks(range(len(groups)), labels, fontsize=8)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(ylabel="step time / best backpropagation", yscale="log")
     axes.legend()
