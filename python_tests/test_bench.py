@@ -176,7 +176,7 @@ def test_alexnet_learns_in_every_block() -> None:
     assert all(b.abs().sum() > 0 for b in model.feedback.values())
 
 
-def test_digits_stand_for_the_small_mlp_and_are_refused_for_images_nets() -> None:
+def test_digits_stand_for_the_small_mlp_and_are_too_small_for_convolutions() -> None:
     assert Case.of("mlp2", "digits", 32, None).net == "64-128-10"
     with pytest.raises(UserError, match="needs images of"):
         Case.of("cnn", "digits", 32, None).build()
