@@ -59,8 +59,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         type=some_of(INPUTS),
         default="mnist",
         metavar="SHAPE[,...]",
-        help=f"input shapes, of {', '.join(INPUTS)} (default %(default)s); digits, where overhead shows, "
-        "are for the mlps, and alexnet has 3 x 224 x 224",
+        help=f"input shapes, of {', '.join(INPUTS)} (default %(default)s); digits, where overhead "
+        "shows, are for the mlps, and alexnet has 3 x 224 x 224",
     )
     parser.add_argument(
         "--methods",
