@@ -103,6 +103,14 @@ class FunctionRules(TorchFunctionMode):
 # A rule returns None where it does not apply.
 
 
+# The reference backend may meet CUDA tensors where the extension has no CUDA kernels.
+_POOL_DEVICES = [
+    device
+    for device in ("cpu", "cuda")
+    if torch._C._dispatch_has_kernel_for_dispatch_key("fdfa::max_pool2d", device.upper())
+]
+
+
 def _max_pool2d(
     input: Tensor,
     kernel_size: Any,
@@ -119,7 +127,8 @@ def _max_pool2d(
         or ceil_mode
         or return_indices
         or dilation not in (1, (1, 1))
-        or not (x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        or x.device.type not in _POOL_DEVICES
+        or not (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         or x.dtype != torch.float32
     ):
         return None

@@ -162,11 +162,11 @@ def test_batch_norm_is_the_reference(
     ],
 )
 def test_max_pool2d_is_the_reference(
-    kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+    kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], device: torch.device
 ) -> None:
     """Equal values, whose first one wins, and NaN included."""
     for shape in ((3, 15, 9, 8), (1, 1, 5, 7), (0, 4, 6, 7)):
-        x, tangent = torch.randn(2, *shape).mul(3).unbind()
+        x, tangent = torch.randn(2, *shape, device=device).mul(3).unbind()
         x = x.round()
         if x.numel():
             x[0, 0, 2, 3] = torch.nan

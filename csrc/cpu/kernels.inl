@@ -1,6 +1,9 @@
 // The CPU kernels, written once and compiled for each instruction set. The including file sets
 // FDFA_ISA (a namespace) and FDFA_VECTOR_BYTES, and the target of the functions that follow.
 
+// Its template of vectors must have that target, so it is not among kernels_includes.h.
+#include "common/max_pool.h"
+
 namespace fdfa::cpu::FDFA_ISA {
 namespace {
 
@@ -408,57 +411,29 @@ void combine(const CombineParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// The part of a window that lies within the image; strides in floats.
-struct Window {
-  int64_t rows, columns, row_stride, column_stride;
+struct LoadVector {
+  FDFA_HD Vector operator()(const float* p) const { return load(p); }
 };
-
-// The greatest x of a window, and the tx beside it, for one channel (V = float) or kLanes of them. The
-// first of equals wins; a NaN is taken, and stays.
-template <class V>
-inline __attribute__((always_inline)) void pool(const Window& window, const float* x, const float* tx,
-                                                float* y, float* ty) {
-  V greatest, tangent, candidate, candidate_tangent;
-  std::memcpy(&greatest, x, sizeof(V));
-  std::memcpy(&tangent, tx, sizeof(V));
-  for (int64_t row = 0; row < window.rows; ++row) {
-    for (int64_t column = 0; column < window.columns; ++column) {
-      const int64_t at = row * window.row_stride + column * window.column_stride;
-      std::memcpy(&candidate, x + at, sizeof(V));
-      std::memcpy(&candidate_tangent, tx + at, sizeof(V));
-      const auto stays = (candidate <= greatest) | (greatest != greatest);
-      greatest = stays ? greatest : candidate;
-      tangent = stays ? tangent : candidate_tangent;
-    }
-  }
-  std::memcpy(y, &greatest, sizeof(V));
-  std::memcpy(ty, &tangent, sizeof(V));
-}
 
 // A unit is one row of windows.
 void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t sample = unit / p.out_height, top = unit % p.out_height * p.stride[0] - p.padding[0];
-    const int64_t first_row = std::max<int64_t>(top, 0),
-                  last_row = std::min(top + p.kernel[0], p.height);
     for (int64_t column = 0; column < p.out_width; ++column) {
-      const int64_t left = column * p.stride[1] - p.padding[1];
-      const int64_t first_column = std::max<int64_t>(left, 0);
-      const int64_t last_column = std::min(left + p.kernel[1], p.width);
-      const Window window{last_row - first_row, last_column - first_column, p.width * p.channels,
-                          p.channels};
-      const int64_t from = ((sample * p.height + first_row) * p.width + first_column) * p.channels;
+      const PoolWindow window = pool_window(p, unit, column);
       const int64_t to = (unit * p.out_width + column) * p.channels;
-      const float *x = p.x + from, *tx = p.tx + from;
+      const float *x = p.x + window.first, *tx = p.tx + window.first;
       float *y = p.y + to, *ty = p.ty + to;
       if (p.channels < kLanes) {
-        for (int64_t c = 0; c < p.channels; ++c) pool<float>(window, x + c, tx + c, y + c, ty + c);
+        for (int64_t c = 0; c < p.channels; ++c) pool(window, LoadFloat{}, x + c, tx + c, y[c], ty[c]);
         continue;
       }
       for (int64_t next = 0; next < p.channels; next += kLanes) {
         // At the end once more over some channels rather than one by one; they come out the same.
         const int64_t c = std::min(next, p.channels - kLanes);
-        pool<Vector>(window, x + c, tx + c, y + c, ty + c);
+        Vector greatest, tangent;
+        pool(window, LoadVector{}, x + c, tx + c, greatest, tangent);
+        store(y + c, greatest);
+        store(ty + c, tangent);
       }
     }
   }

@@ -15,4 +15,5 @@
 
 #include "common/adam.h"
 #include "common/noise.h"
+#include "common/params.h"
 #include "cpu/kernel_table.h"

@@ -16,4 +16,6 @@ cudaError_t launch_epilogue(const EpilogueParams<T>& params, cudaStream_t stream
 template <class T>
 cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream);
 
+cudaError_t launch_max_pool(const MaxPoolParams& params, cudaStream_t stream);
+
 }  // namespace fdfa::cuda

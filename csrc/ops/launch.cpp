@@ -47,7 +47,11 @@ void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& devi
   });
 }
 
-void launch(const MaxPoolParams& params) {
+void launch(const MaxPoolParams& params, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(params, device);
+#endif
+  (void)device;
   at::parallel_for(0, cpu::max_pool_units(params), kMaxPoolGrain,
                    [&](int64_t begin, int64_t end) { cpu::max_pool(params, begin, end); });
 }

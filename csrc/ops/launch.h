@@ -16,10 +16,10 @@ void launch(const EpilogueParams<T>& params, const at::Device& device);
 // All blocks at once: nothing orders them.
 template <class T>
 void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
+void launch(const MaxPoolParams& params, const at::Device& device);
 
 // On the CPU alone.
 int64_t moment_parts(const MomentParams& params);
-void launch(const MaxPoolParams& params);
 void launch(const MomentParams& params);
 void launch(const CombineParams& params);
 
@@ -28,6 +28,7 @@ template <class T>
 void launch_cuda(const EpilogueParams<T>& params, const at::Device& device);
 template <class T>
 void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
+void launch_cuda(const MaxPoolParams& params, const at::Device& device);
 #endif
 
 // The kernels' storage type for a tensor's dtype, given to f as a value of it.

@@ -9,9 +9,9 @@ namespace fdfa {
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
                                       at::IntArrayRef stride, at::IntArrayRef padding) {
   const char* op = "max_pool2d";
-  TORCH_CHECK(x.is_cpu() && x.scalar_type() == at::kFloat && x.dim() == 4,
-              "fdfa::max_pool2d: x must be [N, C, H, W], float32 on the CPU; got ", x.scalar_type(),
-              " ", x.sizes(), " on ", x.device());
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() == 4,
+              "fdfa::max_pool2d: x must be [N, C, H, W] in float32; got ", x.scalar_type(), " ",
+              x.sizes());
   check_like(op, "tangent", tangent, "x", x);
   check_shape(op, "tangent", tangent, x.sizes());
   for (int i = 0; i < 2; ++i) {
@@ -41,7 +41,8 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at
                        y.size(3),
                        {kernel[0], kernel[1]},
                        {stride[0], stride[1]},
-                       {padding[0], padding[1]}});
+                       {padding[0], padding[1]}},
+         x.device());
   return {y, ty};
 }
 

@@ -93,13 +93,13 @@ TORCH_LIBRARY(fdfa, m) {
     m.impl("perturb", fdfa::perturb);                     \
     m.impl("feedback_step", fdfa::feedback_step);         \
     m.impl("feedback_gradient", fdfa::feedback_gradient); \
+    m.impl("max_pool2d", fdfa::max_pool2d);               \
   }
 
 FDFA_IMPLEMENT(CPU)
 TORCH_LIBRARY_IMPL(fdfa, CPU, m) {
   m.impl("batch_norm", fdfa::batch_norm);
   m.impl("batch_norm_backward", fdfa::batch_norm_backward);
-  m.impl("max_pool2d", fdfa::max_pool2d);
 }
 #if defined(FDFA_WITH_CUDA)
 FDFA_IMPLEMENT(CUDA)
