@@ -53,6 +53,7 @@ class BlockRecord:
 
     name: str
     index: int
+    output: Tensor  # [N, *features]: y
     handle: Tensor  # [N, *features]: δ is handed to it, and autograd goes on to the block's parameters
     gate: Tensor  # [N, *features]: what f' is taken from
     activation: str  # f, or "identity" where the block's own autograd holds f'
@@ -68,6 +69,7 @@ class DualPass:
     noise: str
     backend: Any
     compiling: bool  # by torch.compile
+    tangents: str = "network"  # or "block": they end at the next block; or "none", and no noise
     records: list[BlockRecord] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # the blocks of the records
 
@@ -85,11 +87,27 @@ class BlockPass:
     index: int
     dual: DualPass | None = None
 
+    @property
+    def perturbs(self) -> bool:
+        return self.dual is not None and self.dual.tangents != "none"
+
+    def plain(self, x: Tensor, module: Callable[[Tensor], Tensor]) -> Tensor:
+        """x [N, *] → module(x), cut off from what made x; the module's own autograd holds f'."""
+        dual = self._enter(x)
+        x = x.detach()
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        y = module(x)
+        order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+        output = y.detach()
+        self._record(dual, output, y, output, "identity", order)
+        return output
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """x [N, *, in_features] (dual) → [N, *, out_features] (dual). Algorithm 1, lines 10 to 16."""
         with without_rules():
             dual = self._enter(x)
-            x, tangent = (x, None) if dual.takes_duals else _unpack_detached(x)
+            x, tangent = _operands(dual, x)
             y, ty, pre = dual.backend.linear(
                 x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
             )
@@ -110,7 +128,7 @@ class BlockPass:
         """x [N, C, H, W] (dual) → [N, C', H', W'] (dual), in channels_last."""
         with without_rules():
             dual = self._enter(x)
-            x, tangent = (x, None) if dual.takes_duals else _unpack_detached(x)
+            x, tangent = _operands(dual, x)
             y, ty, pre = dual.backend.conv2d(
                 x,
                 tangent,
@@ -133,6 +151,8 @@ class BlockPass:
         with without_rules():
             dual = self._enter(x)
             x, tangent = _unpack_detached(x)
+            if dual.tangents == "block":
+                tangent = None
             if x.dim() == 4:
                 x = x.contiguous(memory_format=torch.channels_last)
         y, ty = x, tangent
@@ -152,7 +172,7 @@ class BlockPass:
             gate = y.detach()
             ty = dual.backend.perturb(gate, ty, dual.noise_state, self.index, dual.noise)
             order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
-            self._record(dual, y, gate, "identity", order)
+            self._record(dual, gate, y, gate, "identity", order)
             return make_dual(gate, ty)
 
     def _batch_norm(
@@ -209,12 +229,14 @@ class BlockPass:
         self, dual: DualPass, y: Tensor, pre: Tensor, activation: str, order: torch.memory_format
     ) -> None:
         # Detached, or the record would keep a dual's tangent until the end of the pass.
-        gate = (pre if activation in NEEDS_PRE_ACTIVATION else y).detach()
-        self._record(dual, pre, gate, activation, order)
+        output = y.detach()
+        gate = pre.detach() if activation in NEEDS_PRE_ACTIVATION else output
+        self._record(dual, output, pre, gate, activation, order)
 
     def _record(
         self,
         dual: DualPass,
+        output: Tensor,
         handle: Tensor,
         gate: Tensor,
         activation: str,
@@ -224,8 +246,15 @@ class BlockPass:
         version = 0 if dual.compiling else gate._version
         dual.seen.add(self.index)
         dual.records.append(
-            BlockRecord(self.name, self.index, handle, gate, activation, order, version)
+            BlockRecord(self.name, self.index, output, handle, gate, activation, order, version)
         )
+
+
+def _operands(dual: DualPass, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x and the tangent to give to an operator: a dual tensor where it takes it apart itself."""
+    if dual.tangents == "block":
+        return unpack_dual(x)[0].detach(), None
+    return (x, None) if dual.takes_duals else _unpack_detached(x)
 
 
 def _unpack_detached(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -266,3 +295,16 @@ def _has_fused_norm(dual: DualPass, module: Any, x: Tensor) -> bool:
         # Otherwise torch has the words for it.
         and (x.numel() > x.shape[1] == module.num_features)
     )
+
+
+def rows(t: Tensor) -> Tensor:
+    """[N, *features] → [N, D] in memory order, without a copy of images in channels_last."""
+    return t.permute(0, 2, 3, 1).flatten(1) if t.dim() == 4 else t.flatten(1)
+
+
+def unrows(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """[N, D] → [N, *features], images in channels_last."""
+    if len(shape) < 4:
+        return matrix.view(*shape)
+    n, c, h, w = shape
+    return matrix.view(n, h, w, c).permute(0, 3, 1, 2)

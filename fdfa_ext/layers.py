@@ -51,8 +51,13 @@ class FDFALinear(nn.Linear, Block):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if (running := self.running_pass) is not None:
-            return running.linear(x, self.weight, self.bias, self.activation)
+        if (running := self.running_pass) is None:
+            return self._plain(x)
+        if not running.perturbs:
+            return running.plain(x, self._plain)
+        return running.linear(x, self.weight, self.bias, self.activation)
+
+    def _plain(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](super().forward(x))
 
     def extra_repr(self) -> str:
@@ -81,7 +86,9 @@ class FDFAConv2d(nn.Conv2d, Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if (running := self.running_pass) is None:
-            return ACTIVATIONS[self.activation](super().forward(x))
+            return self._plain(x)
+        if not running.perturbs:
+            return running.plain(x, self._plain)
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
             # Padding of its own kind is a module before the convolution: torch carries the tangent.
@@ -98,6 +105,9 @@ class FDFAConv2d(nn.Conv2d, Block):
             self.groups,
             self.activation,
         )
+
+    def _plain(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](super().forward(x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -117,6 +127,8 @@ class FDFABlock(nn.Sequential, Block):
         super().__init__(*modules)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (running := self.running_pass) is not None:
-            return running.chain(x, list(self))
-        return super().forward(x)
+        if (running := self.running_pass) is None:
+            return super().forward(x)
+        if not running.perturbs:
+            return running.plain(x, super().forward)
+        return running.chain(x, list(self))

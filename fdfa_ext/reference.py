@@ -43,6 +43,11 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
 }
 
 
+def derivative(activation: str, gate: Tensor) -> Tensor:
+    """f' as a function of y, or of the pre-activation for gelu and silu."""
+    return _ACTIVATIONS[activation][1](gate)
+
+
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """High and low word of a 32 x 32 bit product, in int64 arithmetic."""
     low = constant * (word & 0xFFFF)

@@ -1,4 +1,4 @@
-"""FDFA: wraps a torch model, runs its dual pass in training and owns feedback and noise."""
+"""FDFA: wraps a torch model, runs its passes in training and owns feedback and noise."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
 from fdfa_ext.layers import Block
+from fdfa_ext.methods import METHODS, Method
 from fdfa_ext.tangents import FunctionRules, unpack_dual, without_rules
 
 RULES = ("ema", "adam", "grad")
@@ -72,7 +73,8 @@ class TensorMap(nn.Module):
 
 
 class FDFA(nn.Module):
-    """Trains `module` by Forward Direct Feedback Alignment (Bacho & Chu 2024, Algorithm 1).
+    """Trains `module` by Forward Direct Feedback Alignment (Bacho & Chu 2024, Algorithm 1), or by
+    another of the methods that the paper compares with it.
 
     In training mode, with gradients enabled, `forward` perturbs every block (FDFALinear, FDFAConv2d,
     FDFABlock) and carries the tangents to the output; `loss.backward()` then updates the feedback and
@@ -83,9 +85,13 @@ class FDFA(nn.Module):
 
     Args:
         module: a model whose output is [N, K], K outputs for each of N samples.
+        method: "fdfa", "dfa", "dkp", "fg-a", "lg-fg-a", "fg-w" or "bp", or a Method of your own
+            (fdfa_ext.methods, which has their equations). Arguments that a method has no use for, such
+            as those of feedback where it does not learn, are ignored.
         feedback: how B follows the estimate G = dᵀu / N of the mean Jacobian. "adam": Adam on the
             gradient B - G (Appendix A, the paper's tables). "ema": B ← (1 - lr) B + lr G (eq. 8).
-            "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer.
+            "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer. The same for
+            another method's ∇B in place of B - G.
         feedback_lr: α, per step.
         betas, eps: Adam's, for feedback="adam".
         noise: "gaussian" or "rademacher" perturbations, of unit variance.
@@ -99,12 +105,15 @@ class FDFA(nn.Module):
             batch's first sample: set it to rank * batch size, with equal seeds, to make several
             processes perturb as one.
         updates: int64 [1]: number of Adam steps that B has made.
+        local_outputs: method "lg-fg-a": outputs [N, K] of the local heads in the last training forward,
+            each of which wants the loss too.
     """
 
     def __init__(
         self,
         module: nn.Module,
         *,
+        method: str | Method = "fdfa",
         feedback: str = "adam",
         feedback_lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -114,11 +123,12 @@ class FDFA(nn.Module):
         example_input: Tensor | tuple[Any, ...] | None = None,
     ) -> None:
         super().__init__()
-        for argument, value, known in (
+        choices: list[tuple[str, str, Iterable[str]]] = [
             ("feedback", feedback, RULES),
             ("noise", noise, NOISES),
             ("backend", backend, BACKENDS),
-        ):
+        ]
+        for argument, value, known in choices:
             if value not in known:
                 raise ValueError(f"FDFA: {argument} must be one of {', '.join(known)}; got {value!r}")
         if feedback == "ema" and not 0 < feedback_lr < 1:
@@ -127,16 +137,25 @@ class FDFA(nn.Module):
             )
         if feedback_lr < 0:
             raise ValueError(f"FDFA: feedback_lr must not be negative; got {feedback_lr}")
+        if isinstance(method, str):
+            if method not in METHODS:
+                raise ValueError(
+                    f"FDFA: method must be one of {', '.join(METHODS)}, or a Method; got {method!r}"
+                )
+            method = METHODS[method]()
         self.module = module
+        self.method = method
         self.rule = feedback
         self.feedback_lr = feedback_lr
         self.betas = betas
         self.eps = eps
         self.noise = noise
         self.backend = backend
-        self.feedback = TensorMap(as_parameters=feedback == "grad")
+        self.feedback = TensorMap(as_parameters=feedback == "grad" and method.feedback == "learned")
         self.exp_avg = TensorMap()
         self.exp_avg_sq = TensorMap()
+        self.heads = nn.ModuleDict()
+        self.local_outputs: list[Tensor] = []
         self._blocks = dict(_find_blocks(module))
         self._passes = [BlockPass(name, index) for index, name in enumerate(self._blocks)]
 
@@ -151,26 +170,26 @@ class FDFA(nn.Module):
             inputs = example_input if isinstance(example_input, tuple) else (example_input,)
             self._prepare(*inputs)
 
+    @property
+    def backend_operators(self) -> Any:
+        return BACKENDS[self.backend]
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output [N, K]; in training its backward does the whole FDFA step."""
+        """The module's output [N, K]; in training its backward does the whole step of the method."""
         if not (self.training and torch.is_grad_enabled()):
             return self.module(*args, **kwargs)
         if not self._checked:
             self._prepare(*args, **kwargs)
-        dual = self._dual_pass(self.noise_state)
-        output, tangent = self._run(dual, *args, **kwargs)
-        if tangent is None:
-            raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
-        self._check_output(output)
-        return self._join(dual, output, tangent.detach())
+        return self.method.forward(self, *args, **kwargs)
 
     def forward_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the module: weights and biases."""
-        return self.module.parameters()
+        """The parameters of the module, weights and biases, and of local heads."""
+        yield from self.module.parameters()
+        yield from self.heads.parameters()
 
     def feedback_parameters(self) -> Iterator[nn.Parameter]:
         """The feedback matrices of feedback="grad"; none for the rules that FDFA applies itself."""
-        if self.rule == "grad" and len(self.feedback) == 0:
+        if self.rule == "grad" and self.method.feedback == "learned" and len(self.feedback) == 0:
             raise RuntimeError(
                 "FDFA: the feedback matrices do not exist yet; pass example_input, or run one training "
                 "forward before making their optimizer"
@@ -178,14 +197,34 @@ class FDFA(nn.Module):
         return self.feedback.parameters()
 
     def extra_repr(self) -> str:
-        options = {"feedback_lr": self.feedback_lr, "noise": self.noise, "backend": self.backend}
-        return ", ".join(
-            [f"feedback={self.rule}", *(f"{key}={value}" for key, value in options.items())]
-        )
+        options = {
+            "method": type(self.method).__name__,
+            "feedback": self.rule,
+            "feedback_lr": self.feedback_lr,
+            "noise": self.noise,
+            "backend": self.backend,
+        }
+        return ", ".join(f"{key}={value}" for key, value in options.items())
+
+    def run_blocks(self, *args: Any, **kwargs: Any) -> tuple[DualPass, Tensor, Tensor | None]:
+        """The pass of a BlockMethod: its records, the output and its tangent, all checked."""
+        dual = self._dual_pass(self.noise_state)
+        output, tangent = self._run(dual, *args, **kwargs)
+        if tangent is None and dual.tangents != "none":
+            raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
+        self.check_output(output)
+        for record in dual.records:
+            self._check_block(record, output, dual.compiling)
+        # A model whose weights are all frozen can still learn its feedback.
+        if not (output.requires_grad or any(r.handle.requires_grad for r in dual.records)):
+            output = output.detach().requires_grad_()
+        return dual, output, None if tangent is None else tangent.detach()
 
     def _dual_pass(self, noise_state: Tensor) -> DualPass:
         compiling = torch.compiler.is_compiling()
-        return DualPass(noise_state, self.noise, BACKENDS[self.backend], compiling)
+        return DualPass(
+            noise_state, self.noise, self.backend_operators, compiling, self.method.tangents
+        )
 
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
@@ -194,66 +233,38 @@ class FDFA(nn.Module):
             if block.block_pass is not block_pass:
                 block.block_pass = block_pass
         try:
+            if dual.tangents == "none":
+                return self._tensor(self.module(*args, **kwargs)), None
             # For eager steps alone: a compiled one traces torch's own forward mode.
             rules = nullcontext() if dual.compiling else FunctionRules()
             with forward_ad.dual_level(), rules:
-                output = self.module(*args, **kwargs)
-                if not isinstance(output, Tensor):
-                    raise TypeError(
-                        f"FDFA: the module must return one tensor; got {type(output).__name__}"
-                    )
+                output = self._tensor(self.module(*args, **kwargs))
                 with without_rules():
                     return unpack_dual(output)
         finally:
             for block_pass in self._passes:
                 block_pass.dual = None
 
-    def _join(self, dual: DualPass, output: Tensor, tangent: Tensor) -> Tensor:
-        """Advances the noise and ties output and blocks together for the backward."""
-        records = dual.records
-        names = [record.name for record in records]
-        handles = [record.handle for record in records]
-        moments = names if self.rule == "adam" else []
-        feedback = self.feedback.select(names)
-        for record, matrix in zip(records, feedback, strict=True):
-            self._check_block(record, matrix, output, dual.compiling)
-        # A model whose weights are all frozen can still learn its feedback.
-        if not (output.requires_grad or any(handle.requires_grad for handle in handles)):
-            output = output.detach().requires_grad_()
-        result: Tensor = dual.backend.star(
-            output,
-            tangent,
-            self.noise_state,
-            handles,
-            [record.gate for record in records],
-            feedback,
-            self.exp_avg.select(moments),
-            self.exp_avg_sq.select(moments),
-            self.updates,
-            [record.index for record in records],
-            [record.activation for record in records],
-            self.noise,
-            self.rule,
-            self.feedback_lr,
-            *self.betas,
-            self.eps,
-        )
-        return result
+    @staticmethod
+    def _tensor(output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"FDFA: the module must return one tensor; got {type(output).__name__}")
+        return output
 
     @staticmethod
-    def _check_output(output: Tensor) -> None:
+    def check_output(output: Tensor) -> None:
         if output.dim() != 2:
             raise ValueError(
                 "FDFA: the output must be [N, K], one row of K values a sample; got "
                 f"{list(output.shape)}. Flatten it within the module"
             )
 
-    @staticmethod
-    def _check_block(record: BlockRecord, feedback: Tensor, output: Tensor, compiling: bool) -> None:
-        if record.activation != "identity" and not compiling and record.gate._version != record.version:
+    def _check_block(self, record: BlockRecord, output: Tensor, compiling: bool) -> None:
+        needed = record.activation != "identity" or self.method.reads_output
+        if needed and not compiling and record.gate._version != record.version:
             raise RuntimeError(
                 f"FDFA: the activation of block '{record.name}' was changed in place by a module after "
-                "it, but is needed for the derivative; use the module without inplace"
+                "it, but is needed in the backward; use the module without inplace"
             )
         samples, *features = record.gate.shape
         n, outputs = output.shape
@@ -262,6 +273,9 @@ class FDFA(nn.Module):
                 f"FDFA: block '{record.name}' must keep the batch first: expected [{n}, *features] as "
                 f"the output has, got {[samples, *features]}"
             )
+        if self.method.feedback == "none":
+            return
+        feedback = self.feedback[record.name]
         if feedback.shape != (outputs, *features):
             raise ValueError(
                 f"FDFA: block '{record.name}': its feedback has shape {list(feedback.shape)}, but "
@@ -310,17 +324,24 @@ class FDFA(nn.Module):
         )
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Checks the module on one input and creates the feedback matrices that do not exist yet."""
+        self.method.prepare(self, *args, **kwargs)
+        self._checked = True
+
+    def prepare_blocks(self, *args: Any, **kwargs: Any) -> tuple[list[BlockRecord], int]:
+        """Checks the module on one input and creates the feedback matrices that do not exist yet.
+
+        Returns a record of each block for that input, and K.
+        """
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "FDFA: give example_input, or run one training forward, before torch.compile: the "
                 "feedback matrices must exist"
             )
         dual, output, tangent, droppers = self._probe(*args, **kwargs)
-        if tangent is None:
+        if tangent is None and dual.tangents != "none":
             raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
-        self._check_output(output)
-        if output.shape[0] > 0 and not bool((tangent != 0).any()):
+        self.check_output(output)
+        if tangent is not None and output.shape[0] > 0 and not bool((tangent != 0).any()):
             raise RuntimeError(
                 "FDFA: the tangent of the output is zero: no block can learn its feedback"
             )
@@ -333,22 +354,26 @@ class FDFA(nn.Module):
         unused = [name for name in self._blocks if name not in {record.name for record in dual.records}]
         if unused:
             raise RuntimeError(f"FDFA: block '{unused[0]}' was not used by the forward pass")
-        for record in dual.records:
-            self._create(record, output)
-        self._checked = True
+        if self.method.feedback != "none":
+            for record in dual.records:
+                self._create(record, output)
+        return dual.records, output.shape[1]
 
     def _create(self, record: BlockRecord, output: Tensor) -> None:
         shape = [output.shape[1], *record.gate.shape[1:]]
-        maps = (
-            [self.feedback, self.exp_avg, self.exp_avg_sq] if self.rule == "adam" else [self.feedback]
-        )
+        maps = [self.feedback]
+        if self.method.feedback == "learned" and self.rule == "adam":
+            maps += [self.exp_avg, self.exp_avg_sq]
         for tensors in maps:
             if record.name not in tensors:
-                tensors.put(record.name, torch.zeros(shape, device=record.gate.device))
+                matrix = torch.zeros(shape, device=record.gate.device)
+                if tensors is self.feedback:
+                    self.method.initialize(matrix)
+                tensors.put(record.name, matrix)
             # A loaded matrix may come in any layout.
             matrix = tensors[record.name]
             matrix.data = matrix.data.contiguous(memory_format=record.order)
-        self._check_block(record, self.feedback[record.name], output, compiling=False)
+        self._check_block(record, output, compiling=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback that a saved model has and this one has not created yet."""

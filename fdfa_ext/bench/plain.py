@@ -11,6 +11,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from fdfa_ext.functional import rows, unrows
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.tangents import forward_dual
 from fdfa_ext.wrapper import FDFA
@@ -143,20 +144,8 @@ class _PlainStar(torch.autograd.Function):
         n = len(tensors) // 2
         gradients, deltas = [], []
         for feedback, u in zip(tensors[:n], tensors[n:], strict=True):
-            matrix = _rows(feedback)
-            gradient = torch.addmm(matrix, tangent.t(), _rows(u), alpha=-1 / len(error))
-            gradients.append(_unrows(gradient, feedback.shape))
-            deltas.append(_unrows(error.mm(matrix), u.shape))
+            matrix = rows(feedback)
+            gradient = torch.addmm(matrix, tangent.t(), rows(u), alpha=-1 / len(error))
+            gradients.append(unrows(gradient, feedback.shape))
+            deltas.append(unrows(error.mm(matrix), u.shape))
         return error, None, *gradients, *[None] * n, *deltas
-
-
-def _rows(t: Tensor) -> Tensor:
-    """[N, *features] → [N, D], without a copy of images in channels_last."""
-    return t.permute(0, 2, 3, 1).flatten(1) if t.dim() == 4 else t.flatten(1)
-
-
-def _unrows(rows: Tensor, shape: torch.Size) -> Tensor:
-    if len(shape) < 4:
-        return rows.view(shape)
-    n, c, h, w = shape
-    return rows.view(n, h, w, c).permute(0, 3, 1, 2)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from fdfa_ext.arguments import device, positive, seed, some_of, whole
+from fdfa_ext.methods import METHODS
 from fdfa_ext.train.data import DATASETS, load_dataset
 from fdfa_ext.train.errors import UserError
-from fdfa_ext.train.models import MODELS
-from fdfa_ext.train.training import METHODS, Config, EpochResult, Run, read_checkpoint
+from fdfa_ext.train.models import MODELS, WEIGHTS
+from fdfa_ext.train.training import Config, EpochResult, Run, read_checkpoint
 
 _CONFIG_FIELDS = [field.name for field in fields(Config)]
 
@@ -41,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--method",
-        some_of(METHODS),
-        f"{', '.join(METHODS)}, or both, trained in turn and compared (default {default.method})",
+        some_of(list(METHODS)),
+        f"{', '.join(METHODS)}; several are trained in turn and compared (default {default.method})",
         metavar="METHOD[,METHOD]",
     )
     add(
@@ -56,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         positive,
         f"rate of the feedback rule, not decayed (default {default.feedback_lr:g})",
         metavar="RATE",
+    )
+    add(
+        "--weights",
+        str,
+        f"W at the start; zero is for dfa (default {default.weights})",
+        choices=WEIGHTS,
     )
     add("--noise", str, f"perturbation (default {default.noise})", choices=("gaussian", "rademacher"))
     add(

@@ -9,12 +9,18 @@ from fdfa_ext.train.errors import UserError
 
 MODELS = ("mlp", "cnn", "cnn-two-pool", "alexnet")
 NORMALISED = ("cnn", "alexnet")  # with batch normalisation, which one image alone cannot train
+WEIGHTS = ("random", "zero")
 _DENSE = 128  # units of the dense hidden layer of both small convolutional nets
 _SMALLEST = {"cnn": 10, "cnn-two-pool": 16, "alexnet": 63}  # side of an image, in pixels
 
 
 def build_net(
-    model: str, image_shape: tuple[int, int, int], n_classes: int, hidden: int = 1, width: int = 800
+    model: str,
+    image_shape: tuple[int, int, int],
+    n_classes: int,
+    hidden: int = 1,
+    width: int = 800,
+    weights: str = "random",
 ) -> nn.Sequential:
     """An unwrapped net [N, C, H, W] -> logits [N, n_classes], initialised from torch's generator.
 
@@ -29,7 +35,8 @@ def build_net(
     torch.nn's narrower uniform: the scale of W is then meaningless to the output, while Adam's steps
     have a fixed size, so that smaller weights learn faster. On Fashion-MNIST ``cnn`` is half a point
     better so after eight epochs, by backpropagation and by FDFA. ``hidden`` and ``width`` count for
-    ``mlp`` alone.
+    ``mlp`` alone. With ``weights="zero"``, which direct feedback alone can start from, every W is zero
+    and biases are torch.nn's random ones: without them no ReLU would be open.
 
     Raises:
         UserError: the model is unknown, or the images are too small for its kernels.
@@ -50,6 +57,11 @@ def build_net(
     else:
         make = _cnn if model == "cnn" else _cnn_two_pool
         net = make(channels, _pooled(model, height), _pooled(model, breadth), n_classes)
+    if weights == "zero":
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                nn.init.zeros_(parameter)
+        return net
     for parameter in net.parameters():
         if model not in NORMALISED and parameter.dim() > 1:  # the others are biases
             nn.init.kaiming_uniform_(parameter, nonlinearity="relu")

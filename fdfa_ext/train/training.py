@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from fdfa_ext import FDFA
+from fdfa_ext.methods import KolenPollack
 from fdfa_ext.train.data import N_CLASSES, Dataset, batches
 from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import NORMALISED, build_net
 
-METHODS = ("fdfa", "bp")
 LR_DECAY = 0.95  # of the weights' rate, each epoch; the feedback's rate stays (Appendix A)
 EVAL_BATCH = 1000  # fits small memories and is as fast as any larger one
 
@@ -26,7 +25,8 @@ class Config:
     """What decides a run's numbers. The defaults are the paper's Appendix A on the small data set.
 
     ``hidden`` and ``width`` are for the mlp alone, where None means 1 and 800 (1000 for cifar10).
-    ``feedback``, ``feedback_lr``, ``noise`` and ``backend`` are FDFA's arguments; bp ignores them.
+    ``method``, ``feedback``, ``feedback_lr``, ``noise`` and ``backend`` are FDFA's arguments, of which
+    each method takes what it has a use for. ``weights`` are those at the start, "random" or "zero".
     """
 
     model: str = "mlp"
@@ -38,6 +38,7 @@ class Config:
     feedback_lr: float = 1e-4
     noise: str = "gaussian"
     backend: str = "fused"
+    weights: str = "random"
     epochs: int = 100
     batch_size: int = 64
     lr: float = 1e-4
@@ -93,27 +94,31 @@ class Run:
 
         torch.manual_seed(config.seed)
         width = config.width or (1000 if config.dataset == "cifar10" else 800)
-        net = build_net(config.model, data.image_shape, N_CLASSES, config.hidden or 1, width)
+        net = build_net(
+            config.model, data.image_shape, N_CLASSES, config.hidden or 1, width, config.weights
+        )
         # torch's stubs lack this overload, which its documentation has.
         net = net.to(device=device, memory_format=self._format)  # type: ignore[call-overload]
-        self.model: nn.Module = net
-        if config.method == "bp":
-            parameters = [net.parameters()]
-        else:
-            self.model = wrapped = FDFA(
-                net,
-                feedback=config.feedback,
-                feedback_lr=config.feedback_lr,
-                noise=config.noise,
-                backend=config.backend,
-                example_input=self._prepared(self.data.train_images[: config.batch_size]),
-            )
-            parameters = [wrapped.forward_parameters()]
-            if config.feedback == "grad":
-                parameters.append(wrapped.feedback_parameters())
+        self.model = FDFA(
+            net,
+            method=config.method,
+            feedback=config.feedback,
+            feedback_lr=config.feedback_lr,
+            noise=config.noise,
+            backend=config.backend,
+            example_input=self._prepared(self.data.train_images[: config.batch_size]),
+        )
+        method = self.model.method
+        parameters = [self.model.forward_parameters()]
+        if config.feedback == "grad" and method.feedback == "learned":
+            parameters.append(self.model.feedback_parameters())
         rates = (config.lr, config.feedback_lr)  # the second only counts where B has an optimizer
+        # The decay has to be the same on both sides for B to become like the weights.
+        decay = method.weight_decay if isinstance(method, KolenPollack) else 0.0
         self._optimizers = [
-            torch.optim.Adam(group, lr=lr, fused=True)
+            torch.optim.Adam(
+                group, lr=lr, weight_decay=decay if group is parameters[0] else 0, fused=True
+            )
             for group, lr in zip(parameters, rates, strict=False)
         ]
         self._scheduler = torch.optim.lr_scheduler.ExponentialLR(self._optimizers[0], LR_DECAY)
@@ -140,7 +145,8 @@ class Run:
                 optimizer.zero_grad()
             logits = self.model(self._prepared(images))
             loss = F.cross_entropy(logits, labels)
-            loss.backward()
+            local = [F.cross_entropy(output, labels) for output in self.model.local_outputs]
+            sum(local, loss).backward()
             for optimizer in self._optimizers:
                 optimizer.step()
             correct = (logits.detach().argmax(1) == labels).sum()

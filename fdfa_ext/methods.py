@@ -1,0 +1,449 @@
+"""The ways to train a net of blocks: the paper's methods, and the base classes for new ones.
+
+A `BlockMethod` says in a few lines of matrix algebra what error a block gets, and how its feedback
+learns if it has one; passes, noise, memory orders and autograd are taken care of.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim.adam import adam
+
+from fdfa_ext._ops import fused
+from fdfa_ext.functional import BlockRecord, DualPass, rows, unrows
+from fdfa_ext.reference import derivative
+from fdfa_ext.tangents import make_dual, unpack_dual
+
+if TYPE_CHECKING:
+    from fdfa_ext.wrapper import FDFA
+
+
+class Method:
+    """What a training forward of the wrapper does, and so what the backward of its result will do."""
+
+    tangents = "none"
+    feedback = "none"  # "none", "fixed" or "learned": whether blocks have a matrix B
+    reads_output = False
+
+    def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
+        """Checks the module on an input, and makes what the method needs beside its parameters."""
+
+    def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
+        """The module's output [N, K]."""
+        raise NotImplementedError
+
+    def initialize(self, feedback: Tensor) -> None:
+        """Fills a new matrix B [K, *features], which is zero."""
+
+
+class Backpropagation(Method):
+    """Exact gradients by torch's autograd, for comparison."""
+
+    def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = model.module(*args, **kwargs)
+        return output
+
+
+class WeightPerturbation(Method):
+    """FG-W: every parameter W is perturbed by V, and gets (∂L/∂V) V  (eq. 2, 3; Algorithm 2).
+
+    V has unit variance and is one for the batch. Exact forward-mode derivatives; unbiased. V is made
+    again in the backward rather than kept.
+    """
+
+    def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
+        named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
+        if not named:
+            raise RuntimeError("FDFA: fg-w perturbs parameters, but all of the module's are frozen")
+        used = fused.next_noise(model.noise_state)
+        directions = _Directions(model.backend_operators, used, model.noise)
+        with forward_ad.dual_level(), torch.no_grad():
+            duals = {
+                name: make_dual(parameter.detach(), directions(index, parameter))
+                for index, (name, parameter) in enumerate(named)
+            }
+            output, tangent = unpack_dual(functional_call(model.module, duals, args, kwargs))
+            if tangent is None:
+                raise RuntimeError(
+                    "FDFA: the output has no tangent: a module detached it or is not differentiable in "
+                    "torch's forward mode"
+                )
+            model.check_output(output)
+            output, tangent = output.detach(), tangent.detach()
+        parameters = [parameter for _, parameter in named]
+        result: Tensor = _WeightNode.apply(output, tangent, directions, *parameters)
+        return result
+
+
+@dataclass
+class _Directions:
+    """V of each parameter, a function of the noise state."""
+
+    operators: Any
+    noise_state: Tensor
+    noise: str
+
+    def __call__(self, index: int, parameter: Tensor) -> Tensor:
+        flat = parameter.detach().reshape(1, -1)
+        v = self.operators.perturb(flat, None, self.noise_state, index, self.noise)
+        return torch.empty_like(parameter).copy_(v.view(parameter.shape))
+
+
+class _WeightNode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, tangent: Tensor, directions: _Directions, *parameters: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(tangent, *parameters)
+        ctx.directions = directions
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (error,) = grads
+        tangent, *parameters = ctx.saved_tensors
+        slope = (error * tangent).sum()
+        directions = (ctx.directions(index, p) for index, p in enumerate(parameters))
+        return None, None, None, *[v.mul_(slope) for v in directions]
+
+
+@dataclass
+class BlockStep:
+    """A block in the backward of one step. D features, in the memory order of the block's output."""
+
+    error: Tensor  # e [N, K]: gradient of the loss at the output
+    _tangent: Tensor | None
+    _feedback: Tensor | None
+    _output: Tensor | None
+    _make_perturbation: Callable[[], Tensor]
+
+    @property
+    def tangent(self) -> Tensor:
+        """d [N, K]: tangent of the output."""
+        assert self._tangent is not None, "this method has no tangents"
+        return self._tangent
+
+    @property
+    def feedback(self) -> Tensor:
+        """B [K, D]."""
+        assert self._feedback is not None, "this method has no feedback"
+        return self._feedback
+
+    @property
+    def output(self) -> Tensor:
+        """y [N, D], for methods with reads_output."""
+        assert self._output is not None, "this method does not read outputs"
+        return self._output
+
+    @cached_property
+    def perturbation(self) -> Tensor:
+        """u [N, D], made again from the noise state."""
+        return self._make_perturbation()
+
+
+class BlockMethod(Method):
+    """Base of the methods that give every block its own error, straight from the output's.
+
+    Attributes for subclasses to set:
+        tangents: "none": no noise, and blocks are the torch layers that they stand for. "network":
+            blocks are perturbed, and tangents run from block to block to the output (Algorithm 1).
+            "block": blocks are perturbed, and a tangent ends where the next block begins.
+        feedback: "none", "fixed" or "learned".
+        reads_output: whether the blocks' outputs are needed in the backward.
+    """
+
+    def delta(self, block: BlockStep) -> Tensor:
+        """The error of a block, an estimate of ∂L/∂y [N, D]. f' is not its business."""
+        raise NotImplementedError
+
+    def feedback_gradient(self, block: BlockStep) -> Tensor:
+        """∇B [K, D] for feedback = "learned". B moves by it before the errors are computed."""
+        raise NotImplementedError
+
+    def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
+        model.prepare_blocks(*args, **kwargs)
+
+    def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
+        dual, output, tangent = model.run_blocks(*args, **kwargs)
+        return self.join(model, dual, output, tangent)
+
+    def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
+        """The output, tied to all blocks: its backward does the step."""
+        used = fused.next_noise(model.noise_state) if tangent is not None else None
+        return self.tie(model, dual.records, output, tangent, used)
+
+    def tie(
+        self,
+        model: "FDFA",
+        records: Sequence[BlockRecord],
+        output: Tensor,
+        tangent: Tensor | None,
+        noise_state: Tensor | None,
+    ) -> Tensor:
+        """The output, tied to these blocks by one autograd node."""
+        blocks = [_BlockFacts(r.name, r.index, r.activation) for r in records]
+        names = [] if self.feedback == "none" else [r.name for r in records]
+        outputs = [r.output for r in records] if self.reads_output else []
+        result: Tensor = _BlockNode.apply(
+            output,
+            tangent,
+            noise_state,
+            (self, model, blocks),
+            *[r.handle for r in records],
+            *model.feedback.select(names),
+            *[r.gate for r in records],
+            *outputs,
+        )
+        return result
+
+
+@dataclass
+class _BlockFacts:
+    name: str
+    index: int
+    activation: str
+
+
+class _BlockNode(torch.autograd.Function):
+    """The one autograd node between the loss and the blocks. No path leads from block to block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        tangent: Tensor | None,
+        noise_state: Tensor | None,
+        what: tuple[BlockMethod, "FDFA", list[_BlockFacts]],
+        *tensors: Tensor,
+    ) -> Tensor:
+        """tensors: each block's handle, its B if it has one, its gate, its output if that is read."""
+        method, _, blocks = what
+        n = len(blocks)
+        n_feedback = 0 if method.feedback == "none" else n
+        ctx.what = what
+        # B moves in place from step to step, so autograd must not watch its version.
+        ctx.feedback = tensors[n : n + n_feedback]
+        ctx.save_for_backward(tangent, noise_state, *tensors[n + n_feedback :])
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        method, model, blocks = ctx.what
+        tangent, noise_state, *saved = ctx.saved_tensors
+        n = len(blocks)
+        gates, outputs = saved[:n], saved[n:]
+        error = grads[0].float()
+        steps = [
+            BlockStep(
+                error,
+                None if tangent is None else tangent.float(),
+                rows(ctx.feedback[i].detach()) if ctx.feedback else None,
+                rows(outputs[i]).float() if outputs else None,
+                partial(_perturbation, model, noise_state, blocks[i].index, gates[i]),
+            )
+            for i in range(n)
+        ]
+        gradients: list[Tensor | None] = [None] * len(ctx.feedback)
+        if method.feedback == "learned" and len(error) > 0:
+            names = [block.name for block in blocks]
+            found = [
+                unrows(method.feedback_gradient(step), model.feedback[name].shape)
+                for step, name in zip(steps, names, strict=True)
+            ]
+            if model.rule == "grad":
+                gradients[:] = found
+            else:
+                move_feedback(model, names, found)
+        deltas = []
+        for step, block, gate in zip(steps, blocks, gates, strict=True):
+            delta = unrows(method.delta(step), gate.shape)
+            if block.activation != "identity":
+                delta = delta * derivative(block.activation, gate.float())
+            deltas.append(delta.to(gate.dtype))
+        nothing = [None] * len(saved)
+        return (grads[0], None, None, None, *deltas, *gradients, *nothing)
+
+
+def _perturbation(model: "FDFA", noise_state: Tensor, index: int, gate: Tensor) -> Tensor:
+    like = torch.empty(gate.shape, device=gate.device)
+    return rows(model.backend_operators.perturb(like, None, noise_state, index, model.noise))
+
+
+def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) -> None:
+    """One step of B along the gradients, by the model's rule. None if a gradient is not finite."""
+    matrices = model.feedback.select(names)
+    finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+    if model.rule == "ema":
+        for matrix, gradient in zip(matrices, gradients, strict=True):
+            matrix.sub_(torch.where(finite, model.feedback_lr * gradient, 0))
+        return
+    steps = model.updates.float().repeat(len(names)).unbind()
+    adam(
+        matrices,
+        gradients,
+        model.exp_avg.select(names),
+        model.exp_avg_sq.select(names),
+        [],
+        list(steps),
+        fused=True,
+        found_inf=(~finite).float(),
+        amsgrad=False,
+        beta1=model.betas[0],
+        beta2=model.betas[1],
+        lr=model.feedback_lr,
+        weight_decay=0.0,
+        eps=model.eps,
+        maximize=False,
+    )
+    model.updates.add_(1)
+
+
+class ActivityPerturbation(BlockMethod):
+    """FG-A: δ = (e · d) u for each sample  (eq. 4, 5; Algorithm 3).
+
+    Unbiased. The output layer, which is not perturbed, gets its exact gradient.
+    """
+
+    tangents = "network"
+
+    def delta(self, block: BlockStep) -> Tensor:
+        return (block.error * block.tangent).sum(1, keepdim=True) * block.perturbation
+
+
+class LocalGreedy(ActivityPerturbation):
+    """LG-FG-A: FG-A within each block, for a loss of its own (Appendix A; Ren et al. 2023).
+
+    After every block but the last a linear head makes outputs from the block's output alone. A training
+    forward leaves them in `model.local_outputs`, and the loss to minimise is
+    sum(loss_fn(o, target) for o in (output, *model.local_outputs)). Heads get exact gradients. The
+    blocks must follow each other in a sequence.
+    """
+
+    tangents = "block"
+
+    def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
+        records, outputs = model.prepare_blocks(*args, **kwargs)
+        for record in records[:-1]:
+            key = model.feedback.key(record.name)
+            if key not in model.heads:
+                head = nn.Linear(record.output[0].numel(), outputs, device=record.output.device)
+                nn.init.kaiming_uniform_(head.weight, nonlinearity="relu")
+                nn.init.zeros_(head.bias)
+                model.heads[key] = head
+
+    def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
+        used = fused.next_noise(model.noise_state)
+        model.local_outputs = []
+        for record in dual.records[:-1]:
+            head: Any = model.heads[model.feedback.key(record.name)]
+            local: Tensor = head(rows(record.output))
+            u = _perturbation(model, used, record.index, record.gate).to(local.dtype)
+            local_tangent = F.linear(u, head.weight.detach().to(local.dtype))
+            model.local_outputs.append(self.tie(model, [record], local, local_tangent, used))
+        return self.tie(model, dual.records[-1:], output, tangent, used)
+
+
+def kaiming_feedback(feedback: Tensor) -> None:
+    """Kaiming-uniform, with the features of a block as inputs (Appendix A)."""
+    nn.init.kaiming_uniform_(feedback, nonlinearity="relu")
+
+
+class DirectFeedback(BlockMethod):
+    """DFA: δ = e B with B random and fixed  (eq. 6; Nøkland 2016).
+
+    Args:
+        initialize: fills B [K, *features] in place.
+    """
+
+    feedback = "fixed"
+
+    def __init__(self, initialize: Callable[[Tensor], Any] = kaiming_feedback) -> None:
+        self._initialize = initialize
+
+    def initialize(self, feedback: Tensor) -> None:
+        self._initialize(feedback)
+
+    def delta(self, block: BlockStep) -> Tensor:
+        return block.error @ block.feedback
+
+
+class KolenPollack(DirectFeedback):
+    """DKP: DFA whose B learns from ∇B = eᵀy + λB  (Webster et al. 2021).
+
+    That is the gradient which a weight from y to the output has, so that with decay on both sides B
+    becomes what the later weights do. The same decay of the weights is up to their optimizer.
+
+    Args:
+        weight_decay: λ.
+        initialize: fills B [K, *features] in place; with zeros, as the authors' code does.
+    """
+
+    feedback = "learned"
+    reads_output = True
+
+    def __init__(
+        self, weight_decay: float = 1e-6, initialize: Callable[[Tensor], Any] = nn.init.zeros_
+    ) -> None:
+        super().__init__(initialize)
+        self.weight_decay = weight_decay
+
+    def feedback_gradient(self, block: BlockStep) -> Tensor:
+        return torch.addmm(block.feedback, block.error.t(), block.output, beta=self.weight_decay)
+
+
+class ForwardFeedback(BlockMethod):
+    """FDFA: δ = e B, and B follows the mean Jacobian by ∇B = B - dᵀu / N  (eq. 7 to 14; Algorithm 1).
+
+    This is the definition; `join` does the same in one fused operator.
+    """
+
+    tangents = "network"
+    feedback = "learned"
+
+    def delta(self, block: BlockStep) -> Tensor:
+        return block.error @ block.feedback
+
+    def feedback_gradient(self, block: BlockStep) -> Tensor:
+        return block.feedback - block.tangent.t() @ block.perturbation / len(block.error)
+
+    def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
+        records = dual.records
+        names = [record.name for record in records]
+        moments = names if model.rule == "adam" else []
+        result: Tensor = dual.backend.star(
+            output,
+            tangent,
+            model.noise_state,
+            [record.handle for record in records],
+            [record.gate for record in records],
+            model.feedback.select(names),
+            model.exp_avg.select(moments),
+            model.exp_avg_sq.select(moments),
+            model.updates,
+            [record.index for record in records],
+            [record.activation for record in records],
+            model.noise,
+            model.rule,
+            model.feedback_lr,
+            *model.betas,
+            model.eps,
+        )
+        return result
+
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "fdfa": ForwardFeedback,
+    "dfa": DirectFeedback,
+    "dkp": KolenPollack,
+    "fg-a": ActivityPerturbation,
+    "lg-fg-a": LocalGreedy,
+    "fg-w": WeightPerturbation,
+    "bp": Backpropagation,
+}

@@ -1,0 +1,313 @@
+"""Every method of the paper against its definition, written out with plain autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import NETS, batch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from fdfa_ext import FDFA, FDFALinear, reference
+from fdfa_ext.functional import BACKENDS, rows, unrows
+from fdfa_ext.layers import Block
+from fdfa_ext.methods import (
+    METHODS,
+    BlockMethod,
+    BlockStep,
+    DirectFeedback,
+    ForwardFeedback,
+    KolenPollack,
+)
+
+Gradients = dict[str, Tensor]
+
+
+def make(name: str, method: Any, device: Any = "cpu", **options: Any) -> tuple[FDFA, Tensor, Tensor]:
+    torch.manual_seed(1)
+    net = NETS[name][0]().to(device)
+    # Running statistics: a sample's Jacobian does not depend on the others.
+    for module in net.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.eval()
+    x, y = batch(name, device, n=4)
+    model = FDFA(net, method=method, example_input=x, **options)
+    net.eval()
+    model.training = True
+    return model, x, y
+
+
+def gradients(model: FDFA) -> Gradients:
+    return {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
+
+
+def loss_of(model: FDFA, x: Tensor, y: Tensor) -> Tensor:
+    output = model(x)
+    return sum(F.cross_entropy(o, y) for o in (output, *model.local_outputs))
+
+
+class Literal:
+    """The forward pass of a net of blocks, module by module, with what a method may need of it."""
+
+    def __init__(self, model: FDFA, x: Tensor, target: Tensor, tangents: str = "none") -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.noise: dict[str, Tensor] = {}
+        self.net = model.module
+        y, t = x, torch.zeros_like(x)
+        for name, module in self.net.named_children():
+            if isinstance(module, Block) and tangents == "block":
+                t = torch.zeros_like(t)
+            before = y
+            y, t = jvp(module, (y,), (t,))
+            y = y.detach()
+            if isinstance(module, Block):
+                index = len(self.inputs)
+                u = reference.perturbation(
+                    model.noise_state, index, model.noise, y.shape, channels_last=y.dim() == 4
+                )
+                t = t + u
+                self.inputs[name], self.outputs[name], self.noise[name] = before, y, u
+        self.tangent = t
+        output = y.detach().requires_grad_()
+        F.cross_entropy(output, target).backward()
+        self.error = output.grad
+
+    def block_gradients(self, name: str, delta: Tensor) -> Gradients:
+        """Of the block's own parameters, from the error at its output."""
+        block = self.net.get_submodule(name)
+        parameters = dict(block.named_parameters())
+        y = functional_call(block, parameters, self.inputs[name])
+        found = torch.autograd.grad(y, list(parameters.values()), delta.view_as(y))
+        return {f"{name}.{key}": g for key, g in zip(parameters, found, strict=True)}
+
+
+def check(model: FDFA, literal: Literal, delta: Callable[[str], Tensor]) -> None:
+    actual = gradients(model)
+    for name in literal.inputs:
+        for key, expected in literal.block_gradients(name, delta(name)).items():
+            torch.testing.assert_close(actual[key], expected, rtol=1e-4, atol=1e-6, msg=key)
+    # The output layer has its exact gradient.
+    last = list(model.module.children())[-1]
+    torch.testing.assert_close(last.bias.grad, literal.error.sum(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NETS)
+def test_dfa_projects_the_error_by_its_fixed_matrix(
+    device: torch.device, name: str, backend: str
+) -> None:
+    model, x, y = make(name, "dfa", device, backend=backend)
+    before = {key: b.clone() for key, b in model.feedback.items()}
+    literal = Literal(model, x, y)
+    loss_of(model, x, y).backward()
+    check(model, literal, lambda n: literal.error @ before[n].flatten(1))
+    for key, matrix in model.feedback.items():
+        assert torch.equal(matrix, before[key])
+        bound = (6 / matrix[0].numel()) ** 0.5
+        assert 0.8 * bound < matrix.abs().max() <= bound
+    assert model.noise_state[1] == 0
+
+
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+@pytest.mark.parametrize("name", NETS)
+def test_dkp_learns_from_error_times_activation_with_decay(
+    device: torch.device, name: str, rule: str
+) -> None:
+    method = KolenPollack(weight_decay=0.1, initialize=nn.init.normal_)
+    model, x, y = make(name, method, device, feedback=rule, feedback_lr=0.02)
+    before = {key: b.detach().clone() for key, b in model.feedback.items()}
+    literal = Literal(model, x, y)
+    loss_of(model, x, y).backward()
+    for key, b in before.items():
+        gradient = torch.einsum("nk,n...->k...", literal.error, literal.outputs[key]) + 0.1 * b
+        if rule == "grad":
+            torch.testing.assert_close(model.feedback[key].grad, gradient)
+            expected = b
+        else:
+            parameter = nn.Parameter(b.clone())
+            parameter.grad = gradient
+            kind = torch.optim.Adam if rule == "adam" else torch.optim.SGD
+            kind([parameter], lr=0.02).step()
+            expected = parameter.detach()
+        torch.testing.assert_close(model.feedback[key].detach(), expected, rtol=1e-4, atol=1e-6)
+    check(model, literal, lambda n: literal.error @ model.feedback[n].detach().flatten(1))
+    assert model.updates == (1 if rule == "adam" else 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NETS)
+def test_fg_a_is_algorithm_3(device: torch.device, name: str, backend: str) -> None:
+    model, x, y = make(name, "fg-a", device, backend=backend)
+    literal = Literal(model, x, y, tangents="network")
+    loss_of(model, x, y).backward()
+    slopes = (literal.error * literal.tangent).sum(1)
+    check(model, literal, lambda n: torch.einsum("n,n...->n...", slopes, literal.noise[n]))
+    assert model.noise_state[1] == 1
+    assert len(model.feedback) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NETS)
+def test_lg_fg_a_estimates_each_blocks_own_loss(device: torch.device, name: str, backend: str) -> None:
+    model, x, y = make(name, "lg-fg-a", device, backend=backend)
+    literal = Literal(model, x, y, tangents="block")
+    loss_of(model, x, y).backward()
+    slopes = {list(literal.inputs)[-1]: (literal.error * literal.tangent).sum(1)}
+    assert len(model.heads) == len(literal.inputs) - 1
+    for key, head in model.heads.items():
+        out = head(rows(literal.outputs[key])).detach().requires_grad_()
+        F.cross_entropy(out, y).backward()
+        slopes[key] = (out.grad * (rows(literal.noise[key]) @ head.weight.detach().t())).sum(1)
+        torch.testing.assert_close(head.weight.grad, out.grad.t() @ rows(literal.outputs[key]))
+    check(model, literal, lambda n: torch.einsum("n,n...->n...", slopes[n], literal.noise[n]))
+    assert {id(p) for p in model.forward_parameters()} >= {id(p) for p in model.heads.parameters()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NETS)
+def test_fg_w_is_algorithm_2(device: torch.device, name: str, backend: str) -> None:
+    model, x, y = make(name, "fg-w", device, backend=backend)
+    parameters = {key: p.detach() for key, p in model.module.named_parameters()}
+    directions = {
+        key: reference.perturbation(model.noise_state, i, "gaussian", [1, p.numel()]).view_as(p)
+        for i, (key, p) in enumerate(parameters.items())
+    }
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(model.module, parameters, x), y)
+
+    _, slope = jvp(loss, (parameters,), (directions,))
+    loss_of(model, x, y).backward()
+    for key, v in directions.items():
+        torch.testing.assert_close(gradients(model)[key], slope * v, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_bp_is_autograd(name: str) -> None:
+    model, x, y = make(name, "bp")
+    loss_of(model, x, y).backward()
+    expected = torch.autograd.grad(F.cross_entropy(model.module(x), y), list(model.module.parameters()))
+    for actual, value in zip(gradients(model).values(), expected, strict=True):
+        torch.testing.assert_close(actual, value)
+
+
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+@pytest.mark.parametrize("name", NETS)
+def test_the_definition_of_fdfa_in_five_lines_is_its_fused_operator(name: str, rule: str) -> None:
+    class Definition(ForwardFeedback):
+        join = BlockMethod.join
+
+    options = {"feedback": rule, "feedback_lr": 0.05}
+    models = [make(name, method, **options) for method in ("fdfa", Definition())]
+    for _ in range(3):
+        for model, x, y in models:
+            model.zero_grad()
+            loss_of(model, x, y).backward()
+    (fused, *_), (definition, *_) = models
+    for key, value in fused.state_dict().items():
+        torch.testing.assert_close(definition.state_dict()[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    for key, value in gradients(fused).items():
+        torch.testing.assert_close(gradients(definition)[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_net"])
+@pytest.mark.parametrize(("method", "steps"), [("fg-a", 1500), ("fg-w", 6000)])
+def test_forward_gradients_are_unbiased(name: str, method: str, steps: int) -> None:
+    """The mean over steps, projected on the true gradient, is that gradient: slope 1 within 5 sigma."""
+    model, x, y = make(name, method)
+    exact = torch.autograd.grad(F.cross_entropy(model.module(x), y), list(model.module.parameters()))
+    n = len(exact) - (2 if method == "fg-a" else 0)  # whose output layer is exact
+    keys = [key for key, _ in model.module.named_parameters()][:n]
+    products, squares = torch.zeros(steps, n), torch.stack([e.square().sum() for e in exact[:n]])
+    for t in range(steps):
+        model.zero_grad()
+        loss_of(model, x, y).backward()
+        found = gradients(model)
+        for i, key in enumerate(keys):
+            products[t, i] = (found[key] * exact[i]).sum()
+    slopes = torch.cat([products / squares, products.sum(1, keepdim=True) / squares.sum()], dim=1)
+    mean, sigma = slopes.mean(0), slopes.std(0) / steps**0.5
+    assert ((mean - 1).abs() < 5 * sigma).all(), (mean, sigma)
+    assert sigma[-1] < 0.1, sigma  # of the whole gradient: or the line above would say nothing
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_a_task(method: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, 10)
+    teacher = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 4))
+    y = teacher(x).argmax(1)
+    net = nn.Sequential(
+        FDFALinear(10, 32, activation="relu"), FDFALinear(32, 32, activation="relu"), nn.Linear(32, 4)
+    )
+    # A frozen random net below a trained output layer is what a method has to beat.
+    model = FDFA(net, method=method, feedback_lr=1e-3, example_input=x)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    before = net[0].weight.detach().clone()
+    for _ in range(2000 if method == "fg-w" else 400):
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    accuracy = (net(x).argmax(1) == y).float().mean()
+    assert accuracy > {"fg-w": 0.7, "fg-a": 0.85, "lg-fg-a": 0.85}.get(method, 0.95), accuracy
+    assert not torch.equal(before, net[0].weight)
+
+
+def test_a_rule_of_ones_own_is_one_class() -> None:
+    """Sign-symmetric DFA: only the signs of B project."""
+
+    class SignFeedback(DirectFeedback):
+        def delta(self, block: BlockStep) -> Tensor:
+            return block.error @ block.feedback.sign()
+
+    model, x, y = make("conv_net", SignFeedback())
+    literal = Literal(model, x, y)
+    loss_of(model, x, y).backward()
+    check(model, literal, lambda n: literal.error @ model.feedback[n].sign().flatten(1))
+
+
+def test_rows_and_unrows_are_inverse() -> None:
+    for t in (torch.randn(3, 4), torch.randn(3, 2, 4), torch.randn(3, 2, 4, 5)):
+        assert torch.equal(unrows(rows(t), t.shape), t)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_model_goes_on_as_the_uninterrupted_one(method: str) -> None:
+    (first, x, y), (second, *_) = (make("mlp", method) for _ in range(2))
+    loss_of(first, x, y).backward()
+    second.load_state_dict(first.state_dict())
+    for model in (first, second):
+        model.zero_grad()
+        loss_of(model, x, y).backward()
+    for key, value in gradients(first).items():
+        assert torch.equal(gradients(second)[key], value)
+    for key, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("rule", ["adam", "ema"])
+def test_an_error_that_is_not_finite_leaves_the_feedback_alone(rule: str) -> None:
+    model, x, y = make("mlp", "dkp", feedback=rule)
+    loss_of(model, x, y).backward()
+    before = [b.clone() for b in (*model.feedback.values(), *model.exp_avg.values())]
+    (loss_of(model, x, y) * float("inf")).backward()
+    after = [*model.feedback.values(), *model.exp_avg.values()]
+    for a, b in zip(after, before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_the_user_gets_wrong_is_said() -> None:
+    with pytest.raises(ValueError, match=r"method must be one of fdfa, dfa, .* got 'sgd'"):
+        FDFA(NETS["mlp"][0](), method="sgd")
+    frozen = NETS["mlp"][0]().requires_grad_(False)
+    with pytest.raises(RuntimeError, match="frozen"):
+        FDFA(frozen, method="fg-w")(torch.randn(2, 6))
+    inplace = nn.Sequential(FDFALinear(6, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    with pytest.raises(RuntimeError, match="block '0' was changed in place"):
+        FDFA(inplace, method="dkp")(torch.randn(2, 6))
+    cut = nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 4), FDFALinear(4, 2), nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="depends on parameters of a module before it"):
+        FDFA(cut, method="dfa")(torch.randn(2, 6))
