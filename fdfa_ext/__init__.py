@@ -1,8 +1,18 @@
 """Forward Direct Feedback Alignment for PyTorch: training without backpropagation."""
 
+from fdfa_ext import methods, metrics
 from fdfa_ext._ops import build_info
 from fdfa_ext.graphed import make_graphed_step
 from fdfa_ext.layers import FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.wrapper import FDFA
 
-__all__ = ["FDFA", "FDFABlock", "FDFAConv2d", "FDFALinear", "build_info", "make_graphed_step"]
+__all__ = [
+    "FDFA",
+    "FDFABlock",
+    "FDFAConv2d",
+    "FDFALinear",
+    "build_info",
+    "make_graphed_step",
+    "methods",
+    "metrics",
+]

@@ -171,6 +171,11 @@ class FDFA(nn.Module):
             self._prepare(*inputs)
 
     @property
+    def prepared(self) -> bool:
+        """Whether all that the method keeps beside the module, such as its feedback, exists."""
+        return self._checked
+
+    @property
     def backend_operators(self) -> Any:
         return BACKENDS[self.backend]
 

@@ -14,6 +14,7 @@ import torch
 from fdfa_ext.arguments import device, positive, some_of, whole, whole_numbers
 from fdfa_ext.bench import report
 from fdfa_ext.bench.contenders import (
+    DEFAULT,
     DTYPES,
     GRAPHED,
     INPUTS,
@@ -65,7 +66,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         type=some_of(METHODS),
-        default=",".join(METHODS),
+        default=",".join(DEFAULT),
         metavar="METHOD[,...]",
         help="default %(default)s",
     )

@@ -20,7 +20,9 @@ INPUTS = ("digits", "mnist", "cifar10")  # that one may ask for
 _WIDTHS = {"digits": 128, "mnist": 800, "cifar10": 1000}
 DTYPES = ("float32", "tf32", "bfloat16")
 GRAPHED = ("fdfa-graphed", "bp-graphed")
-METHODS = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled", *GRAPHED)
+RELATIVES = ("dfa", "dkp", "fg-a", "lg-fg-a", "fg-w")
+DEFAULT = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled", *GRAPHED)
+METHODS = (*DEFAULT, *RELATIVES)
 
 _N_BATCHES = 16  # enough that no contender learns them by heart and computes with zeros from then on
 _BATCH_BYTES = 2**28  # of them all at most
@@ -102,6 +104,8 @@ def training_step(case: Case, method: str, device: torch.device, dtype: str) -> 
     model: nn.Module = net
     if method in ("fdfa", "fdfa-graphed"):
         model = FDFA(net, feedback="adam", feedback_lr=1e-4, example_input=example)
+    elif method in RELATIVES:
+        model = FDFA(net, method=method, example_input=example)
     elif method == "plain":
         model = PlainFDFA(net, example)
     elif method == "published":
@@ -124,6 +128,8 @@ def training_step(case: Case, method: str, device: torch.device, dtype: str) -> 
         images, labels = next(endless)
         with precision:
             loss = F.cross_entropy(forward(images), labels)
+            for output in getattr(model, "local_outputs", ()):
+                loss = loss + F.cross_entropy(output, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

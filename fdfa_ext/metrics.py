@@ -1,0 +1,208 @@
+"""How good a method's gradients and feedback are, measured on any model and left without a trace.
+
+Every function puts back what its passes change: feedback and its moments, noise, running statistics and
+the gradients that the parameters have.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdfa_ext.functional import rows
+from fdfa_ext.wrapper import FDFA
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Batch = tuple[Tensor, Tensor]  # input, target
+
+
+def gradient_alignment(
+    model: FDFA, batch: Batch, loss_fn: Loss = F.cross_entropy, draws: int = 1
+) -> dict[str, float]:
+    """Angle in degrees between estimated and true gradient, for each parameter  (Fig. 8).
+
+    The estimate is the mean over `draws` of the noise, with the feedback as it stands. One draw will do
+    for methods that project the error by B; forward gradients need as many as they have dimensions.
+
+    Args:
+        model: an FDFA of any method.
+        batch: (input, target).
+        loss_fn: loss_fn(output, target), a scalar.
+
+    Returns:
+        name within the module → angle from 0 to 180; 90 where a gradient is zero.
+
+    Raises:
+        ValueError: draws is below 1.
+    """
+    with _untouched(model):
+        exact = _gradients(model, loss_fn(model.module(batch[0]), batch[1]))
+        learning_rate, model.feedback_lr = model.feedback_lr, 0.0
+        try:
+            estimates = _estimates(model, batch, loss_fn, draws)
+            mean = next(estimates)
+            for estimate in estimates:
+                for name, value in estimate.items():
+                    mean[name] += value  # the length of a sum does not matter to its angle
+        finally:
+            model.feedback_lr = learning_rate
+    return {name: _angle(mean[name], value) for name, value in exact.items()}
+
+
+def estimator_variance(
+    model: FDFA,
+    batch: Batch,
+    loss_fn: Loss = F.cross_entropy,
+    draws: int = 32,
+    normalize: bool = False,
+) -> dict[str, float]:
+    """Variance of the estimate over the noise, mean over a parameter's elements  (z₂ of eq. 18).
+
+    Every draw starts from the same feedback, which moves by the model's own rule as in training: with
+    rule "ema" this is the variance of Proposition 2. Zero for methods without noise.
+
+    Args:
+        model: an FDFA of any method.
+        batch: (input, target).
+        loss_fn: loss_fn(output, target), a scalar.
+        draws: of the noise; 2 or more.
+        normalize: divide by the mean square of the estimates' elements, as in Fig. 7.
+
+    Returns:
+        name within the module → variance, unbiased.
+
+    Raises:
+        ValueError: draws is below 2.
+    """
+    if draws < 2:
+        raise ValueError(f"estimator_variance: draws must be 2 or more; got {draws}")
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
+    with _untouched(model):
+        for estimate in _estimates(model, batch, loss_fn, draws):
+            for name, value in estimate.items():
+                # From the first estimate, so that a variance far below the square loses no digits.
+                first.setdefault(name, value)
+                apart = (value - first[name]).double()
+                sums[name] = sums.get(name, 0) + apart
+                squares[name] = squares.get(name, 0) + apart.square()
+    result = {}
+    for name, total in sums.items():
+        variance = ((squares[name] - total.square() / draws) / (draws - 1)).mean()
+        if normalize:
+            mean = first[name].double() + total / draws
+            variance = variance / (mean.square().mean() + variance * (draws - 1) / draws)
+        result[name] = float(variance)
+    return result
+
+
+def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
+    """Angle in degrees between B and the mean Jacobian ∂output/∂block over a batch  (eq. 12).
+
+    The Jacobian is exact, of the module in eval mode, where no sample depends on another.
+
+    Args:
+        model: an FDFA of a method with feedback.
+        input: the module's input, of N samples.
+
+    Returns:
+        block → angle from 0 to 180.
+
+    Raises:
+        ValueError: the method has no feedback, or it does not exist yet.
+    """
+    if len(model.feedback) == 0:
+        raise ValueError(
+            "feedback_alignment: the model has no feedback matrices; use a method that has, and pass "
+            "example_input or run one training forward"
+        )
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: object, __: object, output: Tensor) -> None:
+            outputs[name] = output
+
+        return hook
+
+    hooks = [
+        model.module.get_submodule(name).register_forward_hook(keep(name)) for name in model.feedback
+    ]
+    try:
+        with _untouched(model), torch.enable_grad():
+            model.module.eval()
+            y = model.module(input)
+            found = [
+                torch.autograd.grad(y[:, k].sum(), list(outputs.values()), retain_graph=True)
+                for k in range(y.shape[1])
+            ]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    jacobians = {name: torch.stack([r[i].sum(0) for r in found]) for i, name in enumerate(outputs)}
+    return {name: _angle(rows(model.feedback[name]), rows(j)) for name, j in jacobians.items()}
+
+
+def _estimates(model: FDFA, batch: Batch, loss_fn: Loss, draws: int) -> Iterator[dict[str, Tensor]]:
+    """The method's gradients from `draws` draws of the noise and always the same feedback."""
+    if draws < 1:
+        raise ValueError(f"gradient_alignment: draws must be 1 or more; got {draws}")
+    model.training = True
+    start = _state(model)
+    for _ in range(draws):
+        loss = loss_fn(model(batch[0]), batch[1])
+        yield _gradients(model, sum((loss_fn(o, batch[1]) for o in model.local_outputs), loss))
+        _restore(model, start, but="noise_state")
+
+
+def _gradients(model: FDFA, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.module.named_parameters()
+        if p.requires_grad
+    }
+
+
+def _state(model: FDFA) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+@torch.no_grad()
+def _restore(model: FDFA, state: dict[str, Tensor], but: str = "") -> None:
+    for name, tensor in model.state_dict().items():
+        if name != but:
+            tensor.copy_(state[name])
+
+
+@contextmanager
+def _untouched(model: FDFA) -> Iterator[None]:
+    if not model.prepared:
+        raise ValueError(
+            "fdfa_ext.metrics: the model's feedback does not exist yet; pass example_input to FDFA or "
+            "run one training forward"
+        )
+    state = _state(model)
+    gradients = {p: p.grad for p in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        _restore(model, state)
+        for p, gradient in gradients.items():
+            p.grad = gradient
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _angle(a: Tensor, b: Tensor) -> float:
+    a, b = a.flatten().double(), b.flatten().double()
+    # Half-angle form: exact near 0 and 180, where the arc cosine loses half its digits.
+    a, b = a * b.norm(), b * a.norm()
+    if not a.any() or not b.any():
+        return 90.0
+    return float(torch.rad2deg(2 * torch.atan2((a - b).norm(), (a + b).norm())))

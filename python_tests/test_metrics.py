@@ -1,0 +1,110 @@
+"""Alignment and variance against values known in closed form, and models left as they were."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import NETS, batch
+from torch import nn
+
+from fdfa_ext import FDFA, FDFALinear
+from fdfa_ext.methods import METHODS
+from fdfa_ext.metrics import estimator_variance, feedback_alignment, gradient_alignment
+
+
+def make(name: str, method: str, **options: Any) -> FDFA:
+    torch.manual_seed(1)
+    return FDFA(NETS[name][0](), method=method, example_input=batch(name)[0], **options)
+
+
+@pytest.mark.parametrize("name", ["mlp", "block_net"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_measured_model_is_left_as_it_was(name: str, method: str) -> None:
+    model, data = make(name, method), batch(name)
+    F.cross_entropy(model(data[0]), data[1]).backward()
+    model.eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    gradient_alignment(model, data, draws=2)
+    estimator_variance(model, data, draws=2)
+    if len(model.feedback):
+        feedback_alignment(model, data[0])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert p.grad is gradient or torch.equal(p.grad, gradient)
+    assert not any(module.training for module in model.modules())
+    assert model.feedback_lr == 1e-4
+
+
+def test_backpropagation_is_aligned_and_has_no_variance() -> None:
+    model, data = make("conv_net", "bp"), batch("conv_net")
+    assert max(gradient_alignment(model, data).values()) < 1e-3
+    assert max(estimator_variance(model, data, draws=3).values()) == 0
+
+
+def test_feedback_equal_to_the_output_weight_is_exact_and_its_negative_opposite() -> None:
+    """eq. 13: with one hidden layer B = W of the output makes FDFA backpropagation."""
+    net = nn.Sequential(FDFALinear(6, 8, activation="tanh"), nn.Linear(8, 3))
+    data = batch("mlp")
+    model = FDFA(net, example_input=data[0])
+    model.feedback["0"].copy_(net[1].weight.detach())
+    assert feedback_alignment(model, data[0])["0"] < 1e-3
+    assert max(gradient_alignment(model, data).values()) < 1e-2
+    model.feedback["0"].neg_()
+    assert feedback_alignment(model, data[0])["0"] > 180 - 1e-3
+    assert gradient_alignment(model, data)["0.weight"] > 180 - 1e-2
+
+
+def test_forward_gradients_align_with_more_draws() -> None:
+    model, data = make("mlp", "fg-a"), batch("mlp")
+    few, many = (gradient_alignment(model, data, draws=n)["0.weight"] for n in (1, 2000))
+    assert many < 20 < few
+
+
+@pytest.mark.parametrize("method", ["fg-w", "fg-a"])
+def test_variance_of_forward_gradients_is_lemma_4(method: str) -> None:
+    """Var[(g · v) vᵢ] = gᵢ² + |g|²: for FG-W over all parameters, for FG-A over one sample's neurons."""
+    net = nn.Sequential(FDFALinear(6, 8), nn.Linear(8, 3))
+    data = batch("mlp", n=1)
+    model = FDFA(net, method=method, example_input=data[0])
+    loss = F.cross_entropy(net(data[0]), data[1])
+    gradients = torch.autograd.grad(loss, list(net.parameters()))
+    if method == "fg-w":
+        norm = sum(g.square().sum() for g in gradients)
+        expected = (gradients[0].square() + norm).mean()
+    else:
+        by_neuron = gradients[1]  # of the bias, and so of the activation too
+        x2 = data[0].square().mean()
+        expected = ((by_neuron.square() + by_neuron.square().sum()).mean()) * x2
+    found = estimator_variance(model, data, draws=8000)["0.weight"]
+    assert found == pytest.approx(float(expected), rel=0.1)
+    # By the mean square of the estimate, E g² + Var g, less the share of 1/draws.
+    part = estimator_variance(model, data, draws=8000, normalize=True)["0.weight"]
+    mean_square = gradients[0].square().mean() + expected
+    assert part == pytest.approx(float(expected / mean_square), rel=0.1)
+
+
+def test_variance_of_fdfa_grows_with_the_square_of_its_rate() -> None:
+    """Proposition 2, from feedback that has converged."""
+    net = nn.Sequential(FDFALinear(6, 8, activation="relu"), nn.Linear(8, 3))
+    data = batch("mlp")
+    model = FDFA(net, feedback="ema", feedback_lr=0.5, example_input=data[0])
+    model.feedback["0"].copy_(net[1].weight.detach())
+    found = []
+    for model.feedback_lr in (1e-3, 1e-1):
+        found.append(estimator_variance(model, data, draws=50)["0.weight"])
+    assert found[1] / found[0] == pytest.approx(1e4, rel=1e-2)  # the same draws, so the same numbers
+
+
+def test_what_the_user_gets_wrong_is_said() -> None:
+    model, data = make("mlp", "fg-a"), batch("mlp")
+    with pytest.raises(ValueError, match="draws must be 1 or more; got 0"):
+        gradient_alignment(model, data, draws=0)
+    with pytest.raises(ValueError, match="draws must be 2 or more; got 1"):
+        estimator_variance(model, data, draws=1)
+    with pytest.raises(ValueError, match="no feedback matrices"):
+        feedback_alignment(model, data[0])
+    with pytest.raises(ValueError, match="does not exist yet"):
+        gradient_alignment(FDFA(NETS["mlp"][0]()), data)
