@@ -59,7 +59,7 @@ def test_feedback_equal_to_the_output_weight_is_exact_and_its_negative_opposite(
 
 def test_forward_gradients_align_with_more_draws() -> None:
     model, data = make("mlp", "fg-a"), batch("mlp")
-    few, many = (gradient_alignment(model, data, draws=n)["0.weight"] for n in (1, 2000))
+    few, many = (gradient_alignment(model, data, draws=n)["1.weight"] for n in (1, 1600))
     assert many < 20 < few
 
 
