@@ -1,4 +1,4 @@
-"""Command line: ``python -m fdfa_ext train``, ``bench``, ``profile`` and ``info``."""
+"""Command line: ``python -m fdfa_ext train``, ``experiment``, ``bench``, ``profile`` and ``info``."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from fdfa_ext import build_info
 from fdfa_ext.bench import command as bench
+from fdfa_ext.experiments import command as experiments
 from fdfa_ext.train import command as train
 from fdfa_ext.train.errors import UserError
 
@@ -23,8 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_arguments(
         commands.add_parser(
             "train",
-            help="train a net by FDFA, by backpropagation, or by both and compare",
+            help="train a net by FDFA or by other methods, and compare",
             description="Train a net and write CSV and plot. The defaults are the paper's Appendix A.",
+        )
+    )
+    experiments.add_arguments(
+        commands.add_parser(
+            "experiment", help="repeat a figure of the paper", description=experiments.DESCRIPTION
         )
     )
     bench.add_bench_arguments(
@@ -46,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.command == "train":
             train.train(vars(args))
+        elif args.command == "experiment":
+            experiments.experiment(args)
         elif args.command == "bench":
             bench.bench(args)
         elif args.command == "profile":

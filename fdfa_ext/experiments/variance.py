@@ -1,0 +1,109 @@
+"""Figures 5 and 6: the variance that the noise gives to gradient estimates, in a two-layer net.
+
+Each point is the mean over single images of z₂ (eq. 18), for the hidden weights. As the propositions
+assume, the output layer is not perturbed, and its weights have one scale whatever the width, so that
+no derivative shrinks or grows with the net.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdfa_ext import FDFA, FDFALinear
+from fdfa_ext.metrics import estimator_variance
+from fdfa_ext.train.data import N_CLASSES, Dataset
+
+_NEURONS = 100  # of the hidden layer where it is not what varies
+_OUTPUT_SCALE = 0.01  # small, so that the softmax is far from saturation at every width
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of an experiment to do."""
+
+    images: int  # that a point is a mean over
+    draws: int  # of the noise, for each image
+
+
+QUICK, FULL = Size(images=4, draws=32), Size(images=32, draws=128)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a line. slope of the line: what the paper's theory says."""
+
+    line: str
+    x: float
+    variance: float
+    expected_slope: float
+
+
+def figure_5(data: Dataset, size: Size, seed: int) -> Iterator[Point]:
+    """FDFA over the feedback's rate α, from feedback that has converged (Proposition 2)."""
+    for alpha in (1e-4, 1e-3, 1e-2, 1e-1, 0.5):
+        net = _net(_inputs(data), _NEURONS, seed)
+        model = FDFA(net, feedback="ema", feedback_lr=alpha, example_input=_images(data, 2))
+        weight = net[1].weight
+        assert isinstance(weight, Tensor)
+        model.feedback["0"].copy_(weight)
+        yield Point("fdfa", alpha, _variance(model, data, size, 1), 2.0)
+
+
+def figure_6_inputs(data: Dataset, size: Size, seed: int) -> Iterator[Point]:
+    """FG-W and FG-A over the inputs, which are an image's pixels several times (Propositions 5, 6)."""
+    for method, slope in (("fg-w", 1.0), ("fg-a", 0.0)):
+        for copies in (1, 2, 4, 8):
+            inputs = copies * _inputs(data)
+            model = _forward_gradients(data, method, inputs, _NEURONS, copies, seed)
+            yield Point(method, inputs, _variance(model, data, size, copies), slope)
+
+
+def figure_6_neurons(data: Dataset, size: Size, seed: int) -> Iterator[Point]:
+    """FG-W and FG-A over the hidden neurons (Propositions 5, 6)."""
+    for method, slope in (("fg-w", 1.0), ("fg-a", 1.0)):
+        for neurons in (50, 100, 200, 400, 800):
+            model = _forward_gradients(data, method, _inputs(data), neurons, 1, seed)
+            yield Point(method, neurons, _variance(model, data, size, 1), slope)
+
+
+FIGURES = {
+    "figure-5": (figure_5, "feedback learning rate α"),
+    "figure-6-inputs": (figure_6_inputs, "inputs"),
+    "figure-6-neurons": (figure_6_neurons, "hidden neurons"),
+}
+
+
+def _net(inputs: int, neurons: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    hidden = FDFALinear(inputs, neurons, bias=False, activation="relu")
+    output = nn.Linear(neurons, N_CLASSES, bias=False)
+    nn.init.kaiming_uniform_(hidden.weight, nonlinearity="relu")
+    nn.init.normal_(output.weight, std=_OUTPUT_SCALE)
+    output.requires_grad_(False)
+    return nn.Sequential(hidden, output)
+
+
+def _forward_gradients(
+    data: Dataset, method: str, inputs: int, neurons: int, copies: int, seed: int
+) -> FDFA:
+    return FDFA(_net(inputs, neurons, seed), method=method, example_input=_images(data, 2, copies))
+
+
+def _inputs(data: Dataset) -> int:
+    return data.train_images[0].numel()
+
+
+def _images(data: Dataset, n: int, copies: int = 1) -> Tensor:
+    return data.train_images[:n].flatten(1).repeat(1, copies)
+
+
+def _variance(model: FDFA, data: Dataset, size: Size, copies: int) -> float:
+    images = _images(data, size.images, copies)
+    batches = zip(images.split(1), data.train_labels[: size.images].split(1), strict=True)
+    return fmean(
+        estimator_variance(model, batch, F.cross_entropy, size.draws)["0.weight"] for batch in batches
+    )
