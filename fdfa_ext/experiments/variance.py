@@ -29,7 +29,7 @@ class Size:
     draws: int  # of the noise, for each image
 
 
-QUICK, FULL = Size(images=4, draws=32), Size(images=32, draws=128)
+QUICK, FULL = Size(images=4, draws=32), Size(images=8, draws=128)
 
 
 @dataclass(frozen=True)
