@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     experiments.add_arguments(
         commands.add_parser(
-            "experiment", help="repeat a figure of the paper", description=experiments.DESCRIPTION
+            "experiment",
+            help="repeat a table or figure of the paper",
+            description=experiments.DESCRIPTION,
         )
     )
     bench.add_bench_arguments(

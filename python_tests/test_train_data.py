@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fdfa_ext.train.data import batches, load_dataset
 from fdfa_ext.train.errors import UserError
@@ -143,6 +144,65 @@ def test_missing_files_are_listed(tmp_path, monkeypatch, name, file):
     monkeypatch.setattr("fdfa_ext.train.data._download", lambda *_: False)
     with pytest.raises(UserError, match=f"{name} is not in .*: put .*{file}.* into .*{name}"):
         load_dataset(name, tmp_path)
+
+
+def test_cifar100_has_its_fine_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        pixels = rng.integers(0, 256, (3, 3072), dtype=np.uint8)
+        batch = {b"data": pixels, b"fine_labels": [0, 50, 99], b"coarse_labels": [0, 5, 9]}
+        (tmp_path / name).write_bytes(pickle.dumps(batch, protocol=2))
+    data = load_dataset("cifar100", tmp_path)
+    assert data.n_classes == 100
+    assert data.train_images.shape == (3, 3, 32, 32)
+    assert data.test_labels.tolist() == [0, 50, 99]
+    (tmp_path / "test").write_bytes(pickle.dumps({**batch, b"fine_labels": [0, 1, 100]}, protocol=2))
+    with pytest.raises(UserError, match="label 100, outside 0 to 99"):
+        load_dataset("cifar100", tmp_path)
+
+
+def write_tiny_imagenet(folder: Path) -> list[str]:
+    """200 classes, of which the first two have images, one of them grey; the names are not sorted."""
+    names = [f"n{9999 - i:08}" for i in range(200)]
+    (folder / "val" / "images").mkdir(parents=True)
+    (folder / "wnids.txt").write_text("\n".join(names) + "\n")
+    for i, (name, mode) in enumerate(zip(names, ("RGB", "L"), strict=False)):
+        (folder / "train" / name / "images").mkdir(parents=True)
+        image = Image.new(mode, (64, 64), 100 * i)
+        image.save(folder / "train" / name / "images" / f"{name}_0.JPEG")
+        image.save(folder / "val" / "images" / f"val_{i}.JPEG")
+    rows = [f"val_{1 - i}.JPEG\t{names[1 - i]}\t0\t0\t63\t63" for i in range(2)]
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
+    return names
+
+
+@pytest.mark.parametrize("subfolder", [".", "tiny-imagenet-200"])
+def test_tiny_imagenet_is_read_from_its_folder(tmp_path, subfolder):
+    write_tiny_imagenet(tmp_path / subfolder)
+    data = load_dataset("tiny-imagenet", tmp_path)
+    assert data.n_classes == 200
+    assert data.train_images.shape == (2, 3, 64, 64)
+    assert data.train_labels.tolist() == [0, 1]
+    assert data.test_labels.tolist() == [1, 0]  # as the annotations order them
+    torch.testing.assert_close(data.test_images[1], torch.full((3, 64, 64), -1.0))
+    torch.testing.assert_close(data.test_images[0], torch.full((3, 64, 64), 100 / 127.5 - 1))
+
+
+def test_broken_parts_of_tiny_imagenet_are_named(tmp_path):
+    names = write_tiny_imagenet(tmp_path)
+    image = tmp_path / "train" / names[0] / "images" / f"{names[0]}_0.JPEG"
+    image.write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"{names[0]}_0.JPEG cannot be read"):
+        load_dataset("tiny-imagenet", tmp_path)
+    Image.new("RGB", (64, 63)).save(image)
+    with pytest.raises(UserError, match="must be of 64 x 64 pixels, got 64 x 63"):
+        load_dataset("tiny-imagenet", tmp_path)
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn00000000\n")
+    with pytest.raises(UserError, match=r"val_annotations.txt cannot be read: KeyError\('n00000000'\)"):
+        load_dataset("tiny-imagenet", tmp_path)
+    (tmp_path / "wnids.txt").write_text("n1\nn2\n")
+    with pytest.raises(UserError, match="must name 200 classes, got 2"):
+        load_dataset("tiny-imagenet", tmp_path)
 
 
 def test_batches_hold_every_image_once_in_an_order_the_seed_gives():

@@ -125,6 +125,17 @@ def test_a_last_batch_of_one_image_is_refused_where_it_cannot_be_normalised():
         Run(Config(model="cnn", method="bp", batch_size=4), Dataset(images, labels, images, labels))
 
 
+def test_alexnet_trains_on_enlarged_images_of_any_number_of_classes():
+    images, labels = torch.rand(2, 3, 32, 32), torch.tensor([3, 99])
+    run = Run(
+        Config(model="alexnet", method="bp", epochs=1), Dataset(images, labels, images, labels, 100)
+    )
+    assert run._prepared(images).shape == (2, 3, 224, 224)
+    result = run.train_epoch()
+    assert result.train_loss == pytest.approx(4.6, abs=1)  # ln 100
+    assert run.model.module[-1].out_features == 100
+
+
 def test_the_command_line_compares_both_methods(tmp_path):
     flags = ["--method", "fdfa,bp", "--epochs", "1", "--threads", "1"]
     command = [sys.executable, "-m", "fdfa_ext", "train", *flags]

@@ -1,76 +1,70 @@
-"""``python -m fdfa_ext experiment``: a figure to points, CSV, plot and a table of slopes."""
+"""``python -m fdfa_ext experiment``: a table or figure of the paper, by name."""
 
 import argparse
-import csv
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable
 from pathlib import Path
 
-from fdfa_ext.arguments import seed
-from fdfa_ext.bench.report import slope
-from fdfa_ext.experiments.variance import FIGURES, FULL, QUICK, Point
-from fdfa_ext.train.data import DATASETS, load_dataset
+from fdfa_ext.arguments import device, some_of, whole
+from fdfa_ext.experiments.alignment import alignment
+from fdfa_ext.experiments.convergence import convergence
+from fdfa_ext.experiments.noise import variance_and_loss
+from fdfa_ext.experiments.runs import Options
+from fdfa_ext.experiments.tables import TABLES, table
+from fdfa_ext.experiments.variance import FIGURES, variance_slopes
+from fdfa_ext.methods import METHODS
+from fdfa_ext.train.data import DATASETS
+from fdfa_ext.train.errors import UserError
 
-DESCRIPTION = "Repeat a figure of the paper: CSV, plot and a Markdown table."
+DESCRIPTION = """Repeat a table or figure of the paper: CSV, plot and a Markdown table. A stopped
+experiment goes on where it was, and experiments share the runs that they have in common."""
+
+_Experiment = Callable[[str, Options, Path], str]  # name, options, folder → Markdown
+EXPERIMENTS: dict[str, _Experiment] = {
+    **dict.fromkeys(TABLES, table),
+    **dict.fromkeys(("figure-3", "figure-4"), convergence),
+    **dict.fromkeys(FIGURES, variance_slopes),
+    "figure-7": variance_and_loss,
+    "figure-8": alignment,
+}
+_FULL = {"seeds": 10, "epochs": 100}
+_QUICK = {"seeds": 2, "epochs": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("figure", choices=FIGURES, help="which")
-    parser.add_argument("--dataset", default="mnist", choices=DATASETS, help="images (default mnist)")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the files")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and noise")
-    parser.add_argument("--quick", action="store_true", help="fewer images and draws, in seconds")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for the files (default runs/FIGURE)"
-    )
+    add = parser.add_argument
+    add("name", choices=EXPERIMENTS, help="which")
+    words = "[,...]"
+    add("--datasets", type=some_of(DATASETS), metavar=f"SET{words}", help="in place of the paper's")
+    add("--methods", type=some_of(list(METHODS)), metavar=f"METHOD{words}", help="some of the paper's")
+    add("--data-dir", type=Path, metavar="DIR", help="folder of the data sets' files")
+    add("--seeds", type=whole, metavar="N", help="how many, from 0 on (default 10; 2 with --quick)")
+    add("--epochs", type=whole, metavar="N", help="of training (default 100; 2 with --quick)")
+    add("--quick", action="store_true", help="fewer epochs, seeds and images, in minutes")
+    add("--jobs", type=whole, metavar="N", help="runs at a time (default: one a core)")
+    add("--device", type=device, help="device, such as cuda (default cpu)")
+    add("--output", type=Path, metavar="DIR", default=Path("runs"), help="results go to DIR/NAME")
 
 
 def experiment(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    try:
+        import matplotlib  # noqa: F401
+        import tqdm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(f"experiments need {error.name}: pip install {error.name}") from None
 
-    make_points, x_label = FIGURES[args.figure]
-    data = load_dataset(args.dataset, args.data_dir)
-    size = QUICK if args.quick else FULL
-    points = list(tqdm(make_points(data, size, args.seed), unit="point", leave=False, disable=None))
-    output = args.output or Path("runs") / args.figure
-    output.mkdir(parents=True, exist_ok=True)
-    _write_csv(points, output / "points.csv")
-    _plot(points, x_label, f"{args.figure}, {args.dataset}", output / "figure.png")
-    table = slope_table(points, x_label)
-    (output / "table.md").write_text(table + "\n")
-    print(table, f"CSV, plot and table: {output}", sep="\n\n")
-
-
-def slope_table(points: Sequence[Point], x_label: str) -> str:
-    """Markdown: the slope of each line on logarithmic axes, beside the theory's."""
-    rows = [f"| method | slope of the variance over {x_label} | theory |", "|---|---|---|"]
-    for line, own in _lines(points).items():
-        found = slope([p.x for p in own], [p.variance for p in own])
-        rows.append(f"| {line} | {found:.2f} | {own[0].expected_slope:g} |")
-    return "\n".join(rows)
-
-
-def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
-    names = dict.fromkeys(point.line for point in points)
-    return {name: [point for point in points if point.line == name] for name in names}
-
-
-def _write_csv(points: Sequence[Point], file: Path) -> None:
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(Point)])
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in points)
-
-
-def _plot(points: Sequence[Point], x_label: str, title: str, file: Path) -> None:
-    from matplotlib.figure import Figure  # without pyplot: needs no display
-
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for line, own in _lines(points).items():
-        xs, ys = [p.x for p in own], [p.variance for p in own]
-        axes.plot(xs, ys, marker="o", label=f"{line}, slope {slope(xs, ys):.2f}")
-    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel="variance of the estimate", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=120)
+    size = _QUICK if args.quick else _FULL
+    options = Options(
+        output=args.output,
+        datasets=tuple(args.datasets) if args.datasets else None,
+        methods=tuple(args.methods) if args.methods else None,
+        data_dir=args.data_dir,
+        seeds=args.seeds or size["seeds"],
+        epochs=args.epochs or size["epochs"],
+        quick=args.quick,
+        device=args.device,
+        jobs=args.jobs,
+    )
+    folder = options.output / args.name
+    folder.mkdir(parents=True, exist_ok=True)
+    text = EXPERIMENTS[args.name](args.name, options, folder)
+    print(text, f"CSV, plot and table: {folder}", sep="\n\n")

@@ -5,19 +5,25 @@ assume, the output layer is not perturbed, and its weights have one scale whatev
 no derivative shrinks or grows with the net.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFALinear
+from fdfa_ext.bench.report import slope
+from fdfa_ext.experiments.report import band, in_words, write_rows, write_text
+from fdfa_ext.experiments.runs import Options
 from fdfa_ext.metrics import estimator_variance
-from fdfa_ext.train.data import N_CLASSES, Dataset
+from fdfa_ext.train.data import Dataset, load_dataset
 
 _NEURONS = 100  # of the hidden layer where it is not what varies
+_OUTPUTS = 10
 _OUTPUT_SCALE = 0.01  # small, so that the softmax is far from saturation at every width
 
 
@@ -29,7 +35,7 @@ class Size:
     draws: int  # of the noise, for each image
 
 
-QUICK, FULL = Size(images=4, draws=32), Size(images=8, draws=128)
+_QUICK, _FULL = Size(images=4, draws=32), Size(images=8, draws=128)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,25 @@ class Point:
     x: float
     variance: float
     expected_slope: float
+    seed: int = 0
+
+
+def variance_slopes(name: str, options: Options, folder: Path) -> str:
+    """Measures the points; writes points.csv, figure.png and table.md; returns the Markdown."""
+    from tqdm import tqdm
+
+    make_points, x_label = FIGURES[name]
+    dataset = (options.datasets or ("mnist",))[0]
+    data = load_dataset(dataset, options.data_dir)
+    size = _QUICK if options.quick else _FULL
+    points = [
+        replace(point, seed=seed)
+        for seed in range(options.seeds)
+        for point in tqdm(make_points(data, size, seed), unit="point", leave=False, disable=None)
+    ]
+    write_rows(points, folder / "points.csv")
+    _plot(points, x_label, f"{name}, {dataset}", folder / "figure.png")
+    return write_text(_markdown(points, x_label), folder / "table.md")
 
 
 def figure_5(data: Dataset, size: Size, seed: int) -> Iterator[Point]:
@@ -55,22 +80,22 @@ def figure_5(data: Dataset, size: Size, seed: int) -> Iterator[Point]:
 
 def figure_6_inputs(data: Dataset, size: Size, seed: int) -> Iterator[Point]:
     """FG-W and FG-A over the inputs, which are an image's pixels several times (Propositions 5, 6)."""
-    for method, slope in (("fg-w", 1.0), ("fg-a", 0.0)):
+    for method, theory in (("fg-w", 1.0), ("fg-a", 0.0)):
         for copies in (1, 2, 4, 8):
             inputs = copies * _inputs(data)
             model = _forward_gradients(data, method, inputs, _NEURONS, copies, seed)
-            yield Point(method, inputs, _variance(model, data, size, copies), slope)
+            yield Point(method, inputs, _variance(model, data, size, copies), theory)
 
 
 def figure_6_neurons(data: Dataset, size: Size, seed: int) -> Iterator[Point]:
     """FG-W and FG-A over the hidden neurons (Propositions 5, 6)."""
-    for method, slope in (("fg-w", 1.0), ("fg-a", 1.0)):
+    for method, theory in (("fg-w", 1.0), ("fg-a", 1.0)):
         for neurons in (50, 100, 200, 400, 800):
             model = _forward_gradients(data, method, _inputs(data), neurons, 1, seed)
-            yield Point(method, neurons, _variance(model, data, size, 1), slope)
+            yield Point(method, neurons, _variance(model, data, size, 1), theory)
 
 
-FIGURES = {
+FIGURES: Mapping[str, tuple[Callable[[Dataset, Size, int], Iterator[Point]], str]] = {
     "figure-5": (figure_5, "feedback learning rate α"),
     "figure-6-inputs": (figure_6_inputs, "inputs"),
     "figure-6-neurons": (figure_6_neurons, "hidden neurons"),
@@ -80,7 +105,7 @@ FIGURES = {
 def _net(inputs: int, neurons: int, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     hidden = FDFALinear(inputs, neurons, bias=False, activation="relu")
-    output = nn.Linear(neurons, N_CLASSES, bias=False)
+    output = nn.Linear(neurons, _OUTPUTS, bias=False)
     nn.init.kaiming_uniform_(hidden.weight, nonlinearity="relu")
     nn.init.normal_(output.weight, std=_OUTPUT_SCALE)
     output.requires_grad_(False)
@@ -107,3 +132,37 @@ def _variance(model: FDFA, data: Dataset, size: Size, copies: int) -> float:
     return fmean(
         estimator_variance(model, batch, F.cross_entropy, size.draws)["0.weight"] for batch in batches
     )
+
+
+def _lines(points: Sequence[Point]) -> dict[str, list[list[Point]]]:
+    """Name of a line → its points, of each seed."""
+    found: dict[str, dict[int, list[Point]]] = {}
+    for point in points:
+        found.setdefault(point.line, {}).setdefault(point.seed, []).append(point)
+    return {line: list(of_seeds.values()) for line, of_seeds in found.items()}
+
+
+def _slopes(of_seeds: Sequence[Sequence[Point]]) -> list[float]:
+    return [slope([p.x for p in own], [p.variance for p in own]) for own in of_seeds]
+
+
+def _markdown(points: Sequence[Point], x_label: str) -> str:
+    rows = [f"| method | slope of the variance over {x_label} | theory |", "|---|---|---|"]
+    for line, of_seeds in _lines(points).items():
+        rows.append(f"| {line} | {in_words(_slopes(of_seeds))} | {of_seeds[0][0].expected_slope:g} |")
+    return "\n".join(rows)
+
+
+def _plot(points: Sequence[Point], x_label: str, title: str, file: Path) -> None:
+    from matplotlib.figure import Figure  # without pyplot: needs no display
+
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes: Any = figure.subplots()
+    for line, of_seeds in _lines(points).items():
+        xs = [p.x for p in of_seeds[0]]
+        label = f"{line}, slope {fmean(_slopes(of_seeds)):.2f}"
+        band(axes, xs, [[p.variance for p in own] for own in of_seeds], marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel="variance of the estimate", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)

@@ -15,33 +15,52 @@ from torch import Tensor
 
 from fdfa_ext.train.errors import UserError
 
-DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10")
-N_CLASSES = 10  # of every data set here
+_CLASSES = {  # of each data set
+    "digits": 10,
+    "mnist": 10,
+    "fashion-mnist": 10,
+    "cifar10": 10,
+    "cifar100": 100,
+    "tiny-imagenet": 200,
+}
+DATASETS = tuple(_CLASSES)
 
 _IDX_FILES = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
-_CIFAR_TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
-_CIFAR_FILES = (*_CIFAR_TRAIN, "test_batch")
+# Files of a CIFAR set, the last one for testing, and the key of its labels.
+_CIFAR = {
+    "cifar10": ((*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"), b"labels"),
+    "cifar100": (("train", "test"), b"fine_labels"),
+}
 _CIFAR_SHAPE = (3, 32, 32)
+_TINY_SHAPE = (3, 64, 64)
 
 # Where a file may lie below the data directory; the second is where torchvision puts it.
 _FOLDERS = {
     "mnist": ("mnist", "MNIST/raw", "."),
     "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw", "."),
     "cifar10": ("cifar10", "cifar-10-batches-py", "cifar10/cifar-10-batches-py", "."),
+    "cifar100": ("cifar100", "cifar-100-python", "cifar100/cifar-100-python", "."),
+    "tiny-imagenet": ("tiny-imagenet", "tiny-imagenet-200", "tiny-imagenet/tiny-imagenet-200", "."),
 }
-_TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+_TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images float32 [N, C, H, W] in [-1, 1], labels int64 [N] in [0, 10)."""
+    """Images float32 [N, C, H, W] in [-1, 1], labels int64 [N] in [0, n_classes)."""
 
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    n_classes: int = 10
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -56,6 +75,17 @@ class Dataset:
             self.train_labels.to(device),
             self.test_images.to(device),
             self.test_labels.to(device),
+            self.n_classes,
+        )
+
+    def head(self, n: int) -> "Dataset":
+        """The first `n` images of training, and as many of testing, where there are more."""
+        return Dataset(
+            self.train_images[:n],
+            self.train_labels[:n],
+            self.test_images[:n],
+            self.test_labels[:n],
+            self.n_classes,
         )
 
 
@@ -64,9 +94,11 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
 
     ``digits`` (1797 images, 1 x 8 x 8, 1437 of them for training) comes with scikit-learn. ``mnist``
     and ``fashion-mnist`` (1 x 28 x 28) are read from the four idx files, gzipped or not, and
-    ``cifar10`` (3 x 32 x 32) from its python batches, in ``data_dir`` or its subfolder called as the
-    data set. Without ``data_dir`` the environment variable FDFA_DATA_DIR counts, then ``data``. Files
-    that are missing are downloaded by torchvision where it is installed.
+    ``cifar10`` and ``cifar100`` (3 x 32 x 32) from their python batches, in ``data_dir`` or its
+    subfolder called as the data set. ``tiny-imagenet`` (3 x 64 x 64) is the unpacked folder, whose
+    validation part is for testing; Pillow decodes it. Without ``data_dir`` the environment variable
+    FDFA_DATA_DIR counts, then ``data``. Files that are missing are downloaded by torchvision where it
+    is installed and knows them.
 
     Raises:
         UserError: a file is missing and could not be downloaded, or does not hold what it should.
@@ -76,16 +108,10 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     root = data_dir or Path(os.environ.get("FDFA_DATA_DIR", "data"))
-    if name == "cifar10":
-        files = _locate(name, root, _CIFAR_FILES)
-        images, labels = zip(*(_read_cifar(file) for file in files), strict=True)
-        n_train = len(_CIFAR_TRAIN)
-        return Dataset(
-            _scale(np.concatenate(images[:n_train])),
-            torch.from_numpy(np.concatenate(labels[:n_train])),
-            _scale(images[-1]),
-            torch.from_numpy(labels[-1]),
-        )
+    if name == "tiny-imagenet":
+        return _load_tiny_imagenet(root)
+    if name in _CIFAR:
+        return _load_cifar(name, root)
     train_images, train_labels, test_images, test_labels = _locate(name, root, _IDX_FILES)
     return Dataset(
         *_read_idx_pair(train_images, train_labels), *_read_idx_pair(test_images, test_labels)
@@ -125,11 +151,24 @@ def _load_digits() -> Dataset:
     return Dataset(images[train], labels[train], images[test], labels[test])
 
 
+def _load_cifar(name: str, root: Path) -> Dataset:
+    names, key = _CIFAR[name]
+    parts = [_read_cifar(file, key, _CLASSES[name]) for file in _locate(name, root, names)]
+    images, labels = zip(*parts, strict=True)
+    return Dataset(
+        _scale(np.concatenate(images[:-1])),
+        torch.from_numpy(np.concatenate(labels[:-1])),
+        _scale(images[-1]),
+        torch.from_numpy(labels[-1]),
+        _CLASSES[name],
+    )
+
+
 def _locate(name: str, root: Path, files: tuple[str, ...]) -> list[Path]:
     """The paths of all ``files``, plain or .gz, downloaded where they are missing and that works."""
     found = _find(name, root, files) or (_download(name, root) and _find(name, root, files))
     if not found:
-        endings = "" if name == "cifar10" else " (or the same with .gz)"
+        endings = " (or the same with .gz)" if files == _IDX_FILES else ""
         raise UserError(
             f"{name} is not in {root}: put {', '.join(files)}{endings} into {root / name}, "
             "or name their folder with --data-dir"
@@ -161,7 +200,7 @@ def _read_idx_pair(image_file: Path, label_file: Path) -> tuple[Tensor, Tensor]:
     labels = _read_idx(label_file, n_dims=1)
     if len(images) != len(labels):
         raise UserError(f"{image_file} holds {len(images)} images, {label_file} {len(labels)} labels")
-    _check_labels(label_file, labels)
+    _check_labels(label_file, labels, _CLASSES["mnist"])
     return _scale(images[:, None]), torch.from_numpy(labels).long()
 
 
@@ -187,9 +226,9 @@ def _read_idx(file: Path, n_dims: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
-def _check_labels(file: Path, labels: np.ndarray) -> None:
-    if labels.min() < 0 or labels.max() >= N_CLASSES:
-        raise UserError(f"{file} holds the label {labels.max()}, outside 0 to {N_CLASSES - 1}")
+def _check_labels(file: Path, labels: np.ndarray, n_classes: int) -> None:
+    if labels.min() < 0 or labels.max() >= n_classes:
+        raise UserError(f"{file} holds the label {labels.max()}, outside 0 to {n_classes - 1}")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -208,12 +247,12 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_cifar(file: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_cifar(file: Path, key: bytes, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """One python batch: images uint8 [N, 3, 32, 32] and labels int64 [N]."""
     try:
         with file.open("rb") as stream:
             batch = _ArrayUnpickler(stream, encoding="bytes").load()
-        pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"], dtype=np.int64)
+        pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[key], dtype=np.int64)
     except Exception as error:  # a broken pickle raises nearly anything
         raise UserError(f"{file} is not a CIFAR python batch: {error}") from None
     n_pixels = int(np.prod(_CIFAR_SHAPE))
@@ -222,5 +261,48 @@ def _read_cifar(file: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{file} must hold uint8 data of {len(labels)} x {n_pixels}, one row a label, "
             f"got {pixels.dtype} of {' x '.join(map(str, pixels.shape))}"
         )
-    _check_labels(file, labels)
+    _check_labels(file, labels, n_classes)
     return pixels.reshape(-1, *_CIFAR_SHAPE), labels
+
+
+def _load_tiny_imagenet(root: Path) -> Dataset:
+    """wnids.txt numbers the classes; train/CLASS/images; val/images with val_annotations.txt."""
+    (names,) = _locate("tiny-imagenet", root, ("wnids.txt",))
+    folder, n_classes = names.parent, _CLASSES["tiny-imagenet"]
+    number = {name: i for i, name in enumerate(names.read_text().split())}
+    if len(number) != n_classes:
+        raise UserError(f"{names} must name {n_classes} classes, got {len(number)}")
+    train = [
+        (file, label)
+        for name, label in number.items()
+        for file in sorted((folder / "train" / name / "images").glob("*.JPEG"))
+    ]
+    annotations = folder / "val" / "val_annotations.txt"
+    try:
+        rows = [line.split("\t") for line in annotations.read_text().splitlines()]
+        test = [(folder / "val" / "images" / row[0], number[row[1]]) for row in rows]
+    except (OSError, IndexError, KeyError) as error:
+        raise UserError(f"{annotations} cannot be read: {error!r}") from None
+    for part, pairs in (("train", train), ("val", test)):
+        if not pairs:
+            raise UserError(f"tiny-imagenet has no images in {folder / part}")
+    return Dataset(*_decode(train), *_decode(test), n_classes)
+
+
+def _decode(pairs: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError("tiny-imagenet is in JPEG: pip install pillow") from None
+    images = torch.empty(len(pairs), *_TINY_SHAPE)
+    for image, (file, _) in zip(images, pairs, strict=True):
+        try:
+            pixels = np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1)  # some are grey
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+        if pixels.shape != _TINY_SHAPE:
+            raise UserError(
+                f"{file} must be of 64 x 64 pixels, got {pixels.shape[2]} x {pixels.shape[1]}"
+            )
+        image.copy_(_scale(pixels))
+    return images, torch.tensor([label for _, label in pairs])

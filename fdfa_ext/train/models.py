@@ -8,6 +8,7 @@ from fdfa_ext import FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.train.errors import UserError
 
 MODELS = ("mlp", "cnn", "cnn-two-pool", "alexnet")
+IMAGE_SIDES = {"alexnet": 224}  # in pixels, of nets that the paper trains on enlarged images
 NORMALISED = ("cnn", "alexnet")  # with batch normalisation, which one image alone cannot train
 WEIGHTS = ("random", "zero")
 _DENSE = 128  # units of the dense hidden layer of both small convolutional nets

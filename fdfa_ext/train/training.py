@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from fdfa_ext import FDFA
 from fdfa_ext.methods import KolenPollack
-from fdfa_ext.train.data import N_CLASSES, Dataset, batches
+from fdfa_ext.train.data import Dataset, batches
 from fdfa_ext.train.errors import UserError
-from fdfa_ext.train.models import NORMALISED, build_net
+from fdfa_ext.train.models import IMAGE_SIDES, NORMALISED, build_net
 
 LR_DECAY = 0.95  # of the weights' rate, each epoch; the feedback's rate stays (Appendix A)
 EVAL_BATCH = 1000  # fits small memories and is as fast as any larger one
@@ -94,8 +94,13 @@ class Run:
 
         torch.manual_seed(config.seed)
         width = config.width or (1000 if config.dataset == "cifar10" else 800)
+        channels, *sides = data.image_shape
+        # Nets made for larger images get them enlarged, batch by batch.
+        self._side = IMAGE_SIDES.get(config.model)
+        height, breadth = [self._side] * 2 if self._side else sides
         net = build_net(
-            config.model, data.image_shape, N_CLASSES, config.hidden or 1, width, config.weights
+            *(config.model, (channels, height, breadth), data.n_classes),
+            *(config.hidden or 1, width, config.weights),
         )
         # torch's stubs lack this overload, which its documentation has.
         net = net.to(device=device, memory_format=self._format)  # type: ignore[call-overload]
@@ -203,6 +208,8 @@ class Run:
         self.history = [EpochResult(**result) for result in checkpoint["history"]]
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
+        if self._side:
+            images = F.interpolate(images, (self._side, self._side), mode="bilinear", antialias=True)
         return images.contiguous(memory_format=self._format)
 
 

@@ -1,0 +1,172 @@
+"""Many training runs: several at a time, and none that is on file is done twice."""
+
+import csv
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fdfa_ext.train.data import Dataset, load_dataset
+from fdfa_ext.train.training import Config, Run, read_checkpoint
+
+Record = list[dict[str, float]]  # of a run: a row an epoch, EpochResult's fields and what was watched
+
+_QUICK_IMAGES = {"alexnet": 128}  # of training, and at most as many to test
+_QUICK_IMAGES_OTHERWISE = 10000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose of any experiment. None: what the experiment has in the paper."""
+
+    output: Path = Path("runs")  # an experiment writes to output/NAME, runs to output/records
+    datasets: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = None
+    data_dir: Path | None = None
+    seeds: int = 10
+    epochs: int = 100
+    quick: bool = False  # a part of the images
+    device: torch.device | None = None
+    jobs: int | None = None  # runs at a time; None: one for each core, or one on another device
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to do. Functions must be such as can be sent to another process."""
+
+    config: Config
+    variant: str = ""  # tells apart, in the file's name, jobs of one configuration
+    prepare: Callable[[Run], Any] | None = None  # called before training starts or continues
+    watch: Callable[[Run], dict[str, float]] | None = None  # called after each epoch, for its row
+
+
+def run_all(jobs: Sequence[Job], options: Options, records: str = "records") -> list[Record]:
+    """The records of all jobs, in order; those not on file yet are run.
+
+    A run writes its record and a checkpoint after each epoch to the folder `records` of the output, so
+    that a stopped experiment goes on from there, and experiments share what runs they have in common.
+    """
+    from tqdm import tqdm
+
+    folder = options.output / records
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{_name(job, options.quick)}.csv" for job in jobs]
+    on_file = [read_record(file)[: job.config.epochs] for job, file in zip(jobs, files, strict=True)]
+    left = [i for i, job in enumerate(jobs) if len(on_file[i]) < job.config.epochs]
+    for dataset in dict.fromkeys(jobs[i].config.dataset for i in left):
+        load_dataset(dataset, options.data_dir)  # what is missing is said before anything runs
+    cores = os.cpu_count() or 1
+    at_once = min(options.jobs or (1 if options.device else cores), max(1, len(left)))
+    tasks = [(jobs[i], files[i], options) for i in left]
+    total = sum(jobs[i].config.epochs for i in left)
+    with tqdm(total=total, unit="epoch", leave=False, disable=None) as bar:
+        if at_once == 1:
+            for task in tasks:
+                _work(*task, on_epoch=bar.update)
+        else:
+            _in_parallel(tasks, at_once, max(1, cores // at_once), bar.update)
+    return [read_record(file)[: job.config.epochs] for job, file in zip(jobs, files, strict=True)]
+
+
+def read_record(file: Path) -> Record:
+    """A run's rows so far; none where there is no such file, or one cut off within a row."""
+    with suppress(OSError, ValueError, TypeError), file.open(newline="") as stream:
+        return [{name: float(cell) for name, cell in row.items()} for row in csv.DictReader(stream)]
+    return []
+
+
+def net_name(config: Config) -> str:
+    """As the result tables call it: mlp-N for the mlp of N layers, output included."""
+    return f"mlp-{(config.hidden or 1) + 1}" if config.model == "mlp" else config.model
+
+
+def _name(job: Job, quick: bool) -> str:
+    config = job.config
+    watched = job.watch.__name__ if job.watch else ""
+    width = "" if config.width is None else f"width{config.width}"
+    parts = (
+        *(config.dataset, net_name(config), width, config.method, job.variant, watched),
+        *(f"seed{config.seed}", "quick" if quick else ""),
+    )
+    return "-".join(filter(None, parts))
+
+
+@cache
+def _data(dataset: str, data_dir: Path | None) -> Dataset:
+    return load_dataset(dataset, data_dir)
+
+
+def _work(job: Job, file: Path, options: Options, on_epoch: Callable[[], Any]) -> None:
+    config = job.config
+    data = _data(config.dataset, options.data_dir)
+    if options.quick:
+        data = data.head(_QUICK_IMAGES.get(config.model, _QUICK_IMAGES_OTHERWISE))
+    run = Run(config, data, options.device)
+    checkpoint, record = file.with_suffix(".pt"), read_record(file)
+    if checkpoint.exists():
+        saved, state = read_checkpoint(checkpoint)
+        done = len(state["history"])
+        if replace(saved, epochs=config.epochs) == config and done <= len(record):
+            run.load(state)
+            for _ in range(done):
+                on_epoch()
+    del record[len(run.history) :]
+    if job.prepare:
+        job.prepare(run)
+    while len(run.history) < config.epochs:
+        row = asdict(run.train_epoch())
+        record.append(row | job.watch(run) if job.watch else row)
+        _write_record(record, file)
+        run.save(checkpoint)
+        on_epoch()
+    checkpoint.unlink(missing_ok=True)  # the record is what remains
+
+
+def _write_record(record: Record, file: Path) -> None:
+    unfinished = file.with_suffix(".part")
+    with unfinished.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(record[0]))
+        writer.writeheader()
+        writer.writerows(record)
+    os.replace(unfinished, file)
+
+
+def _in_parallel(
+    tasks: Sequence[tuple[Job, Path, Options]], at_once: int, threads: int, on_epoch: Callable[[], Any]
+) -> None:
+    # Fresh processes: one that is forked after torch has made threads may hang.
+    context = multiprocessing.get_context("spawn")
+    epochs = context.Queue()
+    with ProcessPoolExecutor(at_once, context, _start_worker, (epochs, threads)) as pool:
+        try:
+            running = {pool.submit(_work_in_worker, *task) for task in tasks}
+            while running:
+                done, running = wait(running, timeout=0.5)
+                while not epochs.empty():
+                    epochs.get()
+                    on_epoch()
+                for future in done:
+                    future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+_epochs: Any = None  # of a worker: the queue that counts its epochs
+
+
+def _start_worker(epochs: Any, threads: int) -> None:
+    global _epochs
+    _epochs = epochs
+    torch.set_num_threads(threads)
+
+
+def _work_in_worker(job: Job, file: Path, options: Options) -> None:
+    _work(job, file, options, on_epoch=lambda: _epochs.put(None))
