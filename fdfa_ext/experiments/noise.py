@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,8 +96,8 @@ def variance_and_loss(name: str, options: Options, folder: Path) -> str:
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Spearman's, of values without ties: 1 where ys rise with xs throughout."""
-    ranks = np.argsort(np.argsort([xs, ys], axis=1), axis=1)
-    return float(np.corrcoef(ranks)[0, 1])
+    ranks = torch.tensor([xs, ys], dtype=torch.float64).argsort(1).argsort(1)
+    return float(torch.corrcoef(ranks.double())[0, 1])
 
 
 def _groups(points: Sequence[Point]) -> Mapping[tuple[str, float], list[Point]]:

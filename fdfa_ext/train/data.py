@@ -297,7 +297,7 @@ def _decode(pairs: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
     images = torch.empty(len(pairs), *_TINY_SHAPE)
     for image, (file, _) in zip(images, pairs, strict=True):
         try:
-            pixels = np.asarray(Image.open(file).convert("RGB")).transpose(2, 0, 1)  # some are grey
+            pixels = np.array(Image.open(file).convert("RGB")).transpose(2, 0, 1)  # some are grey
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error}") from None
         if pixels.shape != _TINY_SHAPE:
