@@ -6,7 +6,7 @@ learns if it has one; passes, noise, memory orders and autograd are taken care o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,9 +142,9 @@ class BlockStep:
         assert self._output is not None, "this method does not read outputs"
         return self._output
 
-    @cached_property
+    @property
     def perturbation(self) -> Tensor:
-        """u [N, D], made again from the noise state."""
+        """u [N, D], made again from the noise state at each access: yours to change."""
         return self._make_perturbation()
 
 
@@ -264,15 +264,23 @@ class _BlockNode(torch.autograd.Function):
         deltas = []
         for step, block, gate in zip(steps, blocks, gates, strict=True):
             delta = unrows(method.delta(step), gate.shape)
-            if block.activation != "identity":
-                delta = delta * derivative(block.activation, gate.float())
-            deltas.append(delta.to(gate.dtype))
+            deltas.append(_through(block.activation, gate, delta))
         nothing = [None] * len(saved)
         return (grads[0], None, None, None, *deltas, *gradients, *nothing)
 
 
+def _through(activation: str, gate: Tensor, delta: Tensor) -> Tensor:
+    """δ ⊙ f', in the gate's dtype."""
+    if activation == "relu":  # one pass, where a product would first make f' as a tensor
+        delta = torch.ops.aten.threshold_backward(delta, gate.to(delta.dtype), 0)
+    elif activation != "identity":
+        delta = delta * derivative(activation, gate.to(delta.dtype))
+    return delta.to(gate.dtype)
+
+
 def _perturbation(model: "FDFA", noise_state: Tensor, index: int, gate: Tensor) -> Tensor:
-    like = torch.empty(gate.shape, device=gate.device)
+    # The operator reads no more than a shape; u is float32 whatever the activations are.
+    like = gate if gate.dtype == torch.float32 else gate.float()
     return rows(model.backend_operators.perturb(like, None, noise_state, index, model.noise))
 
 
@@ -314,7 +322,7 @@ class ActivityPerturbation(BlockMethod):
     tangents = "network"
 
     def delta(self, block: BlockStep) -> Tensor:
-        return (block.error * block.tangent).sum(1, keepdim=True) * block.perturbation
+        return block.perturbation.mul_((block.error * block.tangent).sum(1, keepdim=True))
 
 
 class LocalGreedy(ActivityPerturbation):
