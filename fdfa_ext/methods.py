@@ -14,7 +14,6 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim.adam import adam
 
 from fdfa_ext._ops import fused
 from fdfa_ext.functional import BlockRecord, DualPass, rows, unrows
@@ -287,30 +286,29 @@ def _perturbation(model: "FDFA", noise_state: Tensor, index: int, gate: Tensor) 
 def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) -> None:
     """One step of B along the gradients, by the model's rule. None if a gradient is not finite."""
     matrices = model.feedback.select(names)
-    finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+    # A sum keeps what is not finite, and is far cheaper than a test of each element.
+    finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
     if model.rule == "ema":
         for matrix, gradient in zip(matrices, gradients, strict=True):
             matrix.sub_(torch.where(finite, model.feedback_lr * gradient, 0))
         return
-    steps = model.updates.float().repeat(len(names)).unbind()
-    adam(
+    # What torch.optim.Adam(fused=True) calls, without its 0.1 ms of bookkeeping.
+    torch.ops.aten._fused_adam_(
         matrices,
         gradients,
         model.exp_avg.select(names),
         model.exp_avg_sq.select(names),
         [],
-        list(steps),
-        fused=True,
-        found_inf=(~finite).float(),
-        amsgrad=False,
+        [model.updates.add_(1).float()] * len(names),
+        lr=model.feedback_lr,
         beta1=model.betas[0],
         beta2=model.betas[1],
-        lr=model.feedback_lr,
         weight_decay=0.0,
         eps=model.eps,
+        amsgrad=False,
         maximize=False,
+        found_inf=(~finite).float(),
     )
-    model.updates.add_(1)
 
 
 class ActivityPerturbation(BlockMethod):
