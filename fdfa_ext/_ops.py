@@ -53,6 +53,11 @@ def _(state: Tensor) -> Tensor:
     return torch.empty_like(state)
 
 
+@torch.library.register_fake("fdfa::mm")
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty([a.shape[0], b.shape[1]])
+
+
 @torch.library.register_fake("fdfa::linear")
 def _(
     x: Tensor,

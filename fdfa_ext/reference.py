@@ -137,6 +137,10 @@ def _dual(
     return y, (derivative(gate) * tangent + u).to(y.dtype), pre
 
 
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b)
+
+
 def linear(
     x: Tensor,
     tangent: Tensor | None,

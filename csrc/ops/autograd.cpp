@@ -40,7 +40,12 @@ struct Linear : torch::autograd::Function<Linear> {
     if (const Tensor& delta = grads[2]; delta.defined()) {
       const Tensor x = ctx->get_saved_variables()[0];
       const Tensor rows = delta.flatten(0, -2);
-      if (ctx->saved_data["wants_weight"].toBool()) weight_grad = rows.t().mm(x.flatten(0, -2));
+      if (ctx->saved_data["wants_weight"].toBool()) {
+        static const auto mm = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("fdfa::mm", "")
+                                   .typed<decltype(fdfa::mm)>();
+        weight_grad = mm.call(rows.t(), x.flatten(0, -2));
+      }
       if (ctx->saved_data["wants_bias"].toBool()) bias_grad = rows.sum(0);
     }
     return {Tensor(), Tensor(), weight_grad, bias_grad, Tensor(), Tensor(), Tensor(), Tensor()};

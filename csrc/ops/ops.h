@@ -19,6 +19,8 @@ using Dual = std::tuple<Tensor, Tensor, Tensor>;  // y, its tangent, pre-activat
 
 Tensor next_noise(Tensor state);
 
+Tensor mm(const Tensor& a, const Tensor& b);
+
 // `pre` where it only carries a gradient: zeros in the shape of y, in a single element of memory.
 Tensor gradient_carrier(const Tensor& y);
 
