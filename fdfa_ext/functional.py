@@ -1,8 +1,8 @@
 """The dual pass of a training step: what its blocks do, and what they leave for the backward.
 
-Tangents travel between the blocks on torch's forward-mode dual tensors, so that any torch module may
-stand between them. Blocks unpack them, call an operator that takes the tangent as an argument, and make
-the dual again: an operator of torch.library that is given a dual tensor drops its tangent in silence.
+A block takes primal and tangent apart, since an operator of torch.library that is given a dual tensor
+drops its tangent in silence. Between blocks the two travel side by side where every module's way with a
+tangent is known, and else on torch's forward-mode dual tensors, so that any torch module may stand there.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from fdfa_ext import reference
 from fdfa_ext._ops import fused
 from fdfa_ext.tangents import (
     BATCH_NORMS,
+    Pair,
     forward_dual,
     make_dual,
     makes_tangent,
@@ -47,7 +48,7 @@ NOISES = ("gaussian", "rademacher")
 BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
 
 
-@dataclass
+@dataclass(slots=True)
 class BlockRecord:
     """What the feedback step needs of one block once the output's error is known."""
 
@@ -61,7 +62,7 @@ class BlockRecord:
     version: int  # of gate: counts changes in place
 
 
-@dataclass
+@dataclass(slots=True)
 class DualPass:
     """One forward pass of primal and tangent: noise, operators, and the blocks met so far."""
 
@@ -73,13 +74,8 @@ class DualPass:
     records: list[BlockRecord] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # the blocks of the records
 
-    @property
-    def takes_duals(self) -> bool:
-        """Whether the operators take dual tensors as they are, which spares calls from Python."""
-        return self.backend is fused
 
-
-@dataclass
+@dataclass(slots=True)
 class BlockPass:
     """A block's own name and place in the noise, and the dual pass while one runs."""
 
@@ -100,23 +96,31 @@ class BlockPass:
         y = module(x)
         order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
         output = y.detach()
-        self._record(dual, output, y, output, "identity", order)
+        self._record(dual, output, y, "identity", order)
         return output
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        """x [N, *, in_features] (dual) → [N, *, out_features] (dual). Algorithm 1, lines 10 to 16."""
+    def through_duals(self, x: Tensor, block: Callable[[Tensor, Tensor | None], Pair]) -> Tensor:
+        """A dual tensor through a block that takes primal and tangent apart; the result is one again."""
         with without_rules():
-            dual = self._enter(x)
-            x, tangent = _operands(dual, x)
-            y, ty, pre = dual.backend.linear(
-                x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
-            )
-            self._record_operator(dual, y, pre, activation, torch.contiguous_format)
-            return y if dual.takes_duals else make_dual(y, ty)
+            return make_dual(*block(*unpack_dual(x)))
+
+    def linear(
+        self, x: Tensor, tangent: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
+    ) -> Pair:
+        """x [N, *, in_features] → y and its tangent [N, *, out_features]. Algorithm 1, lines 10 to 16."""
+        dual = self._enter(x)
+        if dual.tangents == "block":
+            tangent = None
+        y, ty, pre = dual.backend.linear(
+            x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
+        )
+        self._record(dual, y, pre, activation, torch.contiguous_format)
+        return y, ty
 
     def conv2d(
         self,
         x: Tensor,
+        tangent: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         stride: Sequence[int],
@@ -124,37 +128,36 @@ class BlockPass:
         dilation: Sequence[int],
         groups: int,
         activation: str,
-    ) -> Tensor:
-        """x [N, C, H, W] (dual) → [N, C', H', W'] (dual), in channels_last."""
-        with without_rules():
-            dual = self._enter(x)
-            x, tangent = _operands(dual, x)
-            y, ty, pre = dual.backend.conv2d(
-                x,
-                tangent,
-                weight,
-                bias,
-                stride,
-                padding,
-                dilation,
-                groups,
-                dual.noise_state,
-                self.index,
-                activation,
-                dual.noise,
-            )
-            self._record_operator(dual, y, pre, activation, torch.channels_last)
-            return y if dual.takes_duals else make_dual(y, ty)
+    ) -> Pair:
+        """x [N, C, H, W] → y and its tangent [N, C', H', W'], in channels_last."""
+        dual = self._enter(x)
+        if dual.tangents == "block":
+            tangent = None
+        y, ty, pre = dual.backend.conv2d(
+            x,
+            tangent,
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            dual.noise_state,
+            self.index,
+            activation,
+            dual.noise,
+        )
+        self._record(dual, y, pre, activation, torch.channels_last)
+        return y, ty
 
-    def chain(self, x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+    def chain(self, x: Tensor, tangent: Tensor | None, modules: Sequence[nn.Module]) -> Pair:
         """Any torch modules, one after the other, perturbed at the end of the last."""
-        with without_rules():
-            dual = self._enter(x)
-            x, tangent = _unpack_detached(x)
-            if dual.tangents == "block":
-                tangent = None
-            if x.dim() == 4:
-                x = x.contiguous(memory_format=torch.channels_last)
+        dual = self._enter(x)
+        x = x.detach()
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if tangent is not None:
+            tangent = None if dual.tangents == "block" else tangent.detach()
         y, ty = x, tangent
         end = _normalized_end(modules)
         for position, module in enumerate(modules):
@@ -168,12 +171,11 @@ class BlockPass:
                     f"FDFA: block '{self.name}': its module {position} ({type(module).__name__}) "
                     "dropped the tangent; it is not differentiable in torch's forward mode"
                 )
-        with without_rules():
-            gate = y.detach()
-            ty = dual.backend.perturb(gate, ty, dual.noise_state, self.index, dual.noise)
-            order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
-            self._record(dual, gate, y, gate, "identity", order)
-            return make_dual(gate, ty)
+        gate = y.detach()
+        ty = dual.backend.perturb(gate, ty, dual.noise_state, self.index, dual.noise)
+        order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+        self._record(dual, gate, y, "identity", order)
+        return gate, ty
 
     def _batch_norm(
         self,
@@ -183,37 +185,37 @@ class BlockPass:
         tangent: Tensor | None,
         spare: Tensor | None,
         activation: str,
-    ) -> Tensor:
+    ) -> Pair:
         """spare: memory for the tangent of the result, if it has the right order."""
-        with without_rules():
-            order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-            if module.training and module.num_batches_tracked is not None:
-                module.num_batches_tracked.add_(1)
-            if spare is None or not spare.is_contiguous(memory_format=order):
-                spare = torch.empty_like(x, memory_format=order)
-            y, pre = dual.backend.batch_norm(
-                x.contiguous(memory_format=order),
-                tangent,
-                spare,
-                module.weight,
-                module.bias,
-                module.running_mean,
-                module.running_var,
-                module.training or module.running_mean is None,
-                module.momentum,
-                module.eps,
-                dual.noise_state,
-                self.index,
-                activation,
-                dual.noise,
-            )[:2]
-            self._record_operator(dual, y, pre, activation, order)
-            return make_dual(y, spare)
+        order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        if module.training and module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+        if spare is None or not spare.is_contiguous(memory_format=order):
+            spare = torch.empty_like(x, memory_format=order)
+        y, pre = dual.backend.batch_norm(
+            x.contiguous(memory_format=order),
+            tangent,
+            spare,
+            module.weight,
+            module.bias,
+            module.running_mean,
+            module.running_var,
+            module.training or module.running_mean is None,
+            module.momentum,
+            module.eps,
+            dual.noise_state,
+            self.index,
+            activation,
+            dual.noise,
+        )[:2]
+        self._record(dual, y, pre, activation, order)
+        return y, spare
 
     def _enter(self, x: Tensor) -> DualPass:
         """The pass that runs, once it is clear that it may go through this block."""
-        assert self.dual is not None
-        if self.index in self.dual.seen:
+        dual = self.dual
+        assert dual is not None
+        if self.index in dual.seen:
             raise RuntimeError(
                 f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix "
                 "belongs to one place in the network, so use two blocks (they may share a weight)"
@@ -223,44 +225,23 @@ class BlockPass:
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
                 "that is no block: they would get no gradient. Put that module into an FDFABlock"
             )
-        return self.dual
-
-    def _record_operator(
-        self, dual: DualPass, y: Tensor, pre: Tensor, activation: str, order: torch.memory_format
-    ) -> None:
-        # Detached, or the record would keep a dual's tangent until the end of the pass.
-        output = y.detach()
-        gate = pre.detach() if activation in NEEDS_PRE_ACTIVATION else output
-        self._record(dual, output, pre, gate, activation, order)
+        return dual
 
     def _record(
         self,
         dual: DualPass,
         output: Tensor,
         handle: Tensor,
-        gate: Tensor,
         activation: str,
         order: torch.memory_format,
     ) -> None:
+        gate = handle.detach() if activation in NEEDS_PRE_ACTIVATION else output
         # A compiler cannot trace versions; the probe before it has looked at them.
         version = 0 if dual.compiling else gate._version
         dual.seen.add(self.index)
         dual.records.append(
             BlockRecord(self.name, self.index, output, handle, gate, activation, order, version)
         )
-
-
-def _operands(dual: DualPass, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x and the tangent to give to an operator: a dual tensor where it takes it apart itself."""
-    if dual.tangents == "block":
-        return unpack_dual(x)[0].detach(), None
-    return (x, None) if dual.takes_duals else _unpack_detached(x)
-
-
-def _unpack_detached(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent, cut off from what made them."""
-    primal, tangent = unpack_dual(x)
-    return primal.detach(), None if tangent is None else tangent.detach()
 
 
 def _normalized_end(modules: Sequence[nn.Module]) -> tuple[int, str] | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
+from fdfa_ext.tangents import Pair, forward_dual, needs_forward_mode, plain_type
 
 
 def _check_activation(layer: str, activation: str) -> None:
@@ -23,6 +24,13 @@ class Block:
     """What FDFA looks for, and gives a `block_pass`."""
 
     block_pass: BlockPass | None = None
+
+    def dual(self, x: Tensor, tangent: Tensor | None) -> Pair:
+        """The block's output and its tangent, perturbed, for an input with a tangent or none.
+
+        While FDFA makes a training step.
+        """
+        raise NotImplementedError
 
     @property
     def running_pass(self) -> BlockPass | None:
@@ -55,7 +63,11 @@ class FDFALinear(nn.Linear, Block):
             return self._plain(x)
         if not running.perturbs:
             return running.plain(x, self._plain)
-        return running.linear(x, self.weight, self.bias, self.activation)
+        return running.through_duals(x, self.dual)
+
+    def dual(self, x: Tensor, tangent: Tensor | None) -> Pair:
+        assert self.block_pass is not None
+        return self.block_pass.linear(x, tangent, self.weight, self.bias, self.activation)
 
     def _plain(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](super().forward(x))
@@ -89,14 +101,22 @@ class FDFAConv2d(nn.Conv2d, Block):
             return self._plain(x)
         if not running.perturbs:
             return running.plain(x, self._plain)
+        return running.through_duals(x, self.dual)
+
+    def dual(self, x: Tensor, tangent: Tensor | None) -> Pair:
+        assert self.block_pass is not None
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
-            # Padding of its own kind is a module before the convolution: torch carries the tangent.
+            # Padding of its own kind is a linear map before the convolution.
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            x, tangent = (
+                t if t is None else F.pad(t, self._reversed_padding_repeated_twice, mode=mode)
+                for t in (x, tangent)
+            )
             padding = (0, 0)
-        return running.conv2d(
+        return self.block_pass.conv2d(
             x,
+            tangent,
             self.weight,
             self.bias,
             self.stride,
@@ -131,4 +151,29 @@ class FDFABlock(nn.Sequential, Block):
             return super().forward(x)
         if not running.perturbs:
             return running.plain(x, super().forward)
-        return running.chain(x, list(self))
+        return running.through_duals(x, self.dual)
+
+    def dual(self, x: Tensor, tangent: Tensor | None) -> Pair:
+        assert self.block_pass is not None
+        return self.block_pass.chain(x, tangent, list(self))
+
+
+def runs_side_by_side(module: nn.Module) -> bool:
+    """Whether `side_by_side` takes it: known blocks and modules in sequence, without hooks on them."""
+    kind = plain_type(module)
+    if kind is FDFALinear or kind is FDFAConv2d:
+        return True
+    if kind is nn.Sequential or kind is FDFABlock:
+        return all(map(runs_side_by_side, module))  # type: ignore[call-overload]
+    return not needs_forward_mode(module)
+
+
+def side_by_side(module: Any, y: Tensor, ty: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent through `module`, without dual tensors, while FDFA makes a training step."""
+    if isinstance(module, Block):
+        return module.dual(y, ty)
+    if type(module) is nn.Sequential:
+        for inner in module._modules.values():
+            y, ty = side_by_side(inner, y, ty)
+        return y, ty
+    return forward_dual(module, y, ty)

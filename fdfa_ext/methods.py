@@ -421,17 +421,13 @@ class ForwardFeedback(BlockMethod):
 
     def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
         records = dual.records
-        names = [record.name for record in records]
-        moments = names if model.rule == "adam" else []
         result: Tensor = dual.backend.star(
             output,
             tangent,
-            model.noise_state,
+            dual.noise_state,
             [record.handle for record in records],
             [record.gate for record in records],
-            model.feedback.select(names),
-            model.exp_avg.select(moments),
-            model.exp_avg_sq.select(moments),
+            *model.feedback_state([record.name for record in records]),
             model.updates,
             [record.index for record in records],
             [record.activation for record in records],

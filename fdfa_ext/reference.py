@@ -252,7 +252,12 @@ def max_pool2d(
     padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     y, winners = F.max_pool2d(x, tuple(kernel_size), tuple(stride), tuple(padding), return_indices=True)
-    return y, tangent.flatten(2).gather(2, winners.flatten(2)).view_as(y)
+    return y, gather_winners(tangent, winners)
+
+
+def gather_winners(tangent: Tensor, winners: Tensor) -> Tensor:
+    """The tangent [N, C, H, W] at the indices [N, C, H', W'] that torch's max_pool2d returns."""
+    return tangent.flatten(-2).gather(-1, winners.flatten(-2)).view_as(winners)
 
 
 def perturb(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:

@@ -1,7 +1,7 @@
 """FDFA: wraps a torch model, runs its passes in training and owns feedback and noise."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
-from fdfa_ext.layers import Block
+from fdfa_ext.layers import Block, runs_side_by_side, side_by_side
 from fdfa_ext.methods import METHODS, Method
-from fdfa_ext.tangents import FunctionRules, unpack_dual, without_rules
+from fdfa_ext.tangents import FunctionRules, has_hooks, unpack_dual, without_rules
 
 RULES = ("ema", "adam", "grad")
 
@@ -47,8 +47,8 @@ class TensorMap(nn.Module):
         return self._tensors[self.key(name)]
 
     def select(self, names: Iterable[str]) -> list[Tensor]:
-        tensors = self._tensors
-        return [tensors[self.key(name)] for name in names]
+        tensors, key = self._tensors, self.key
+        return [tensors[key(name)] for name in names]
 
     def __contains__(self, name: str) -> bool:
         return self.key(name) in self._tensors
@@ -158,6 +158,8 @@ class FDFA(nn.Module):
         self.local_outputs: list[Tensor] = []
         self._blocks = dict(_find_blocks(module))
         self._passes = [BlockPass(name, index) for index, name in enumerate(self._blocks)]
+        self._watched = list(module.modules())
+        self._side_by_side = runs_side_by_side(module)
 
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         seed = int(torch.randint(2**63 - 1, ()))
@@ -213,7 +215,7 @@ class FDFA(nn.Module):
 
     def run_blocks(self, *args: Any, **kwargs: Any) -> tuple[DualPass, Tensor, Tensor | None]:
         """The pass of a BlockMethod: its records, the output and its tangent, all checked."""
-        dual = self._dual_pass(self.noise_state)
+        dual = self._dual_pass(self._buffers["noise_state"])  # type: ignore[arg-type]
         output, tangent = self._run(dual, *args, **kwargs)
         if tangent is None and dual.tangents != "none":
             raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
@@ -221,15 +223,24 @@ class FDFA(nn.Module):
         for record in dual.records:
             self._check_block(record, output, dual.compiling)
         # A model whose weights are all frozen can still learn its feedback.
-        if not (output.requires_grad or any(r.handle.requires_grad for r in dual.records)):
+        if not output.requires_grad and not any(r.handle.requires_grad for r in dual.records):
             output = output.detach().requires_grad_()
-        return dual, output, None if tangent is None else tangent.detach()
+        return dual, output, tangent
+
+    def feedback_state(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """B of these blocks and, for feedback="adam", its moments."""
+        # From the dictionary: nn.Module's attributes cost half a microsecond each.
+        modules: dict[str, Any] = self._modules
+        moments = names if self.rule == "adam" else ()
+        return (
+            modules["feedback"].select(names),
+            modules["exp_avg"].select(moments),
+            modules["exp_avg_sq"].select(moments),
+        )
 
     def _dual_pass(self, noise_state: Tensor) -> DualPass:
         compiling = torch.compiler.is_compiling()
-        return DualPass(
-            noise_state, self.noise, self.backend_operators, compiling, self.method.tangents
-        )
+        return DualPass(noise_state, self.noise, BACKENDS[self.backend], compiling, self.method.tangents)
 
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
@@ -240,12 +251,17 @@ class FDFA(nn.Module):
         try:
             if dual.tangents == "none":
                 return self._tensor(self.module(*args, **kwargs)), None
+            plain = self._side_by_side and not dual.compiling and len(args) == 1 and not kwargs
+            if plain and not any(map(has_hooks, self._watched)):
+                output, tangent = side_by_side(self._modules["module"], args[0], None)
+                return self._tensor(output), tangent
             # For eager steps alone: a compiled one traces torch's own forward mode.
             rules = nullcontext() if dual.compiling else FunctionRules()
             with forward_ad.dual_level(), rules:
                 output = self._tensor(self.module(*args, **kwargs))
                 with without_rules():
-                    return unpack_dual(output)
+                    output, tangent = unpack_dual(output)
+                    return output, None if tangent is None else tangent.detach()
         finally:
             for block_pass in self._passes:
                 block_pass.dual = None
@@ -271,20 +287,19 @@ class FDFA(nn.Module):
                 f"FDFA: the activation of block '{record.name}' was changed in place by a module after "
                 "it, but is needed in the backward; use the module without inplace"
             )
-        samples, *features = record.gate.shape
-        n, outputs = output.shape
-        if samples != n:
+        shape, (n, outputs) = record.gate.shape, output.shape
+        if shape[0] != n:
             raise ValueError(
                 f"FDFA: block '{record.name}' must keep the batch first: expected [{n}, *features] as "
-                f"the output has, got {[samples, *features]}"
+                f"the output has, got {list(shape)}"
             )
         if self.method.feedback == "none":
             return
-        feedback = self.feedback[record.name]
-        if feedback.shape != (outputs, *features):
+        (feedback,) = self._modules["feedback"].select([record.name])  # type: ignore[union-attr, operator]
+        if feedback.shape != (outputs, *shape[1:]):
             raise ValueError(
                 f"FDFA: block '{record.name}': its feedback has shape {list(feedback.shape)}, but "
-                f"{outputs} outputs and features {features} came; a sample's size is fixed"
+                f"{outputs} outputs and features {list(shape[1:])} came; a sample's size is fixed"
             )
         if not feedback.is_contiguous(memory_format=record.order):
             raise ValueError(

@@ -1,9 +1,7 @@
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/_unpack_dual.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/linear.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/library.h>
 
 #include "ops/ops.h"
@@ -136,70 +134,51 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
   }
 };
 
+// Of torch's forward mode, which has one.
+constexpr int64_t kLevel = 0;
+
+// It would be lost without a word.
+void check_no_dual(const char* op, const Tensor& x) {
+  TORCH_CHECK(!x._fw_grad(kLevel).defined(), "fdfa::", op,
+              ": x must be no dual tensor; give its tangent as an argument");
+}
+
 Normalized batch_norm_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& ty,
                                const OptionalTensor& weight, const OptionalTensor& bias,
                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                bool training, double momentum, double eps, const Tensor& noise_state,
                                int64_t block, c10::string_view activation, c10::string_view noise) {
+  check_no_dual("batch_norm", x);
   const auto out = BatchNorm::apply(x, tangent, ty, weight, bias, running_mean, running_var, training,
                                     momentum, eps, noise_state, block, activation, noise);
   return {out[0], out[1], out[2], out[3]};
 }
 
-// Within a level of torch's forward mode, of which it has one, x may be a dual tensor in place of x and
-// a tangent, and y is one unless a tangent was given. C++ functions of autograd do not take duals, so x
-// is taken apart before.
-constexpr int64_t kLevel = 0;
-
-struct Operand {
-  Operand(const Tensor& x, const OptionalTensor& given)
-      : primal(x),
-        tangent(given),
-        is_dual(!given && torch::autograd::ForwardADLevel::try_get_by_idx(kLevel) != nullptr) {
-    if (const Tensor& own = x._fw_grad(kLevel); own.defined()) {
-      TORCH_CHECK(!given, "fdfa: x has a tangent of its own; got another one");
-      primal = x.detach();
-      tangent = own.detach();
-    }
-  }
-  Dual result(const variable_list& out) const {
-    if (is_dual) out[0]._set_fw_grad(out[1], kLevel, /*is_inplace_op=*/false);
-    return {out[0], out[1], out[2]};
-  }
-
-  Tensor primal;
-  OptionalTensor tangent;
-  bool is_dual;
-};
-
 Dual linear_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
                      const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
                      c10::string_view activation, c10::string_view noise) {
-  const Operand in(x, tangent);
-  return in.result(
-      Linear::apply(in.primal, in.tangent, weight, bias, noise_state, block, activation, noise));
+  check_no_dual("linear", x);
+  const auto out = Linear::apply(x, tangent, weight, bias, noise_state, block, activation, noise);
+  return {out[0], out[1], out[2]};
 }
 
 Dual conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
                      const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                      at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
                      c10::string_view activation, c10::string_view noise) {
-  const Operand in(x, tangent);
-  return in.result(Conv2d::apply(in.primal, in.tangent, weight, bias, stride, padding, dilation, groups,
-                                 noise_state, block, activation, noise));
+  check_no_dual("conv2d", x);
+  const auto out = Conv2d::apply(x, tangent, weight, bias, stride, padding, dilation, groups,
+                                 noise_state, block, activation, noise);
+  return {out[0], out[1], out[2]};
 }
 
-// One product for the tangent: torch's forward mode also multiplies the missing tangents of weight and
-// bias, and adds these zeros by a detour through Python.
-Tensor dual_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const bool constant =
-      !weight._fw_grad(kLevel).defined() && !(bias && bias->_fw_grad(kLevel).defined());
-  if (!constant || !input._fw_grad(kLevel).defined()) return at::linear(input, weight, bias);
-  const auto [primal, tangent] = at::_unpack_dual(input, kLevel);
-  const Tensor y = at::linear(primal, weight, bias);
+// torch's forward mode would also multiply the missing tangents of weight and bias, and add these zeros
+// by a detour through Python.
+std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, const Tensor& weight,
+                                       const OptionalTensor& bias) {
+  Tensor y = at::linear(x, weight, bias);
   const at::NoGradGuard guard;
-  y._set_fw_grad(at::linear(tangent, weight), kLevel, /*is_inplace_op=*/false);
-  return y;
+  return {std::move(y), at::linear(tangent, weight)};
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 
 // Units that are worth a thread: about 4096 elements of work in an epilogue.
 constexpr int64_t kEpilogueGrain = 4;
-constexpr int64_t kFeedbackGrain = 1;
+constexpr int64_t kFeedbackElements = 8192;  // of perturbations
 constexpr int64_t kMaxPoolGrain = 16;
 constexpr int64_t kMomentGrain = 1;
 constexpr int64_t kCombineGrain = 16;
@@ -34,9 +34,13 @@ void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& devi
   if (device.is_cuda()) return launch_cuda(blocks, device);
 #endif
   (void)device;
-  int64_t units = 0;
-  for (const auto& block : blocks) units += cpu::feedback_units(block);
-  at::parallel_for(0, units, kFeedbackGrain, [&](int64_t begin, int64_t end) {
+  int64_t units = 0, elements = 1;
+  for (const auto& block : blocks) {
+    units += cpu::feedback_units(block);
+    elements += block.samples * block.features;
+  }
+  const int64_t grain = std::max<int64_t>(1, kFeedbackElements * units / elements);
+  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     for (const auto& block : blocks) {
       const int64_t own = cpu::feedback_units(block);
       const int64_t first = std::clamp<int64_t>(begin, 0, own), last = std::clamp<int64_t>(end, 0, own);

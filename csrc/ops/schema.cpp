@@ -20,8 +20,6 @@ TORCH_LIBRARY(fdfa, m) {
   // Returns (y, ty, pre), each [N, *, out_features]. Gradients flow through `pre` alone, which stands
   // for the pre-activation: its gradient is δ, and from it come those of weight and bias. It has memory
   // of its own only where f' needs its values (gelu, silu). x gets no gradient: blocks are local.
-  // Within a level of torch's forward mode x may be a dual tensor, and y is one, unless a tangent is
-  // given.
   m.def(
       "linear(Tensor x, Tensor? tangent, Tensor weight, Tensor? bias, Tensor noise_state, int block, "
       "str activation, str noise) -> (Tensor y, Tensor ty, Tensor pre)");
@@ -50,8 +48,9 @@ TORCH_LIBRARY(fdfa, m) {
       "batch_norm_backward(Tensor delta, Tensor x, Tensor? weight, Tensor mean, Tensor inverse_std, "
       "bool training) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
-  // torch's linear, with a shorter way for the tangent of a dual input.
-  m.def("dual_linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
+  // torch's linear, with its own autograd, and the tangent of its result, which has none.
+  m.def(
+      "dual_linear(Tensor x, Tensor tangent, Tensor weight, Tensor? bias=None) -> (Tensor y, Tensor ty)");
 
   // (y, ty): torch's max_pool2d of x [N, C, H, W] without autograd, and the tangent of the element that
   // won in each window; float32 on the CPU, in channels_last.

@@ -1,5 +1,6 @@
 #include <ATen/ops/clone.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include "ops/ops.h"
@@ -18,39 +19,26 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// What the backward needs besides tensors that autograd keeps.
-struct Options {
-  const Tensor &tangent, &noise_state;
-  at::TensorList gates, exp_avg, exp_avg_sq;
-  const Tensor& updates;
-  at::IntArrayRef blocks;
-  const Names& activations;
-  c10::string_view noise, rule;
+// What the backward needs besides the tensors that autograd keeps. B and its moments move in place from
+// step to step, so autograd must not watch their versions.
+struct Options : torch::CustomClassHolder {
+  std::vector<Tensor> feedback, exp_avg, exp_avg_sq;
+  Tensor updates;
+  std::vector<int64_t> blocks;
+  Names activations;
+  std::string noise, rule;
   double lr, beta1, beta2, eps;
 };
 
 struct Star : torch::autograd::Function<Star> {
   static Tensor forward(AutogradContext* ctx, const Tensor& output, at::TensorList handles,
-                        at::TensorList feedback, const Options& o) {
+                        at::TensorList feedback, const Tensor& tangent, const Tensor& noise_state,
+                        at::TensorList gates, c10::intrusive_ptr<Options> options) {
     static const auto next_noise = find<decltype(fdfa::next_noise)>("fdfa::next_noise");
-    variable_list saved{o.tangent, next_noise.call(o.noise_state)};
-    saved.insert(saved.end(), o.gates.begin(), o.gates.end());
+    variable_list saved{tangent, next_noise.call(noise_state)};
+    saved.insert(saved.end(), gates.begin(), gates.end());
     ctx->save_for_backward(std::move(saved));
-    // B and its moments move in place from step to step, so autograd must not watch their versions.
-    auto& data = ctx->saved_data;
-    data.reserve(12);
-    data["feedback"] = feedback.vec();
-    data["exp_avg"] = o.exp_avg.vec();
-    data["exp_avg_sq"] = o.exp_avg_sq.vec();
-    data["updates"] = o.updates;
-    data["blocks"] = o.blocks.vec();
-    data["activations"] = o.activations;
-    data["noise"] = std::string(o.noise);
-    data["rule"] = std::string(o.rule);
-    data["lr"] = o.lr;
-    data["beta1"] = o.beta1;
-    data["beta2"] = o.beta2;
-    data["eps"] = o.eps;
+    ctx->saved_data["options"] = c10::IValue::make_capsule(std::move(options));
     return output.clone();
   }
 
@@ -61,31 +49,25 @@ struct Star : torch::autograd::Function<Star> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &error = grads[0], &tangent = saved[0], &noise_state = saved[1];
     const at::TensorList gates = at::TensorList(saved).slice(2);
-    auto& data = ctx->saved_data;
-    const auto feedback = data["feedback"].toTensorVector();
-    const auto blocks = data["blocks"].toIntVector();
-    const auto activations = data["activations"].to<Names>();
-    const std::string &noise = data["noise"].toStringRef(), &rule = data["rule"].toStringRef();
+    const auto kept = ctx->saved_data["options"].toCapsule();
+    const Options& o = static_cast<const Options&>(*kept);
 
-    variable_list deltas, gradients(feedback.size());
-    if (rule == "grad") {
-      std::tie(deltas, gradients) = feedback_gradient.call(feedback, error, tangent, gates, noise_state,
-                                                           blocks, activations, noise);
+    variable_list deltas, gradients(o.feedback.size());
+    if (o.rule == "grad") {
+      std::tie(deltas, gradients) = feedback_gradient.call(o.feedback, error, tangent, gates, noise_state,
+                                                           o.blocks, o.activations, o.noise);
     } else {
-      OptionalTensor updates;
-      if (rule == "adam") updates = data["updates"].toTensor();
-      for (size_t i = 0; i < feedback.size(); ++i) {
-        deltas.push_back(empty_delta(gates[i], feedback[i]));
+      for (size_t i = 0; i < o.feedback.size(); ++i) {
+        deltas.push_back(empty_delta(gates[i], o.feedback[i]));
       }
-      feedback_step.call(
-          feedback, data["exp_avg"].toTensorVector(), data["exp_avg_sq"].toTensorVector(), updates,
-          error, tangent, gates, noise_state, blocks, activations, noise, data["lr"].toDouble(),
-          data["beta1"].toDouble(), data["beta2"].toDouble(), data["eps"].toDouble(), deltas);
+      const auto updates = o.rule == "adam" ? OptionalTensor(o.updates) : std::nullopt;
+      feedback_step.call(o.feedback, o.exp_avg, o.exp_avg_sq, updates, error, tangent, gates, noise_state,
+                         o.blocks, o.activations, o.noise, o.lr, o.beta1, o.beta2, o.eps, deltas);
     }
     variable_list result{error};
     result.insert(result.end(), deltas.begin(), deltas.end());
     result.insert(result.end(), gradients.begin(), gradients.end());
-    result.emplace_back();  // of the options
+    result.resize(result.size() + 3 + gates.size());  // of what has no gradient
     return result;
   }
 };
@@ -95,9 +77,20 @@ Tensor star(const Tensor& output, const Tensor& tangent, const Tensor& noise_sta
             at::TensorList exp_avg, at::TensorList exp_avg_sq, const Tensor& updates,
             at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
             c10::string_view rule, double lr, double beta1, double beta2, double eps) {
-  return Star::apply(output, handles, feedback,
-                     Options{tangent, noise_state, gates, exp_avg, exp_avg_sq, updates, blocks,
-                             activations, noise, rule, lr, beta1, beta2, eps});
+  auto options = c10::make_intrusive<Options>();
+  options->feedback = feedback.vec();
+  options->exp_avg = exp_avg.vec();
+  options->exp_avg_sq = exp_avg_sq.vec();
+  options->updates = updates;
+  options->blocks = blocks.vec();
+  options->activations = activations;
+  options->noise = noise;
+  options->rule = rule;
+  options->lr = lr;
+  options->beta1 = beta1;
+  options->beta2 = beta2;
+  options->eps = eps;
+  return Star::apply(output, handles, feedback, tangent, noise_state, gates, std::move(options));
 }
 
 }  // namespace
