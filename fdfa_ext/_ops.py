@@ -41,10 +41,16 @@ extension = _load_extension()
 fused = torch.ops.fdfa
 
 
-def _dual_outputs(y: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def _carrier(y: Tensor) -> Tensor:
+    return y.new_empty_strided(y.shape, [0] * y.dim())
+
+
+def _dual_outputs(
+    y: Tensor, activation: str, zero_tangent: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     keeps_pre = activation in ("gelu", "silu")
-    pre = torch.empty_like(y) if keeps_pre else y.new_empty_strided(y.shape, [0] * y.dim())
-    return y, torch.empty_like(y), pre
+    ty = _carrier(y) if zero_tangent else torch.empty_like(y)
+    return y, ty, torch.empty_like(y) if keeps_pre else _carrier(y)
 
 
 @torch.library.register_fake("fdfa::next_noise")
@@ -73,7 +79,8 @@ def _(
         x.shape[-1] == weight.shape[1],
         lambda: f"fdfa::linear: x must be [N, *, {weight.shape[1]}], got {x.shape}",
     )
-    return _dual_outputs(x.new_empty([*x.shape[:-1], weight.shape[0]]), activation)
+    y = x.new_empty([*x.shape[:-1], weight.shape[0]])
+    return _dual_outputs(y, activation, tangent is None and noise == "none")
 
 
 @torch.library.register_fake("fdfa::conv2d")
@@ -101,14 +108,14 @@ def _(
         device=x.device,
         memory_format=torch.channels_last,
     )
-    return _dual_outputs(y, activation)
+    return _dual_outputs(y, activation, tangent is None and noise == "none")
 
 
 @torch.library.register_fake("fdfa::batch_norm")
 def _(
     x: Tensor,
     tangent: Tensor | None,
-    ty: Tensor,
+    ty: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -145,6 +152,30 @@ def _(
     size = [(x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)]
     y = x.new_empty([*x.shape[:2], *size]).contiguous(memory_format=torch.channels_last)
     return y, torch.empty_like(y)
+
+
+@torch.library.register_fake("fdfa::max_pool2d_end")
+def _(
+    x: Tensor,
+    tangent: Tensor | None,
+    handle: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    noise_state: Tensor,
+    block: int,
+    noise: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = [(x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)]
+    y = x.new_empty([*x.shape[:2], *size]).contiguous(memory_format=torch.channels_last)
+    return _dual_outputs(y, "identity")
+
+
+@torch.library.register_fake("fdfa::max_pool2d_backward")
+def _(
+    delta: Tensor, x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
+) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("fdfa::perturb")

@@ -1,8 +1,9 @@
 """The dual pass of a training step: what its blocks do, and what they leave for the backward.
 
 A block takes primal and tangent apart, since an operator of torch.library that is given a dual tensor
-drops its tangent in silence. Between blocks the two travel side by side where every module's way with a
-tangent is known, and else on torch's forward-mode dual tensors, so that any torch module may stand there.
+drops its tangent in silence. Between blocks the two travel side by side where every module's way with
+a tangent is known, and else on torch's forward-mode dual tensors, so that any torch module may stand
+there.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
+from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, ChainEnd, find_end
 from fdfa_ext.tangents import (
-    BATCH_NORMS,
     Pair,
     forward_dual,
     make_dual,
     makes_tangent,
-    plain_type,
+    pool_geometry,
     unpack_dual,
     without_rules,
 )
@@ -34,15 +35,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "gelu": F.gelu,
     "silu": F.silu,
-}
-NEEDS_PRE_ACTIVATION = ("gelu", "silu")
-_ACTIVATION_MODULES: dict[Any, str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
 }
 NOISES = ("gaussian", "rademacher")
 BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
@@ -100,14 +92,14 @@ class BlockPass:
         return output
 
     def through_duals(self, x: Tensor, block: Callable[[Tensor, Tensor | None], Pair]) -> Tensor:
-        """A dual tensor through a block that takes primal and tangent apart; the result is one again."""
+        """A dual tensor through a block that takes primal and tangent apart; so is the result."""
         with without_rules():
             return make_dual(*block(*unpack_dual(x)))
 
     def linear(
         self, x: Tensor, tangent: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
     ) -> Pair:
-        """x [N, *, in_features] → y and its tangent [N, *, out_features]. Algorithm 1, lines 10 to 16."""
+        """x [N, *, in_features] → y, ty [N, *, out_features]. Algorithm 1, lines 10 to 16."""
         dual = self._enter(x)
         if dual.tangents == "block":
             tangent = None
@@ -159,12 +151,12 @@ class BlockPass:
         if tangent is not None:
             tangent = None if dual.tangents == "block" else tangent.detach()
         y, ty = x, tangent
-        end = _normalized_end(modules)
+        end = find_end(modules) if dual.backend is fused and not dual.compiling else None
         for position, module in enumerate(modules):
-            if end is not None and position == end[0] and _has_fused_norm(dual, module, y):
+            if end is not None and position == end.start and end.takes(y):
                 # The tangent that a layer just made is nobody else's: it may be overwritten.
                 spare = ty if position > 0 and makes_tangent(modules[position - 1]) else None
-                return self._batch_norm(dual, module, y, ty, spare, end[1])
+                return self._fused_end(dual, end, y, ty, spare)
             y, ty = forward_dual(module, y, ty)
             if tangent is not None and ty is None:
                 raise RuntimeError(
@@ -177,39 +169,57 @@ class BlockPass:
         self._record(dual, gate, y, "identity", order)
         return gate, ty
 
-    def _batch_norm(
-        self,
-        dual: DualPass,
-        module: Any,
-        x: Tensor,
-        tangent: Tensor | None,
-        spare: Tensor | None,
-        activation: str,
+    def _fused_end(
+        self, dual: DualPass, end: ChainEnd, x: Tensor, tangent: Tensor | None, spare: Tensor | None
     ) -> Pair:
         """spare: memory for the tangent of the result, if it has the right order."""
-        order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        if module.training and module.num_batches_tracked is not None:
-            module.num_batches_tracked.add_(1)
-        if spare is None or not spare.is_contiguous(memory_format=order):
-            spare = torch.empty_like(x, memory_format=order)
-        y, pre = dual.backend.batch_norm(
-            x.contiguous(memory_format=order),
-            tangent,
-            spare,
-            module.weight,
-            module.bias,
-            module.running_mean,
-            module.running_var,
-            module.training or module.running_mean is None,
-            module.momentum,
-            module.eps,
-            dual.noise_state,
-            self.index,
-            activation,
-            dual.noise,
-        )[:2]
-        self._record(dual, y, pre, activation, order)
-        return y, spare
+        # Where a pool follows, it is that which perturbs.
+        noise = dual.noise if end.pool is None else "none"
+        rest = (dual.noise_state, self.index, end.activation, noise)
+        module: Any = end.first
+        ty: Tensor | None
+        if end.normalizes:
+            order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+            if module.training and module.num_batches_tracked is not None:
+                module.num_batches_tracked.add_(1)
+            if tangent is None and noise == "none":
+                spare = None
+            elif spare is None or not spare.is_contiguous(memory_format=order):
+                spare = torch.empty_like(x, memory_format=order)
+            y, pre = fused.batch_norm(
+                x.contiguous(memory_format=order),
+                tangent,
+                spare,
+                module.weight,
+                module.bias,
+                module.running_mean,
+                module.running_var,
+                module.training or module.running_mean is None,
+                module.momentum,
+                module.eps,
+                *rest,
+            )[:2]
+            ty = spare
+        elif isinstance(module, nn.Linear):
+            order = torch.contiguous_format
+            y, ty, pre = fused.linear(x, tangent, module.weight, module.bias, *rest)
+        else:
+            order = torch.channels_last
+            geometry = (module.stride, module.padding, module.dilation, module.groups)
+            y, ty, pre = fused.conv2d(x, tangent, module.weight, module.bias, *geometry, *rest)
+        if end.pool is not None:
+            y, ty, pre = fused.max_pool2d_end(
+                y,
+                None if tangent is None else ty,
+                pre,
+                *pool_geometry(end.pool),
+                dual.noise_state,
+                self.index,
+                dual.noise,
+            )
+        assert ty is not None
+        self._record(dual, y, pre, end.activation, order)
+        return y, ty
 
     def _enter(self, x: Tensor) -> DualPass:
         """The pass that runs, once it is clear that it may go through this block."""
@@ -242,40 +252,6 @@ class BlockPass:
         dual.records.append(
             BlockRecord(self.name, self.index, output, handle, gate, activation, order, version)
         )
-
-
-def _normalized_end(modules: Sequence[nn.Module]) -> tuple[int, str] | None:
-    """Where a chain's last two modules, BatchNorm and activation, or its last one, BatchNorm, begin."""
-    activation = _activation(modules[-1])
-    position = len(modules) - (1 if activation is None else 2)
-    if position < 0 or plain_type(modules[position]) not in BATCH_NORMS:
-        return None
-    return position, activation or "identity"
-
-
-def _activation(module: nn.Module) -> str | None:
-    """The operators' name of it; None for any other module."""
-    kind = plain_type(module)
-    if (kind is nn.LeakyReLU and module.negative_slope != 0.01) or (
-        kind is nn.GELU and module.approximate != "none"
-    ):
-        return None
-    return _ACTIVATION_MODULES.get(kind)
-
-
-def _has_fused_norm(dual: DualPass, module: Any, x: Tensor) -> bool:
-    return (
-        dual.backend is fused
-        and not dual.compiling
-        and x.is_cpu
-        and x.dim() in (2, 4)
-        and x.dtype == torch.float32
-        and (module.weight is None or module.weight.dtype == torch.float32)
-        and (module.running_mean is None or module.running_mean.dtype == torch.float32)
-        and module.momentum is not None
-        # Otherwise torch has the words for it.
-        and (x.numel() > x.shape[1] == module.num_features)
-    )
 
 
 def rows(t: Tensor) -> Tensor:

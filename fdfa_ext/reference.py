@@ -128,9 +128,12 @@ def _dual(
     function, derivative = _ACTIVATIONS[activation]
     a = pre.detach()
     y = function(a)
-    u = perturbation(
-        noise_state, block, noise, y.shape, channels_last=y.dim() == 4 and not y.is_contiguous()
-    )
+    if noise == "none":
+        u = torch.zeros_like(y)
+    else:
+        u = perturbation(
+            noise_state, block, noise, y.shape, channels_last=y.dim() == 4 and not y.is_contiguous()
+        )
     if tangent is None:
         return y, u.to(y.dtype), pre
     gate = a if activation in ("gelu", "silu") else y
@@ -200,7 +203,7 @@ def batch_norm_tangent(
 def batch_norm(
     x: Tensor,
     tangent: Tensor | None,
-    ty: Tensor,
+    ty: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
@@ -220,7 +223,8 @@ def batch_norm(
         tz = batch_norm_tangent(x.detach(), tangent, weight, fixed, eps)
     pre = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y, tangent, pre = _dual(pre, tz, noise_state, block, activation, noise)
-    ty.copy_(tangent)
+    if ty is not None:
+        ty.copy_(tangent)
     return y, pre
 
 
@@ -258,6 +262,36 @@ def max_pool2d(
 def gather_winners(tangent: Tensor, winners: Tensor) -> Tensor:
     """The tangent [N, C, H, W] at the indices [N, C, H', W'] that torch's max_pool2d returns."""
     return tangent.flatten(-2).gather(-1, winners.flatten(-2)).view_as(winners)
+
+
+def max_pool2d_end(
+    x: Tensor,
+    tangent: Tensor | None,
+    handle: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    noise_state: Tensor,
+    block: int,
+    noise: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """handle is only looked at for its winners' places; autograd goes on from pre to it."""
+    y, winners = F.max_pool2d(x, tuple(kernel_size), tuple(stride), tuple(padding), return_indices=True)
+    ty = None if tangent is None else gather_winners(tangent, winners)
+    return y, perturb(y, ty, noise_state, block, noise), gather_winners(handle, winners)
+
+
+def max_pool2d_backward(
+    delta: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    sizes = (tuple(kernel_size), tuple(stride), tuple(padding))
+    winners = F.max_pool2d(x, *sizes, return_indices=True)[1]
+    dx = torch.zeros_like(x).flatten(2)
+    return dx.scatter_add_(2, winners.flatten(2), delta.flatten(2)).view_as(x)
 
 
 def perturb(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:

@@ -1,8 +1,8 @@
 """How a tangent passes through torch's modules, and through some functions anywhere.
 
 torch's forward mode is right for every module, but records the tangent's own graph, works through
-several passes over memory and costs calls from Python. Most modules of real nets have a shorter way with
-the library's own kernels, which takes the tangent beside its primal and needs no dual tensors:
+several passes over memory and costs calls from Python. Most modules of real nets have a shorter way
+with the library's own kernels, which takes the tangent beside its primal and needs no dual tensors:
 
 - those that are affine in their input: the tangent goes through the module without its bias;
 - those with a symmetric Jacobian: elementwise functions, and batch-norm, whose Jacobian for each
@@ -108,14 +108,21 @@ def _symmetric(module: nn.Module, y: Tensor, ty: Tensor) -> Pair:
 
 
 def _max_pool(module: Any, y: Tensor, ty: Tensor) -> Pair:
-    size, stride, padding = (_pair(v) for v in (module.kernel_size, module.stride, module.padding))
-    if _has_fused_pool(y, module.dilation, module.ceil_mode):
-        pooled, tangent = fused.max_pool2d(y.detach(), ty, size, stride, padding)
+    geometry = pool_geometry(module)
+    if has_fused_pool(module) and _takes_pool(y):
+        pooled, tangent = fused.max_pool2d(y.detach(), ty, *geometry)
         return module(y) if y.requires_grad else pooled, tangent
-    pooled, winners = F.max_pool2d(
-        y, size, stride, padding, module.dilation, module.ceil_mode, return_indices=True
-    )
+    pooled, winners = F.max_pool2d(y, *geometry, module.dilation, module.ceil_mode, return_indices=True)
     return pooled, reference.gather_winners(ty, winners)
+
+
+def pool_geometry(pool: nn.MaxPool2d) -> tuple[list[int], list[int], list[int]]:
+    """Kernel size, stride and padding, each along height and width."""
+    return _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)
+
+
+def has_fused_pool(pool: nn.MaxPool2d) -> bool:
+    return not (pool.ceil_mode or pool.return_indices) and pool.dilation in (1, (1, 1))
 
 
 Way = Callable[[Any, Tensor, Tensor], Pair]
@@ -190,17 +197,17 @@ def _max_pool2d(
     return_indices: bool = False,
 ) -> Tensor | None:
     x, tangent = unpack_dual(input)
-    if tangent is None or x.requires_grad or return_indices or not _has_fused_pool(x, dilation, ceil_mode):
+    plain = not (ceil_mode or return_indices) and dilation in (1, (1, 1))
+    if tangent is None or x.requires_grad or not plain or not _takes_pool(x):
         return None
     size = _pair(kernel_size)
     return make_dual(*fused.max_pool2d(x, tangent, size, _pair(stride or size), _pair(padding)))
 
 
-def _has_fused_pool(x: Tensor, dilation: Any, ceil_mode: bool) -> bool:
+def _takes_pool(x: Tensor) -> bool:
+    """Whether the operator does: other memory orders it would copy."""
     return (
-        not ceil_mode
-        and dilation in (1, (1, 1))
-        and x.device.type in _POOL_DEVICES
+        x.device.type in _POOL_DEVICES
         and x.dtype == torch.float32
         and x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)

@@ -240,7 +240,9 @@ class FDFA(nn.Module):
 
     def _dual_pass(self, noise_state: Tensor) -> DualPass:
         compiling = torch.compiler.is_compiling()
-        return DualPass(noise_state, self.noise, BACKENDS[self.backend], compiling, self.method.tangents)
+        return DualPass(
+            noise_state, self.noise, BACKENDS[self.backend], compiling, self.method.tangents
+        )
 
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fdfa_ext import reference
@@ -178,6 +179,74 @@ def test_max_pool2d_is_the_reference(
                 torch.testing.assert_close(
                     actual, expected, rtol=0, atol=0, equal_nan=True, check_stride=False
                 )
+
+
+@pytest.mark.parametrize("channels", [1, 4, 11, 15, 16, 40])
+@pytest.mark.parametrize(
+    "geometry", [((2, 2), (2, 2), (0, 0)), ((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (0, 1))]
+)
+@pytest.mark.parametrize("with_tangent", [False, True])
+def test_max_pool2d_end_is_the_reference(
+    device: torch.device, channels: int, geometry: Any, with_tangent: bool
+) -> None:
+    """Also its gradient, which goes to the handle's winners, with equal values among them."""
+    x, tangent, handle = torch.randn(3, 3, channels, 9, 8, device=device).unbind()
+    x, tangent = x.mul(3).round(), tangent if with_tangent else None
+    results = []
+    for ops in (fused, reference):
+        leaf = handle.clone().requires_grad_()
+        y, ty, pre = ops.max_pool2d_end(x, tangent, leaf, *geometry, noise_state(device), 2, "gaussian")
+        delta = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        pre.backward(delta)
+        results.append((y, ty, leaf.grad, ops.max_pool2d_backward(delta, x, *geometry)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, check_stride=False)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(3, 4, 5), (64, 300, 200), (130, 257, 129), (1, 2**21, 1), (0, 5, 3), (4, 0, 3)]
+)
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
+def test_mm_is_a_matrix_product(
+    device: torch.device, m: int, k: int, n: int, transposed: tuple[bool, bool]
+) -> None:
+    """Large and small ones, which different libraries compute, in every memory order."""
+    a = torch.randn(k, m, device=device).t() if transposed[0] else torch.randn(m, k, device=device)
+    b = torch.randn(n, k, device=device).t() if transposed[1] else torch.randn(k, n, device=device)
+    exact = a.double() @ b.double()
+    scale = max(k, 1) ** 0.5
+    torch.testing.assert_close(fused.mm(a, b).double() / scale, exact / scale, rtol=0, atol=2e-5)
+    strided = torch.randn(m, 2 * k, device=device)[:, ::2]
+    torch.testing.assert_close(
+        fused.mm(strided, b).double() / scale, strided.double() @ b.double() / scale, rtol=0, atol=2e-5
+    )
+
+
+def test_mm_says_what_is_wrong() -> None:
+    with pytest.raises(RuntimeError, match=r"mm: b must be \[k, n\] for a of \[m, k\]"):
+        fused.mm(torch.randn(2, 3), torch.randn(2, 3))
+    with pytest.raises(TypeError, match="mm: b must have the dtype of a"):
+        fused.mm(torch.randn(2, 3), torch.randn(3, 2).double())
+
+
+def test_without_noise_a_tangent_is_the_derivative_alone(device: torch.device) -> None:
+    x, tangent = torch.randn(2, 5, 7, device=device).unbind()
+    weight = torch.randn(6, 7, device=device)
+    common = (weight, None, noise_state(device), 0, "tanh", "none")
+    y, ty, _ = fused.linear(x, tangent, *common)
+    torch.testing.assert_close(ty, (1 - y.square()) * (tangent @ weight.t()), rtol=1e-4, atol=1e-5)
+    assert not fused.linear(x, None, *common)[1].any()
+    with pytest.raises(ValueError, match="noise must be one of gaussian, rademacher; got 'none'"):
+        fused.perturb(y, None, noise_state(device), 0, "none")
+
+
+def test_an_operator_takes_no_dual_tensor() -> None:
+    """It would return no tangent, without a word."""
+    x, weight, state = torch.randn(2, 3), torch.randn(4, 3), noise_state(torch.device("cpu"))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match="linear: x must be no dual tensor"):
+            fused.linear(dual, None, weight, None, state, 0, "relu", "gaussian")
 
 
 def test_max_pool2d_says_what_is_wrong() -> None:
@@ -490,8 +559,16 @@ def test_opcheck(device: torch.device) -> None:
         torch.library.opcheck(fused.batch_norm.default, args)
         args = (x.detach(), x.detach(), weight.detach(), torch.zeros(4), torch.ones(4), True)
         torch.library.opcheck(fused.batch_norm_backward.default, args)
-        args = (images, images, (2, 3), (2, 1), (1, 0))
-        torch.library.opcheck(fused.max_pool2d.default, args)
+    for a in (torch.randn(4, 9, device=device), torch.randn(9, 4, device=device).t()):
+        torch.library.opcheck(fused.mm.default, (a, torch.randn(9, 5, device=device)))
+    pool = ((2, 3), (2, 1), (1, 0))
+    torch.library.opcheck(fused.max_pool2d.default, (images, images, *pool))
+    for handle in (images, images.clone().requires_grad_()):
+        for t in (None, images):
+            args = (images, t, handle, *pool, state, 0, "gaussian")
+            torch.library.opcheck(fused.max_pool2d_end.default, args)
+    delta = fused.max_pool2d(images, images, *pool)[0]
+    torch.library.opcheck(fused.max_pool2d_backward.default, (delta, images, *pool))
     for gate in (
         torch.randn(4, 9, device=device),
         images.contiguous(memory_format=torch.channels_last),
@@ -543,7 +620,7 @@ def test_bad_arguments_name_the_operator_and_the_argument(device: torch.device) 
         ({"bias": x[0]}, RuntimeError, r"fdfa::linear: bias must have shape \[4\]; got \[5\]"),
         ({"noise_state": state[:2]}, RuntimeError, r"fdfa::linear: noise_state must be .* \[3\]; got"),
         ({"activation": "swish"}, ValueError, "fdfa::linear: activation must be one of identity, .*; got 'swish'"),
-        ({"noise": "cauchy"}, ValueError, "fdfa::linear: noise must be one of gaussian, rademacher; got 'cauchy'"),
+        ({"noise": "cauchy"}, ValueError, "fdfa::linear: noise must be one of gaussian, rademacher, none; got 'cauchy'"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             fused.linear(**{**good, **change})
@@ -602,3 +679,25 @@ def test_blocks_of_several_sizes_and_dtypes_step_as_each_would_alone(device: tor
         assert torch.equal(feedback_step(fused, block, updates, gates[i], *rest), deltas[i])
         for actual, expected in zip(block, (kind[i] for kind in matrices), strict=True):
             assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("n", "features", "outputs"), [(4, 6, 3), (64, 512, 300)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_dual_linear_is_linear_twice(
+    device: torch.device, n: int, features: int, outputs: int, with_bias: bool
+) -> None:
+    """Small and large ones, which different libraries compute; with torch's gradients."""
+    x, tangent = torch.randn(2, n, features, device=device).unbind()
+    weight = (torch.randn(outputs, features, device=device) / features**0.5).requires_grad_()
+    bias = torch.randn(outputs, device=device, requires_grad=True) if with_bias else None
+    error = torch.randn(n, outputs, device=device)
+    y, ty = fused.dual_linear(x, tangent, weight, bias)
+    assert not ty.requires_grad
+    inputs = [weight] if bias is None else [weight, bias]
+    expected = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ty, tangent @ weight.detach().t(), rtol=1e-4, atol=1e-4)
+    for actual, gradient in zip(
+        torch.autograd.grad(y, inputs, error), torch.autograd.grad(expected, inputs, error), strict=True
+    ):
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4)

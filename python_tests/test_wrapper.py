@@ -16,6 +16,7 @@ from nets import NETS, batch, block_net, conv_net, mlp, step
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear, reference
+from fdfa_ext.chains import find_end
 from fdfa_ext.functional import BACKENDS
 
 
@@ -157,6 +158,79 @@ def test_a_block_with_batch_norm_trains_as_the_reference(end: Any) -> None:
 
     for actual, expected in zip(run("fused"), run("reference"), strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("chain", "fused_from"),
+    [
+        (lambda: [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2)], 0),
+        (lambda: [nn.Conv2d(2, 4, 3, stride=2, bias=False), nn.Tanh(), nn.MaxPool2d(3, 2, 1)], 0),
+        (lambda: [nn.Conv2d(2, 20, 3, padding=1), nn.MaxPool2d((2, 3))], 0),
+        (lambda: [nn.Conv2d(2, 4, 3, dilation=2), nn.GELU()], 0),
+        (lambda: [nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2)], 1),
+        (lambda: [nn.Dropout2d(0.0), nn.BatchNorm2d(2), nn.MaxPool2d(2)], 1),
+        (lambda: [nn.Flatten(), nn.Linear(288, 9), nn.BatchNorm1d(9), nn.SiLU()], 2),
+        # Each has something that the operators do not do.
+        (lambda: [nn.Conv2d(2, 4, 3), nn.GELU(), nn.MaxPool2d(2)], None),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)], None),
+        (lambda: [nn.Conv2d(2, 4, 3, padding_mode="circular", padding=1), nn.ReLU()], None),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU()], None),
+        (lambda: [nn.MaxPool2d(2)], None),
+    ],
+)
+def test_a_chain_trains_as_the_reference(chain: Any, fused_from: int | None) -> None:
+    """Two such blocks, the first of which gets no tangent, over three steps."""
+    end = find_end(chain())
+    assert fused_from == (None if end is None else end.start)
+
+    def run(backend: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        first = chain()
+        x, labels = torch.randn(6, 2, 12, 12), torch.arange(6) % 3
+        net = nn.Sequential(
+            FDFABlock(nn.Conv2d(2, 2, 3, padding=1)),
+            FDFABlock(*first),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        )
+        net = nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (12, 12)), *net)
+        net(x)
+        model = FDFA(net, backend=backend, feedback_lr=0.05, example_input=x)
+        alone = nn.Sequential(FDFABlock(*copy.deepcopy(first)), nn.Flatten(), nn.LazyLinear(3))
+        alone(x)
+        single = FDFA(alone, backend=backend, feedback_lr=0.05, example_input=x)
+        seen = []
+        for _ in range(3):
+            for each in (model, single):
+                loss = F.cross_entropy(each(x), labels)
+                each.zero_grad()
+                loss.backward()
+                gradients = [p.grad.clone() for p in each.parameters() if p.grad is not None]
+                seen += [loss.detach(), *gradients]
+        return seen + [t.clone() for each in (model, single) for t in each.state_dict().values()]
+
+    for actual, expected in zip(run("fused"), run("reference"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_side_by_side_and_on_dual_tensors_a_step_is_the_same(name: str, backend: str) -> None:
+    """A hook anywhere sends the pass to torch's dual tensors."""
+    x, y = batch(name)
+    models = [make(name, backend=backend, feedback_lr=0.05)]
+    models.append(copy.deepcopy(models[0]))
+    calls = []
+    models[1].module[-1].register_forward_hook(lambda *_: calls.append(1))
+    for model in models:
+        for _ in range(2):
+            F.cross_entropy(model(x), y).backward()
+    assert len(calls) == 2
+    results = [
+        [*model.state_dict().values(), *[p.grad for p in model.parameters()]] for model in models
+    ]
+    for side_by_side, dual in zip(*results, strict=True):
+        torch.testing.assert_close(side_by_side, dual, rtol=1e-4, atol=1e-6)
 
 
 class _Both(nn.Module):

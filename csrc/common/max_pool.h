@@ -14,7 +14,7 @@ struct PoolWindow {
 };
 
 // unit: a row of windows, sample * out_height + its row.
-FDFA_HD PoolWindow pool_window(const MaxPoolParams& p, int64_t unit, int64_t column) {
+FDFA_HD PoolWindow pool_window(const PoolShape& p, int64_t unit, int64_t column) {
   const int64_t sample = unit / p.out_height, top = unit % p.out_height * p.stride[0] - p.padding[0];
   const int64_t left = column * p.stride[1] - p.padding[1];
   const int64_t first_row = top > 0 ? top : 0, first_column = left > 0 ? left : 0;
@@ -22,6 +22,19 @@ FDFA_HD PoolWindow pool_window(const MaxPoolParams& p, int64_t unit, int64_t col
   return {((sample * p.height + first_row) * p.width + first_column) * p.channels,
           (bottom < p.height ? bottom : p.height) - first_row,
           (right < p.width ? right : p.width) - first_column, p.width * p.channels, p.channels};
+}
+
+// The windows along one side that hold a pixel: [first, end), possibly none.
+struct WindowRange {
+  int64_t first, end;
+};
+
+FDFA_HD WindowRange windows_holding(int64_t pixel, int64_t kernel, int64_t stride, int64_t padding,
+                                    int64_t windows) {
+  const int64_t padded = pixel + padding;
+  const int64_t first = padded < kernel ? 0 : (padded - kernel) / stride + 1;
+  const int64_t end = padded / stride + 1;
+  return {first, end < windows ? end : windows};
 }
 
 struct LoadFloat {
@@ -43,6 +56,22 @@ FDFA_HD void pool(const PoolWindow& window, Load load, const float* x, const flo
       ty = stays ? ty : tangent;
     }
   }
+}
+
+// The winner's place in a window, counted row by row, for one channel or several: a whole number.
+template <class Load, class V>
+FDFA_HD V pool_winner(const PoolWindow& window, Load load, const float* x, V first) {
+  V greatest = load(x), winner = first, place = first;
+  for (int64_t row = 0; row < window.rows; ++row) {
+    for (int64_t column = 0; column < window.columns; ++column) {
+      const V candidate = load(x + row * window.row_stride + column * window.column_stride);
+      const auto stays = (candidate <= greatest) | (greatest != greatest);
+      greatest = stays ? greatest : candidate;
+      winner = stays ? winner : place;
+      place += 1.0f;
+    }
+  }
+  return winner;
 }
 
 }  // namespace fdfa

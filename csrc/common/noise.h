@@ -76,6 +76,8 @@ FDFA_HD void noise4(const Philox4& r, float& u0, float& u1, float& u2, float& u3
   if constexpr (kNoise == Noise::gaussian) {
     normal_pair(r.x0, r.x1, u0, u1);
     normal_pair(r.x2, r.x3, u2, u3);
+  } else if constexpr (kNoise == Noise::none) {
+    u0 = u1 = u2 = u3 = 0.0f;
   } else {
     u0 = random_sign(r.x0);
     u1 = random_sign(r.x1);

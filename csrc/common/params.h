@@ -11,9 +11,9 @@
 
 namespace fdfa {
 
-enum class Noise : int { gaussian, rademacher };
-constexpr const char* kNoiseNames[] = {"gaussian", "rademacher"};
-constexpr int kNoiseCount = 2;
+enum class Noise : int { gaussian, rademacher, none };
+constexpr const char* kNoiseNames[] = {"gaussian", "rademacher", "none"};
+constexpr int kNoiseCount = 3;
 
 enum class Rule : int { ema, adam, gradient };
 
@@ -41,7 +41,7 @@ struct EpilogueParams {
   const T* tz;    // [samples, features] its tangent; null: zero
   const T* bias;  // [channels]; feature i is of channel i % channels; null: zero
   T* y;           // [samples, features]; null where z is
-  T* ty;          // [samples, features]
+  T* ty;          // [samples, features]; null, where it would be zero: it is not wanted
   T* pre;         // [samples, features] pre-activation, where f' needs it; null elsewhere
   int64_t samples, features, channels;
   Activation activation;
@@ -74,13 +74,25 @@ struct CombineParams {
 
 // y = the greatest of each window of x, the first of equals or a NaN; ty = the tangent of that element.
 // Images are [samples, height, width, channels]; what a window covers of the padding does not count.
+struct PoolShape {
+  int64_t samples, height, width, channels, out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2];  // along height and width
+};
+
 struct MaxPoolParams {
   const float* x;   // [samples, height, width, channels]
   const float* tx;  // the same
   float* y;         // [samples, out_height, out_width, channels]
   float* ty;        // the same
-  int64_t samples, height, width, channels, out_height, out_width;
-  int64_t kernel[2], stride[2], padding[2];  // along height and width
+  PoolShape shape;
+};
+
+// dx: each window's delta at its winner, summed over the windows that an element wins.
+struct MaxPoolBackwardParams {
+  const float* x;      // [samples, height, width, channels]
+  const float* delta;  // [samples, out_height, out_width, channels]
+  float* dx;           // [samples, height, width, channels]
+  PoolShape shape;
 };
 
 // G = tangentᵀ u / samples; B is moved by the rule; delta = (error B) ⊙ f'   (Algorithm 1, lines 22,
@@ -109,8 +121,14 @@ struct FeedbackParams {
 
 template <class F>
 auto with_noise(Noise value, F&& f) {
-  if (value == Noise::rademacher) return f(std::integral_constant<Noise, Noise::rademacher>{});
-  return f(std::integral_constant<Noise, Noise::gaussian>{});
+  switch (value) {
+    case Noise::rademacher:
+      return f(std::integral_constant<Noise, Noise::rademacher>{});
+    case Noise::none:
+      return f(std::integral_constant<Noise, Noise::none>{});
+    default:
+      return f(std::integral_constant<Noise, Noise::gaussian>{});
+  }
 }
 
 }  // namespace fdfa

@@ -26,6 +26,7 @@ struct IsaKernels {
   void (*moments)(const MomentParams&, int64_t begin, int64_t end);
   void (*combine)(const CombineParams&, int64_t begin, int64_t end);
   void (*max_pool)(const MaxPoolParams&, int64_t begin, int64_t end);
+  void (*max_pool_backward)(const MaxPoolBackwardParams&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

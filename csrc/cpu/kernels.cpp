@@ -87,9 +87,14 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   table(T{}).feedback_step(p, begin, end);
 }
 
-int64_t max_pool_units(const MaxPoolParams& p) { return p.samples * p.out_height; }
+int64_t max_pool_units(const MaxPoolParams& p) { return p.shape.samples * p.shape.out_height; }
 void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
   current().load()->kernels->max_pool(p, begin, end);
+}
+
+int64_t max_pool_backward_units(const MaxPoolBackwardParams& p) { return p.shape.samples; }
+void max_pool_backward(const MaxPoolBackwardParams& p, int64_t begin, int64_t end) {
+  current().load()->kernels->max_pool_backward(p, begin, end);
 }
 
 int64_t moment_part_rows(int64_t channels) { return std::max<int64_t>(64, 16384 / channels); }

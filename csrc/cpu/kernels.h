@@ -26,6 +26,10 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end);
 int64_t max_pool_units(const MaxPoolParams& p);
 void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end);
 
+// A unit is a sample.
+int64_t max_pool_backward_units(const MaxPoolBackwardParams& p);
+void max_pool_backward(const MaxPoolBackwardParams& p, int64_t begin, int64_t end);
+
 // A unit is a part of the rows.
 int64_t moment_part_rows(int64_t channels);
 int64_t moment_units(const MomentParams& p);

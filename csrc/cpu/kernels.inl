@@ -185,7 +185,8 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
   const auto scale = repeated(p.map.scale, mapped_channels, run);
   const auto slope = repeated(p.map.slope, mapped_channels, run);
   const auto offset = repeated(p.map.offset, mapped_channels, run);
-  alignas(64) float noise[kEpilogueRun];
+  alignas(64) float noise[kEpilogueRun] = {};
+  alignas(64) T unwanted[kEpilogueRun];
   alignas(64) T z_rows[kTransposedSamples][kTransposedRun], tz_rows[kTransposedSamples][kTransposedRun];
   const RoundKeys keys(p.noise);
   with_noise(p.noise.kind, [&](auto kind) {
@@ -201,10 +202,12 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
         }
         for (int64_t n = 0; n < samples; ++n) {
           const int64_t sample = first_sample + n, at = sample * p.features + first;
-          fill_noise<kind()>(keys, noise_stream(p.noise.state, p.noise.block, sample), first / 4,
-                             (count + 3) / 4, noise);
+          if constexpr (kind() != Noise::none) {
+            fill_noise<kind()>(keys, noise_stream(p.noise.state, p.noise.block, sample), first / 4,
+                               (count + 3) / 4, noise);
+          }
           const T* tz = p.tz == nullptr ? nullptr : p.transposed ? tz_rows[n] : p.tz + at;
-          T* ty = p.ty + at;
+          T* ty = p.ty ? p.ty + at : unwanted;
           if (p.z == nullptr) {
             perturb_run(count, tz, noise, ty);
             continue;
@@ -438,18 +441,77 @@ void pool_window_channels(const PoolWindow& window, int64_t channels, const floa
 
 // A unit is one row of windows.
 void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
+  const PoolShape& s = p.shape;
   for (int64_t unit = begin; unit < end; ++unit) {
-    for (int64_t column = 0; column < p.out_width; ++column) {
-      const PoolWindow window = pool_window(p, unit, column);
-      const int64_t to = (unit * p.out_width + column) * p.channels;
+    for (int64_t column = 0; column < s.out_width; ++column) {
+      const PoolWindow window = pool_window(s, unit, column);
+      const int64_t to = (unit * s.out_width + column) * s.channels;
       const float *x = p.x + window.first, *tx = p.tx + window.first;
       float *y = p.y + to, *ty = p.ty + to;
-      if (p.channels >= kLanes) {
-        pool_window_channels<Vector>(window, p.channels, x, tx, y, ty);
-      } else if (p.channels >= kLanes / 2) {  // 15 channels in lanes of 8 take a tenth of one by one
-        pool_window_channels<HalfVector>(window, p.channels, x, tx, y, ty);
+      if (s.channels >= kLanes) {
+        pool_window_channels<Vector>(window, s.channels, x, tx, y, ty);
+      } else if (s.channels >= kLanes / 2) {  // 15 channels in lanes of 8 take a tenth of one by one
+        pool_window_channels<HalfVector>(window, s.channels, x, tx, y, ty);
       } else {
-        for (int64_t c = 0; c < p.channels; ++c) pool(window, LoadFloat{}, x + c, tx + c, y[c], ty[c]);
+        for (int64_t c = 0; c < s.channels; ++c) pool(window, LoadFloat{}, x + c, tx + c, y[c], ty[c]);
+      }
+    }
+  }
+}
+
+template <class V>
+V lane_numbers() {
+  V numbers;
+  for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) numbers[i] = static_cast<float>(i);
+  return numbers;
+}
+
+// As pool_window_channels; what it adds in the channels that it meets once more is zero.
+template <class V>
+void pool_window_backward(const PoolWindow& window, int64_t channels, const float* x,
+                          const float* delta, float* dx) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(float);
+  for (int64_t next = 0; next < channels; next += lanes) {
+    const int64_t c = std::min(next, channels - lanes);
+    const V winner = pool_winner(window, LoadVector<V>{}, x + c, V{});
+    V own;
+    std::memcpy(&own, delta + c, sizeof own);
+    own = lane_numbers<V>() < static_cast<float>(next - c) ? V{} : own;
+    V place = {};
+    for (int64_t row = 0; row < window.rows; ++row) {
+      for (int64_t column = 0; column < window.columns; ++column) {
+        float* to = dx + c + row * window.row_stride + column * window.column_stride;
+        V sum;
+        std::memcpy(&sum, to, sizeof sum);
+        sum += place == winner ? own : V{};
+        std::memcpy(to, &sum, sizeof sum);
+        place += 1.0f;
+      }
+    }
+  }
+}
+
+// A unit is a sample, since windows of different rows may share elements.
+void max_pool_backward(const MaxPoolBackwardParams& p, int64_t begin, int64_t end) {
+  const PoolShape& s = p.shape;
+  const int64_t image = s.height * s.width * s.channels;
+  std::fill(p.dx + begin * image, p.dx + end * image, 0.0f);
+  for (int64_t unit = begin * s.out_height; unit < end * s.out_height; ++unit) {
+    for (int64_t column = 0; column < s.out_width; ++column) {
+      const PoolWindow window = pool_window(s, unit, column);
+      const float *x = p.x + window.first,
+                  *delta = p.delta + (unit * s.out_width + column) * s.channels;
+      float* dx = p.dx + window.first;
+      if (s.channels >= kLanes) {
+        pool_window_backward<Vector>(window, s.channels, x, delta, dx);
+      } else if (s.channels >= kLanes / 2) {
+        pool_window_backward<HalfVector>(window, s.channels, x, delta, dx);
+      } else {
+        for (int64_t c = 0; c < s.channels; ++c) {
+          const auto winner = static_cast<int64_t>(pool_winner(window, LoadFloat{}, x + c, 0.0f));
+          const int64_t row = winner / window.columns, column_of = winner % window.columns;
+          dx[c + row * window.row_stride + column_of * window.column_stride] += delta[c];
+        }
       }
     }
   }
@@ -463,7 +525,7 @@ constexpr KernelTable<T> table() {
 }  // namespace
 
 extern const IsaKernels kernels;
-const IsaKernels kernels = {table<float>(), table<bfloat16>(), table<float16>(),
-                            moments,        combine,           max_pool};
+const IsaKernels kernels = {table<float>(), table<bfloat16>(), table<float16>(), moments,
+                            combine,        max_pool,          max_pool_backward};
 
 }  // namespace fdfa::cpu::FDFA_ISA

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kQuadsPerBlock* kSamplesPerBlock)
     noise4<kNoise>(noise_stream(p.noise.state, p.noise.block, sample), static_cast<uint32_t>(quad),
                    u[0], u[1], u[2], u[3]);
     for (int i = 0; i < 4; ++i) tangent[i] += u[i];
-    store_quad(p.ty, view, tangent);
+    if (p.ty != nullptr) store_quad(p.ty, view, tangent);
   }
 }
 

@@ -17,5 +17,6 @@ template <class T>
 cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream);
 
 cudaError_t launch_max_pool(const MaxPoolParams& params, cudaStream_t stream);
+cudaError_t launch_max_pool_backward(const MaxPoolBackwardParams& params, cudaStream_t stream);
 
 }  // namespace fdfa::cuda

@@ -25,6 +25,11 @@ void launch_cuda(const MaxPoolParams& params, const at::Device& device) {
   C10_CUDA_CHECK(cuda::launch_max_pool(params, c10::cuda::getCurrentCUDAStream()));
 }
 
+void launch_cuda(const MaxPoolBackwardParams& params, const at::Device& device) {
+  const c10::cuda::CUDAGuard guard(device);
+  C10_CUDA_CHECK(cuda::launch_max_pool_backward(params, c10::cuda::getCurrentCUDAStream()));
+}
+
 template void launch_cuda<float>(const EpilogueParams<float>&, const at::Device&);
 template void launch_cuda<bfloat16>(const EpilogueParams<bfloat16>&, const at::Device&);
 template void launch_cuda<float16>(const EpilogueParams<float16>&, const at::Device&);

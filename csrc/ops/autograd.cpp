@@ -1,3 +1,4 @@
+#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/linear.h>
@@ -39,9 +40,8 @@ struct Linear : torch::autograd::Function<Linear> {
       const Tensor x = ctx->get_saved_variables()[0];
       const Tensor rows = delta.flatten(0, -2);
       if (ctx->saved_data["wants_weight"].toBool()) {
-        static const auto mm = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("fdfa::mm", "")
-                                   .typed<decltype(fdfa::mm)>();
+        static const auto mm =
+            c10::Dispatcher::singleton().findSchemaOrThrow("fdfa::mm", "").typed<decltype(fdfa::mm)>();
         weight_grad = mm.call(rows.t(), x.flatten(0, -2));
       }
       if (ctx->saved_data["wants_bias"].toBool()) bias_grad = rows.sum(0);
@@ -96,7 +96,7 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
 
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
-                               const Tensor& ty, const OptionalTensor& weight,
+                               const OptionalTensor& ty, const OptionalTensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& running_mean,
                                const OptionalTensor& running_var, bool training, double momentum,
                                double eps, const Tensor& noise_state, int64_t block,
@@ -134,6 +134,47 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
   }
 };
 
+struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
+                               const Tensor& handle, at::IntArrayRef kernel, at::IntArrayRef stride,
+                               at::IntArrayRef padding, const Tensor& noise_state, int64_t block,
+                               c10::string_view noise) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fdfa::max_pool2d_end", "")
+                               .typed<decltype(fdfa::max_pool2d_end)>();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, ty, pre] = op.call(x, tangent, handle, kernel, stride, padding, noise_state, block, noise);
+    ctx->save_for_backward({x});
+    ctx->saved_data["kernel"] = kernel.vec();
+    ctx->saved_data["stride"] = stride.vec();
+    ctx->saved_data["padding"] = padding.vec();
+    ctx->mark_non_differentiable({y, ty});
+    ctx->set_materialize_grads(false);
+    return {y, ty, pre};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fdfa::max_pool2d_backward", "")
+                               .typed<decltype(fdfa::max_pool2d_backward)>();
+    variable_list result(9);
+    if (const Tensor& delta = grads[2]; delta.defined()) {
+      result[2] =
+          op.call(delta, ctx->get_saved_variables()[0], ctx->saved_data["kernel"].toIntVector(),
+                  ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector());
+    }
+    return result;
+  }
+};
+
+Dual max_pool2d_end_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
+                             at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                             const Tensor& noise_state, int64_t block, c10::string_view noise) {
+  const auto out =
+      MaxPoolEnd::apply(x, tangent, handle, kernel, stride, padding, noise_state, block, noise);
+  return {out[0], out[1], out[2]};
+}
+
 // Of torch's forward mode, which has one.
 constexpr int64_t kLevel = 0;
 
@@ -143,7 +184,7 @@ void check_no_dual(const char* op, const Tensor& x) {
               ": x must be no dual tensor; give its tangent as an argument");
 }
 
-Normalized batch_norm_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& ty,
+Normalized batch_norm_autograd(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& ty,
                                const OptionalTensor& weight, const OptionalTensor& bias,
                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                bool training, double momentum, double eps, const Tensor& noise_state,
@@ -172,10 +213,35 @@ Dual conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const Tenso
   return {out[0], out[1], out[2]};
 }
 
+// x Wᵀ + b of an x without gradient, by the faster library.
+struct Product : torch::autograd::Function<Product> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const OptionalTensor& bias) {
+    ctx->save_for_backward({x});
+    ctx->saved_data["has_bias"] = bias.has_value();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Tensor y = fdfa::mm(x, weight.t());
+    if (bias) y.add_(*bias);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor x = ctx->get_saved_variables()[0];
+    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    return {Tensor(), fdfa::mm(grads[0].t(), x), has_bias ? grads[0].sum(0) : Tensor()};
+  }
+};
+
 // torch's forward mode would also multiply the missing tangents of weight and bias, and add these zeros
 // by a detour through Python.
 std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, const Tensor& weight,
                                        const OptionalTensor& bias) {
+  if (x.dim() == 2 && !x.requires_grad() && !at::autocast::is_autocast_enabled(x.device().type()) &&
+      mm_is_onednn(x, weight.t())) {
+    Tensor y = Product::apply(x, weight, bias);
+    const at::NoGradGuard guard;
+    return {std::move(y), fdfa::mm(tangent, weight.t())};
+  }
   Tensor y = at::linear(x, weight, bias);
   const at::NoGradGuard guard;
   return {std::move(y), at::linear(tangent, weight)};
@@ -188,6 +254,7 @@ TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
   m.impl("linear", fdfa::linear_autograd);
   m.impl("conv2d", fdfa::conv2d_autograd);
   m.impl("batch_norm", fdfa::batch_norm_autograd);
+  m.impl("max_pool2d_end", fdfa::max_pool2d_end_autograd);
 }
 
 TORCH_LIBRARY_IMPL(fdfa, CompositeImplicitAutograd, m) { m.impl("dual_linear", fdfa::dual_linear); }

@@ -56,12 +56,13 @@ std::vector<ChannelMoments> moments(const Tensor& x, const float* t) {
 
 }  // namespace
 
-Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Tensor& ty,
+Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& ty,
                       const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       bool training, double momentum, double eps, const Tensor& noise_state,
                       int64_t block, c10::string_view activation, c10::string_view noise) {
   const char* op = "batch_norm";
+  const Noise kind = parse_noise(op, noise, /*may_be_none=*/true);
   check_input(op, x);
   const int64_t channels = x.size(1), rows = x.numel() / channels;
   TORCH_CHECK(!training || rows > 1, "fdfa::batch_norm: x must hold more than one value a channel to ",
@@ -76,17 +77,21 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Tens
     check_shape(op, "tangent", *tangent, x.sizes());
     tx = tangent->contiguous(order);
   }
-  check_like(op, "ty", ty, "x", x);
-  check_shape(op, "ty", ty, x.sizes());
-  TORCH_CHECK(ty.is_contiguous(order),
-              "fdfa::batch_norm: ty must have the memory order of x; got strides ", ty.strides());
+  if (ty) {
+    check_like(op, "ty", *ty, "x", x);
+    check_shape(op, "ty", *ty, x.sizes());
+    TORCH_CHECK(ty->is_contiguous(order),
+                "fdfa::batch_norm: ty must have the memory order of x; got strides ", ty->strides());
+  } else {
+    TORCH_CHECK(!tangent && kind == Noise::none,
+                "fdfa::batch_norm: ty must be given where there is a tangent or noise");
+  }
   check_channels(op, "weight", weight, x);
   check_channels(op, "bias", bias, x);
   check_channels(op, "running_mean", running_mean, x);
   check_channels(op, "running_var", running_var, x);
   check_counter(op, "noise_state", noise_state, 3, x);
   const Activation f = parse_activation(op, activation);
-  const Noise kind = parse_noise(op, noise);
 
   const Tensor mean = at::empty({channels}, x.options()), inverse_std = at::empty_like(mean);
   const float *w = read(weight), *b = read(bias);
@@ -123,7 +128,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Tens
   p.tz = tangent ? tx.data_ptr<float>() : nullptr;
   p.bias = map.bias.data();
   p.y = y.data_ptr<float>();
-  p.ty = ty.data_ptr<float>();
+  p.ty = ty ? ty->data_ptr<float>() : nullptr;
   p.pre = keep_pre ? pre.data_ptr<float>() : nullptr;
   p.samples = x.size(0);
   p.features = x.size(0) == 0 ? 0 : x.numel() / x.size(0);

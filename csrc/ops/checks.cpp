@@ -21,8 +21,9 @@ Activation parse_activation(const char* op, c10::string_view name) {
   return parse<Activation>(op, "activation", name, kActivationNames, kActivationCount);
 }
 
-Noise parse_noise(const char* op, c10::string_view name) {
-  return parse<Noise>(op, "noise", name, kNoiseNames, kNoiseCount);
+Noise parse_noise(const char* op, c10::string_view name, bool may_be_none) {
+  static_assert(static_cast<int>(Noise::none) == kNoiseCount - 1);
+  return parse<Noise>(op, "noise", name, kNoiseNames, kNoiseCount - (may_be_none ? 0 : 1));
 }
 
 void check_floating(const char* op, const char* argument, const at::Tensor& t) {

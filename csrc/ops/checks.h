@@ -10,7 +10,8 @@
 namespace fdfa {
 
 Activation parse_activation(const char* op, c10::string_view name);
-Noise parse_noise(const char* op, c10::string_view name);
+// "none" leaves the tangent as it is, for a block that goes on after the operator.
+Noise parse_noise(const char* op, c10::string_view name, bool may_be_none = false);
 
 // float32, bfloat16 or float16, on the CPU or CUDA.
 void check_floating(const char* op, const char* argument, const at::Tensor& t);

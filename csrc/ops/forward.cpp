@@ -13,14 +13,16 @@ namespace {
 
 int64_t features_of(const Tensor& t) { return t.size(0) == 0 ? 0 : t.numel() / t.size(0); }
 
-// The pass after the library's products z = W x and tz = W tangent. Both are dense in feature order,
-// and are overwritten by y and ty; where there is no tangent, `tz` is memory for the result. Or they
-// are transposed, [features, N], and tz is undefined where there is no tangent.
-Dual finish(const Tensor& z, const Tensor& tz, bool has_tangent, bool transposed,
-            const OptionalTensor& bias, int64_t channels, const Tensor& noise_state, int64_t block,
-            Activation activation, Noise noise) {
+// The pass after the library's products z = W x and tz = W tangent, which is undefined where there is
+// no tangent. They are dense in feature order, and are overwritten by y and ty, or transposed,
+// [features, N].
+Dual finish(const Tensor& z, const Tensor& tz, bool transposed, const OptionalTensor& bias,
+            int64_t channels, const Tensor& noise_state, int64_t block, Activation activation,
+            Noise noise) {
+  const bool has_tangent = tz.defined();
   const Tensor y = transposed ? at::empty({z.size(1), z.size(0)}, z.options()) : z;
-  const Tensor ty = transposed ? at::empty_like(y) : tz;
+  const bool zero = !has_tangent && noise == Noise::none;
+  const Tensor ty = zero ? gradient_carrier(y) : has_tangent && !transposed ? tz : at::empty_like(y);
   const bool keep_pre = derivative_needs_pre_activation(activation);
   const Tensor pre = keep_pre ? at::empty_like(y) : gradient_carrier(y);
   const Tensor bias_dense = bias ? bias->contiguous() : Tensor();
@@ -30,7 +32,7 @@ Dual finish(const Tensor& z, const Tensor& tz, bool has_tangent, bool transposed
     p.z = pointer<T>(z);
     p.tz = has_tangent ? pointer<T>(tz) : nullptr;
     p.y = pointer<T>(y);
-    p.ty = pointer<T>(ty);
+    p.ty = zero ? nullptr : pointer<T>(ty);
     p.bias = bias ? pointer<T>(bias_dense) : nullptr;
     p.pre = keep_pre ? pointer<T>(pre) : nullptr;
     p.samples = y.size(0);
@@ -88,16 +90,16 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
               weight.size(1), "]; got ", x.sizes());
   check_operands(op, x, tangent, weight, bias, noise_state);
   const Activation f = parse_activation(op, activation);
-  const Noise kind = parse_noise(op, noise);
+  const Noise kind = parse_noise(op, noise, /*may_be_none=*/true);
 
   const bool has_tangent = tangent.has_value();
   const int64_t out_features = weight.size(0);
   if (x.is_cpu() && x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(0) < 512) {
-    // W xᵀ, and the pass after it turns it over. The product alone, cold, on two cores, by oneDNN: 0.8 of
-    // the time of x Wᵀ for [64, 800] by [800, 800], 0.9 for [256, 800], 1.0 for [512, 800].
+    // W xᵀ, and the pass after it turns it over. The product alone, cold, on two cores, by oneDNN: 0.8
+    // of the time of x Wᵀ for [64, 800] by [800, 800], 0.9 for [256, 800], 1.0 for [512, 800].
     const Tensor z = mm(weight, x.t());
     const Tensor tz = has_tangent ? mm(weight, tangent->t()) : Tensor();
-    return finish(z, tz, has_tangent, true, bias, out_features, noise_state, block, f, kind);
+    return finish(z, tz, /*transposed=*/true, bias, out_features, noise_state, block, f, kind);
   }
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out_features;
@@ -106,8 +108,8 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
     return mm(input.reshape({rows, weight.size(1)}), weight.t()).view(sizes);
   };
   const Tensor z = product(x);
-  const Tensor tz = has_tangent ? product(*tangent) : at::empty_like(z);
-  return finish(z, tz, has_tangent, false, bias, out_features, noise_state, block, f, kind);
+  const Tensor tz = has_tangent ? product(*tangent) : Tensor();
+  return finish(z, tz, /*transposed=*/false, bias, out_features, noise_state, block, f, kind);
 }
 
 Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
@@ -122,7 +124,7 @@ Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
               weight.sizes());
   check_operands(op, x, tangent, weight, bias, noise_state);
   const Activation f = parse_activation(op, activation);
-  const Noise kind = parse_noise(op, noise);
+  const Noise kind = parse_noise(op, noise, /*may_be_none=*/true);
 
   constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
   const Tensor weight_dense = weight.contiguous(kOrder);
@@ -131,10 +133,9 @@ Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
                            /*transposed=*/false, /*output_padding=*/{0, 0}, groups)
         .contiguous(kOrder);
   };
-  const bool has_tangent = tangent.has_value();
   const Tensor z = product(x);
-  const Tensor tz = has_tangent ? product(*tangent) : at::empty_like(z);
-  return finish(z, tz, has_tangent, false, bias, weight.size(0), noise_state, block, f, kind);
+  const Tensor tz = tangent ? product(*tangent) : Tensor();
+  return finish(z, tz, /*transposed=*/false, bias, weight.size(0), noise_state, block, f, kind);
 }
 
 Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,

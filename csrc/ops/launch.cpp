@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kEpilogueGrain = 4;
 constexpr int64_t kFeedbackElements = 8192;  // of perturbations
 constexpr int64_t kMaxPoolGrain = 16;
+constexpr int64_t kMaxPoolBackwardGrain = 1;
 constexpr int64_t kMomentGrain = 1;
 constexpr int64_t kCombineGrain = 16;
 
@@ -58,6 +59,15 @@ void launch(const MaxPoolParams& params, const at::Device& device) {
   (void)device;
   at::parallel_for(0, cpu::max_pool_units(params), kMaxPoolGrain,
                    [&](int64_t begin, int64_t end) { cpu::max_pool(params, begin, end); });
+}
+
+void launch(const MaxPoolBackwardParams& params, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(params, device);
+#endif
+  (void)device;
+  at::parallel_for(0, cpu::max_pool_backward_units(params), kMaxPoolBackwardGrain,
+                   [&](int64_t begin, int64_t end) { cpu::max_pool_backward(params, begin, end); });
 }
 
 int64_t moment_parts(const MomentParams& params) { return cpu::moment_units(params); }

@@ -17,6 +17,7 @@ void launch(const EpilogueParams<T>& params, const at::Device& device);
 template <class T>
 void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
 void launch(const MaxPoolParams& params, const at::Device& device);
+void launch(const MaxPoolBackwardParams& params, const at::Device& device);
 
 // On the CPU alone.
 int64_t moment_parts(const MomentParams& params);
@@ -29,6 +30,7 @@ void launch_cuda(const EpilogueParams<T>& params, const at::Device& device);
 template <class T>
 void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
 void launch_cuda(const MaxPoolParams& params, const at::Device& device);
+void launch_cuda(const MaxPoolBackwardParams& params, const at::Device& device);
 #endif
 
 // The kernels' storage type for a tensor's dtype, given to f as a value of it.

@@ -32,23 +32,27 @@ constexpr int64_t kOneDnnMultiplications = int64_t{1} << 21;
 
 bool is_dense(const Tensor& t) { return t.is_contiguous() || t.t().is_contiguous(); }
 
-bool suits_onednn(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() && a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
-         a.size(0) * a.size(1) * b.size(1) >= kOneDnnMultiplications && is_dense(a) && is_dense(b) &&
-         at::globalContext().userEnabledMkldnn();
+const std::optional<LinearHandle>& onednn_linear() {
+  static const std::optional<LinearHandle> handle = find_onednn_linear();
+  return handle;
 }
 
 }  // namespace
+
+bool mm_is_onednn(const Tensor& a, const Tensor& b) {
+  return onednn_linear() && a.is_cpu() && a.scalar_type() == at::kFloat &&
+         b.scalar_type() == at::kFloat && a.size(0) * a.size(1) * b.size(1) >= kOneDnnMultiplications &&
+         is_dense(a) && is_dense(b) && at::globalContext().userEnabledMkldnn();
+}
 
 Tensor mm(const Tensor& a, const Tensor& b) {
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0),
               "fdfa::mm: b must be [k, n] for a of [m, k]; got ", b.sizes(), " for ", a.sizes());
   check_like("mm", "b", b, "a", a);
-  static const std::optional<LinearHandle> onednn = find_onednn_linear();
-  if (!onednn || !suits_onednn(a, b)) return at::mm(a, b);
+  if (!mm_is_onednn(a, b)) return at::mm(a, b);
   const at::AutoDispatchBelowAutograd guard;
   const c10::List<std::optional<at::Scalar>> no_scalars;
-  return onednn->call(a, b.t(), std::nullopt, "none", no_scalars, std::nullopt);
+  return onednn_linear()->call(a, b.t(), std::nullopt, "none", no_scalars, std::nullopt);
 }
 
 }  // namespace fdfa

@@ -20,6 +20,8 @@ using Dual = std::tuple<Tensor, Tensor, Tensor>;  // y, its tangent, pre-activat
 Tensor next_noise(Tensor state);
 
 Tensor mm(const Tensor& a, const Tensor& b);
+// Whether `mm` would take another library than torch does.
+bool mm_is_onednn(const Tensor& a, const Tensor& b);
 
 // `pre` where it only carries a gradient: zeros in the shape of y, in a single element of memory.
 Tensor gradient_carrier(const Tensor& y);
@@ -39,9 +41,16 @@ Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noi
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
                                       at::IntArrayRef stride, at::IntArrayRef padding);
 
+Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
+                    at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                    const Tensor& noise_state, int64_t block, c10::string_view noise);
+
+Tensor max_pool2d_backward(const Tensor& delta, const Tensor& x, at::IntArrayRef kernel,
+                           at::IntArrayRef stride, at::IntArrayRef padding);
+
 using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, pre-activation, mean, 1 / σ
 
-Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Tensor& ty,
+Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& ty,
                       const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       bool training, double momentum, double eps, const Tensor& noise_state,

@@ -10,16 +10,17 @@ TORCH_LIBRARY(fdfa, m) {
   // the step. One operator, so that no compiler can read the state after it has moved.
   m.def("next_noise(Tensor(a!) state) -> Tensor");
 
-  // a b, of matrices in any memory order: torch's mm, or oneDNN where that is the faster library. On two
-  // cores of an AMD processor with AVX-512, where MKL keeps to AVX2, 1.6 to 2.3 times as fast for the
-  // products of a [64 or 256, 800] layer; without AVX-512, 0.9 to 1.2 times.
+  // a b, of matrices in any memory order: torch's mm, or oneDNN where that is the faster library. On
+  // two cores of an AMD processor with AVX-512, where MKL keeps to AVX2, 1.6 to 2.3 times as fast for
+  // the products of a [64 or 256, 800] layer; without AVX-512, 0.9 to 1.2 times.
   m.def("mm(Tensor a, Tensor b) -> Tensor");
 
   // a = x Wᵀ + b, y = f(a), ty = (tangent Wᵀ) ⊙ f'(a) + u       (Algorithm 1, lines 10 to 15)
   // x, tangent [N, *, in_features]; weight [out_features, in_features]; bias [out_features].
   // Returns (y, ty, pre), each [N, *, out_features]. Gradients flow through `pre` alone, which stands
   // for the pre-activation: its gradient is δ, and from it come those of weight and bias. It has memory
-  // of its own only where f' needs its values (gelu, silu). x gets no gradient: blocks are local.
+  // of its own only where f' needs its values (gelu, silu). x gets no gradient: blocks are local. With
+  // noise "none" there is no u, for a block that goes on with `batch_norm` or `max_pool2d_end`.
   m.def(
       "linear(Tensor x, Tensor? tangent, Tensor weight, Tensor? bias, Tensor noise_state, int block, "
       "str activation, str noise) -> (Tensor y, Tensor ty, Tensor pre)");
@@ -34,11 +35,11 @@ TORCH_LIBRARY(fdfa, m) {
   // The end of a block: a = BatchNorm(x), then as `linear` goes on from its a. x [N, C], or [N, C, H,
   // W] in channels_last; float32 on the CPU. The tangent passes the batch's statistics too. In training
   // they come from x, and move running_mean and running_var, both [C], by `momentum`. ty is written to
-  // memory of the caller's, which may be tangent itself. Returns also mean and 1 / σ, [C], for the
-  // backward.
+  // memory of the caller's, which may be tangent itself; none where it would be zero. Returns also mean
+  // and 1 / σ, [C], for the backward.
   m.def(
-      "batch_norm(Tensor x, Tensor? tangent, Tensor(c!) ty, Tensor? weight, Tensor? bias, Tensor(a!)? "
-      "running_mean, "
+      "batch_norm(Tensor x, Tensor? tangent, Tensor(c!)? ty, Tensor? weight, Tensor? bias, "
+      "Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor noise_state, "
       "int block, str activation, str noise) -> "
       "(Tensor y, Tensor pre, Tensor mean, Tensor inverse_std)");
@@ -50,13 +51,27 @@ TORCH_LIBRARY(fdfa, m) {
 
   // torch's linear, with its own autograd, and the tangent of its result, which has none.
   m.def(
-      "dual_linear(Tensor x, Tensor tangent, Tensor weight, Tensor? bias=None) -> (Tensor y, Tensor ty)");
+      "dual_linear(Tensor x, Tensor tangent, Tensor weight, Tensor? bias=None) -> (Tensor y, Tensor "
+      "ty)");
 
   // (y, ty): torch's max_pool2d of x [N, C, H, W] without autograd, and the tangent of the element that
-  // won in each window; float32 on the CPU, in channels_last.
+  // won in each window; float32, in channels_last.
   m.def(
       "max_pool2d(Tensor x, Tensor tangent, int[2] kernel_size, int[2] stride, int[2] padding) -> "
       "(Tensor y, Tensor ty)");
+
+  // The same at the end of a block whose x came from `linear`, `conv2d` or `batch_norm` with noise
+  // "none" and whose `handle` is the pre of that: ty = tangent of the winner + u, and δ at pre goes on
+  // to handle.
+  m.def(
+      "max_pool2d_end(Tensor x, Tensor? tangent, Tensor handle, int[2] kernel_size, int[2] stride, "
+      "int[2] padding, Tensor noise_state, int block, str noise) -> (Tensor y, Tensor ty, Tensor pre)");
+
+  // From δ at the windows to their winners in x, found again.
+  m.def(
+      "max_pool2d_backward(Tensor delta, Tensor x, int[2] kernel_size, int[2] stride, int[2] padding) "
+      "-> "
+      "Tensor");
 
   // ty = tangent + u for a block's output y [N, *features], in y's shape; images in channels_last.
   m.def("perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise) -> Tensor");
@@ -89,16 +104,18 @@ TORCH_LIBRARY(fdfa, m) {
       "Tensor");
 }
 
-#define FDFA_IMPLEMENT(key)                               \
-  TORCH_LIBRARY_IMPL(fdfa, key, m) {                      \
-    m.impl("next_noise", fdfa::next_noise);               \
-    m.impl("mm", fdfa::mm);                               \
-    m.impl("linear", fdfa::linear);                       \
-    m.impl("conv2d", fdfa::conv2d);                       \
-    m.impl("perturb", fdfa::perturb);                     \
-    m.impl("feedback_step", fdfa::feedback_step);         \
-    m.impl("feedback_gradient", fdfa::feedback_gradient); \
-    m.impl("max_pool2d", fdfa::max_pool2d);               \
+#define FDFA_IMPLEMENT(key)                                   \
+  TORCH_LIBRARY_IMPL(fdfa, key, m) {                          \
+    m.impl("next_noise", fdfa::next_noise);                   \
+    m.impl("mm", fdfa::mm);                                   \
+    m.impl("linear", fdfa::linear);                           \
+    m.impl("conv2d", fdfa::conv2d);                           \
+    m.impl("perturb", fdfa::perturb);                         \
+    m.impl("feedback_step", fdfa::feedback_step);             \
+    m.impl("feedback_gradient", fdfa::feedback_gradient);     \
+    m.impl("max_pool2d", fdfa::max_pool2d);                   \
+    m.impl("max_pool2d_end", fdfa::max_pool2d_end);           \
+    m.impl("max_pool2d_backward", fdfa::max_pool2d_backward); \
   }
 
 FDFA_IMPLEMENT(CPU)

@@ -54,15 +54,16 @@ struct Star : torch::autograd::Function<Star> {
 
     variable_list deltas, gradients(o.feedback.size());
     if (o.rule == "grad") {
-      std::tie(deltas, gradients) = feedback_gradient.call(o.feedback, error, tangent, gates, noise_state,
-                                                           o.blocks, o.activations, o.noise);
+      std::tie(deltas, gradients) = feedback_gradient.call(
+          o.feedback, error, tangent, gates, noise_state, o.blocks, o.activations, o.noise);
     } else {
       for (size_t i = 0; i < o.feedback.size(); ++i) {
         deltas.push_back(empty_delta(gates[i], o.feedback[i]));
       }
       const auto updates = o.rule == "adam" ? OptionalTensor(o.updates) : std::nullopt;
-      feedback_step.call(o.feedback, o.exp_avg, o.exp_avg_sq, updates, error, tangent, gates, noise_state,
-                         o.blocks, o.activations, o.noise, o.lr, o.beta1, o.beta2, o.eps, deltas);
+      feedback_step.call(o.feedback, o.exp_avg, o.exp_avg_sq, updates, error, tangent, gates,
+                         noise_state, o.blocks, o.activations, o.noise, o.lr, o.beta1, o.beta2, o.eps,
+                         deltas);
     }
     variable_list result{error};
     result.insert(result.end(), deltas.begin(), deltas.end());

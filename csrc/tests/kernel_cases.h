@@ -144,7 +144,7 @@ void test_epilogue(const Sizes& sizes, int stride) {
       for (int64_t channels : channel_counts(features))
         for (int64_t shift : {0, 1})
           for (int f = 0; f < kActivationCount; ++f)
-            for (Noise noise : {Noise::gaussian, Noise::rademacher})
+            for (Noise noise : {Noise::gaussian, Noise::rademacher, Noise::none})
               for (int flags = 0; flags < 32; ++flags) {
                 if (!selection.next()) continue;
                 test_epilogue_case<Backend, T>({samples, features, channels, shift,

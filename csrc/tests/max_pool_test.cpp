@@ -8,7 +8,8 @@
 #include "cuda/kernels.h"
 #include "tests/check.h"
 
-// Max-pooling on the CPU and, in emulation, on CUDA against a search over the padded window.
+// Max-pooling and its backward on the CPU and, in emulation, on CUDA against a search over the padded
+// window.
 
 namespace {
 
@@ -39,20 +40,29 @@ void test_case(const Case& c) {
                   tx.data(),
                   y.data(),
                   ty.data(),
-                  c.samples,
-                  c.height,
-                  c.width,
-                  c.channels,
-                  out_height,
-                  out_width,
-                  {c.kernel[0], c.kernel[1]},
-                  {c.stride[0], c.stride[1]},
-                  {c.padding[0], c.padding[1]}};
+                  {c.samples,
+                   c.height,
+                   c.width,
+                   c.channels,
+                   out_height,
+                   out_width,
+                   {c.kernel[0], c.kernel[1]},
+                   {c.stride[0], c.stride[1]},
+                   {c.padding[0], c.padding[1]}}};
   cpu::max_pool(p, 0, 1);
   cpu::max_pool(p, 1, cpu::max_pool_units(p));
   p.y = cuda_y.data();
   p.ty = cuda_ty.data();
   CHECK(cuda::launch_max_pool(p, nullptr) == cudaSuccess);
+
+  // Whole numbers, whose sums have no rounding.
+  std::vector<float> delta(y.size()), dx(size, -99), cuda_dx = dx, expected_dx(size, 0.0f);
+  for (size_t i = 0; i < delta.size(); ++i) delta[i] = static_cast<float>(i % 101) - 50;
+  MaxPoolBackwardParams b{x.data(), delta.data(), dx.data(), p.shape};
+  cpu::max_pool_backward(b, 0, 1);
+  cpu::max_pool_backward(b, 1, cpu::max_pool_backward_units(b));
+  b.dx = cuda_dx.data();
+  CHECK(cuda::launch_max_pool_backward(b, nullptr) == cudaSuccess);
 
   int64_t at = 0;
   for (int64_t n = 0; n < c.samples; ++n)
@@ -71,7 +81,10 @@ void test_case(const Case& c) {
             }
           CHECK(same(y[at], x[best]) && ty[at] == tx[best]);
           CHECK(same(cuda_y[at], x[best]) && cuda_ty[at] == tx[best]);
+          expected_dx[best] += delta[at];
         }
+  CHECK(dx == expected_dx);
+  CHECK(cuda_dx == expected_dx);
 }
 
 }  // namespace

@@ -63,6 +63,7 @@ inline double slope(Activation f, double a) {
 }
 
 inline double noise(const NoiseParams& p, int64_t sample, int64_t feature) {
+  if (p.kind == Noise::none) return 0.0;
   const NoiseStream stream = noise_stream(p.state, p.block, sample);
   const uint32_t quad = static_cast<uint32_t>(feature / 4);
   float u[4];

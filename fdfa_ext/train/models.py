@@ -108,7 +108,8 @@ def _alexnet(channels: int, n_classes: int) -> nn.Sequential:
         _conv_block(64, 192, 5, pool(), padding=2),
         _conv_block(192, 384, 3, padding=1),
         _conv_block(384, 256, 3, padding=1),
-        _conv_block(256, 256, 3, pool(), nn.AdaptiveAvgPool2d(6), padding=1),
+        _conv_block(256, 256, 3, pool(), padding=1),
+        nn.AdaptiveAvgPool2d(6),  # of 224 x 224 pixels just these are left
         nn.Flatten(),
         _dense_block(256 * 6 * 6, 4096),
         _dense_block(4096, 4096),

@@ -1,0 +1,95 @@
+"""The ends of an FDFABlock's chain of modules that have fused operators.
+
+(Conv2d or Linear) → activation → max-pool, and BatchNorm → activation → max-pool, where activation and
+pool may be missing. Other chains end with a perturbation of their own; the results are the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fdfa_ext.tangents import BATCH_NORMS, has_fused_pool, plain_type
+
+NEEDS_PRE_ACTIVATION = ("gelu", "silu")
+_ACTIVATIONS: dict[Any, str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+}
+
+
+@dataclass(slots=True)
+class ChainEnd:
+    """The last modules of a chain, from `start` on."""
+
+    start: int
+    first: nn.Module  # a layer, or a batch normalisation
+    normalizes: bool
+    activation: str  # the operators' name of it
+    pool: nn.MaxPool2d | None
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the operators take x [N, *] and the modules' parameters as they are."""
+        single_precision = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        if not single_precision and (self.normalizes or self.pool is not None):
+            return False
+        module: Any = self.first
+        if self.normalizes:
+            return (
+                x.is_cpu
+                and x.dim() in (2, 4)
+                and (module.weight is None or module.weight.dtype == torch.float32)
+                and (module.running_mean is None or module.running_mean.dtype == torch.float32)
+                and module.momentum is not None
+                # Otherwise torch has the words for it.
+                and (x.numel() > x.shape[1] == module.num_features)
+            )
+        return not x.requires_grad and x.dim() == (2 if isinstance(module, nn.Linear) else 4)
+
+
+def find_end(modules: Sequence[nn.Module]) -> ChainEnd | None:
+    """The longest fused end of a chain, if it has one."""
+    position = len(modules) - 1
+    pool: Any = modules[position] if plain_type(modules[position]) is nn.MaxPool2d else None
+    if pool is not None:
+        position -= 1
+    activation = None if position < 0 else _activation(modules[position])
+    if activation is not None:
+        position -= 1
+    if position < 0 or (pool is not None and not _suits(pool, activation)):
+        return None
+    first = modules[position]
+    kind = plain_type(first)
+    normalizes = kind in BATCH_NORMS
+    # A layer's operators give their input no gradient.
+    if not normalizes and (position > 0 or not _is_layer(first)):
+        return None
+    return ChainEnd(position, first, normalizes, activation or "identity", pool)
+
+
+def _suits(pool: Any, activation: str | None) -> bool:
+    """f' must be that of the winner's output, since its pre-activation is gone."""
+    return activation not in NEEDS_PRE_ACTIVATION and has_fused_pool(pool)
+
+
+def _is_layer(module: Any) -> bool:
+    kind = plain_type(module)
+    return kind is nn.Linear or (
+        kind is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    )
+
+
+def _activation(module: Any) -> str | None:
+    """The operators' name of it; None for any other module."""
+    kind = plain_type(module)
+    if (kind is nn.LeakyReLU and module.negative_slope != 0.01) or (
+        kind is nn.GELU and module.approximate != "none"
+    ):
+        return None
+    return _ACTIVATIONS.get(kind)
