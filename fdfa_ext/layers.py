@@ -109,10 +109,9 @@ class FDFAConv2d(nn.Conv2d, Block):
         if isinstance(padding, str) or self.padding_mode != "zeros":
             # Padding of its own kind is a linear map before the convolution.
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x, tangent = (
-                t if t is None else F.pad(t, self._reversed_padding_repeated_twice, mode=mode)
-                for t in (x, tangent)
-            )
+            sides = self._reversed_padding_repeated_twice
+            x = F.pad(x, sides, mode=mode)
+            tangent = None if tangent is None else F.pad(tangent, sides, mode=mode)
             padding = (0, 0)
         return self.block_pass.conv2d(
             x,
