@@ -42,7 +42,7 @@ class ChainEnd:
         module: Any = self.first
         if self.normalizes:
             return (
-                x.is_cpu
+                x.device.type in ("cpu", "cuda")
                 and x.dim() in (2, 4)
                 and (module.weight is None or module.weight.dtype == torch.float32)
                 and (module.running_mean is None or module.running_mean.dtype == torch.float32)

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "common/activation.h"
+#include "common/macros.h"
 
 // What the kernels take: plain pointers and sizes, so that they know nothing of torch. Every matrix is
 // dense and row-major; a row is one sample. For a convolution the features of a row are ordered
@@ -61,6 +62,42 @@ struct MomentParams {
   const float* pivot;  // [channels], somewhere among the values of each, so that no digits are lost
   double* sums;        // [parts, 4, channels]
   int64_t rows, channels;
+};
+
+// The maps that a batch normalisation puts on its input and on a tangent or gradient, [4, channels] in
+// one piece of memory.
+struct NormMap {
+  float* values;
+  int64_t channels;
+  FDFA_HD float* scale() const { return values; }
+  FDFA_HD float* bias() const { return values + channels; }
+  FDFA_HD float* slope() const { return values + 2 * channels; }
+  FDFA_HD float* offset() const { return values + 3 * channels; }
+  ChannelMap channel_map() const { return {scale(), slope(), offset()}; }
+};
+
+// From the sums over x and its tangent to statistics and maps, channel by channel.
+struct NormForwardParams {
+  const double* sums;  // as MomentParams has them; null: the running statistics are constants to use
+  const float* pivot;
+  int64_t parts, rows, channels;
+  const float *weight, *bias;  // [channels]; null: 1 and 0
+  float *running_mean,
+      *running_var;  // [channels], moved by `momentum` where there are sums; null: none
+  double momentum, eps;
+  float *mean, *inverse_std;  // [channels] of this pass, for the backward
+  NormMap map;
+};
+
+// From the sums over x and the gradient at the output.
+struct NormBackwardParams {
+  const double* sums;
+  const float* pivot;
+  int64_t parts, rows, channels;
+  const float *weight, *mean, *inverse_std;  // [channels]; weight null: 1
+  bool training;                             // mean and inverse_std are the batch's own
+  float *weight_grad, *bias_grad;            // [channels]
+  NormMap map;                               // its bias is not set
 };
 
 // out = scale[c] t + slope[c] x + offset[c], all [rows, channels]

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "common/batch_norm.h"
 #include "cpu/kernel_table.h"
 
 namespace fdfa::cpu {
@@ -45,6 +46,18 @@ std::atomic<const Isa*>& current() {
 }
 
 int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// f(channel, its sums over all parts)
+template <class Params, class F>
+void for_each_channel(const Params& p, const F& f) {
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double total[4] = {};
+    for (int64_t i = 0; p.sums != nullptr && i < 4 * p.parts; ++i) {
+      total[i % 4] += p.sums[i * p.channels + c];
+    }
+    f(c, total);
+  }
+}
 
 const KernelTable<float>& table(float) { return current().load()->kernels->f32; }
 const KernelTable<bfloat16>& table(bfloat16) { return current().load()->kernels->bf16; }
@@ -101,6 +114,14 @@ int64_t moment_part_rows(int64_t channels) { return std::max<int64_t>(64, 16384 
 int64_t moment_units(const MomentParams& p) { return parts(p.rows, moment_part_rows(p.channels)); }
 void moments(const MomentParams& p, int64_t begin, int64_t end) {
   current().load()->kernels->moments(p, begin, end);
+}
+
+void norm(const NormForwardParams& p) {
+  for_each_channel(p, [&](int64_t c, const double (&total)[4]) { normalize_channel(p, c, total); });
+}
+void norm_backward(const NormBackwardParams& p) {
+  for_each_channel(
+      p, [&](int64_t c, const double (&total)[4]) { normalize_channel_backward(p, c, total); });
 }
 
 int64_t combine_units(const CombineParams& p) { return parts(p.rows * p.channels, kEpilogueRun); }

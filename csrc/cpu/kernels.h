@@ -35,6 +35,10 @@ int64_t moment_part_rows(int64_t channels);
 int64_t moment_units(const MomentParams& p);
 void moments(const MomentParams& p, int64_t begin, int64_t end);
 
+// All channels: a few operations each.
+void norm(const NormForwardParams& p);
+void norm_backward(const NormBackwardParams& p);
+
 // A unit is a run of neighbouring elements.
 int64_t combine_units(const CombineParams& p);
 void combine(const CombineParams& p, int64_t begin, int64_t end);

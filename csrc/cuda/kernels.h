@@ -16,6 +16,13 @@ cudaError_t launch_epilogue(const EpilogueParams<T>& params, cudaStream_t stream
 template <class T>
 cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream);
 
+// The number of parts in which launch_moments sums.
+int64_t moment_parts(int64_t rows, int64_t channels);
+cudaError_t launch_moments(const MomentParams& params, cudaStream_t stream);
+cudaError_t launch_norm(const NormForwardParams& params, cudaStream_t stream);
+cudaError_t launch_norm_backward(const NormBackwardParams& params, cudaStream_t stream);
+cudaError_t launch_combine(const CombineParams& params, cudaStream_t stream);
+
 cudaError_t launch_max_pool(const MaxPoolParams& params, cudaStream_t stream);
 cudaError_t launch_max_pool_backward(const MaxPoolBackwardParams& params, cudaStream_t stream);
 

@@ -7,27 +7,53 @@
 
 namespace fdfa {
 
+namespace {
+
+// kernel(arguments..., stream) on the device's current stream.
+template <class Launch>
+void on_stream(const at::Device& device, const Launch& kernel) {
+  const c10::cuda::CUDAGuard guard(device);
+  C10_CUDA_CHECK(kernel(c10::cuda::getCurrentCUDAStream()));
+}
+
+}  // namespace
+
 template <class T>
 void launch_cuda(const EpilogueParams<T>& params, const at::Device& device) {
-  const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_epilogue(params, c10::cuda::getCurrentCUDAStream()));
+  on_stream(device, [&](cudaStream_t stream) { return cuda::launch_epilogue(params, stream); });
 }
 
 template <class T>
 void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device) {
-  const c10::cuda::CUDAGuard guard(device);
   const auto count = static_cast<int64_t>(blocks.size());
-  C10_CUDA_CHECK(cuda::launch_feedback_step(blocks.data(), count, c10::cuda::getCurrentCUDAStream()));
+  on_stream(device, [&](cudaStream_t stream) {
+    return cuda::launch_feedback_step(blocks.data(), count, stream);
+  });
 }
 
 void launch_cuda(const MaxPoolParams& params, const at::Device& device) {
-  const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_max_pool(params, c10::cuda::getCurrentCUDAStream()));
+  on_stream(device, [&](cudaStream_t stream) { return cuda::launch_max_pool(params, stream); });
 }
 
 void launch_cuda(const MaxPoolBackwardParams& params, const at::Device& device) {
-  const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_max_pool_backward(params, c10::cuda::getCurrentCUDAStream()));
+  on_stream(device,
+            [&](cudaStream_t stream) { return cuda::launch_max_pool_backward(params, stream); });
+}
+
+void launch_cuda(const MomentParams& params, const at::Device& device) {
+  on_stream(device, [&](cudaStream_t stream) { return cuda::launch_moments(params, stream); });
+}
+
+void launch_cuda(const NormForwardParams& params, const at::Device& device) {
+  on_stream(device, [&](cudaStream_t stream) { return cuda::launch_norm(params, stream); });
+}
+
+void launch_cuda(const NormBackwardParams& params, const at::Device& device) {
+  on_stream(device, [&](cudaStream_t stream) { return cuda::launch_norm_backward(params, stream); });
+}
+
+void launch_cuda(const CombineParams& params, const at::Device& device) {
+  on_stream(device, [&](cudaStream_t stream) { return cuda::launch_combine(params, stream); });
 }
 
 template void launch_cuda<float>(const EpilogueParams<float>&, const at::Device&);

@@ -1,5 +1,3 @@
-#include "common/batch_norm.h"
-
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -15,8 +13,8 @@ namespace fdfa {
 namespace {
 
 void check_input(const char* op, const Tensor& x) {
-  TORCH_CHECK(x.is_cpu() && x.scalar_type() == at::kFloat, "fdfa::", op,
-              ": x must be float32 on the CPU; got ", x.scalar_type(), " on ", x.device());
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "fdfa::", op, ": x must be float32; got ",
+              x.scalar_type());
   TORCH_CHECK(x.dim() < 2 || x.size(1) > 0, "fdfa::", op, ": x must have channels; got ", x.sizes());
   TORCH_CHECK((x.dim() == 2 && x.is_contiguous()) ||
                   (x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast)),
@@ -33,25 +31,20 @@ void check_channels(const char* op, const char* argument, const OptionalTensor& 
 
 const float* read(const OptionalTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; }
 
-std::vector<ChannelMoments> moments(const Tensor& x, const float* t) {
+float* pointer_or_null(const OptionalTensor& t) { return t ? t->data_ptr<float>() : nullptr; }
+
+// The sums over rows of x and t, which may be null: [parts, 4, channels]. The pivot is x's first row,
+// as good as any.
+Tensor moments(const Tensor& x, const float* t) {
   MomentParams p{};
-  p.x = p.pivot = x.const_data_ptr<float>();  // the first row, as good as any
+  p.x = p.pivot = x.const_data_ptr<float>();
   p.t = t;
   p.channels = x.size(1);
   p.rows = x.numel() / p.channels;
-  const int64_t parts = moment_parts(p);
-  std::vector<double> sums(parts * 4 * p.channels);
-  p.sums = sums.data();
-  launch(p);
-  std::vector<ChannelMoments> result;
-  for (int64_t c = 0; c < p.channels; ++c) {
-    double total[4] = {};
-    for (int64_t part = 0; part < parts; ++part) {
-      for (int kind = 0; kind < 4; ++kind) total[kind] += sums[(part * 4 + kind) * p.channels + c];
-    }
-    result.push_back(channel_moments(total, p.pivot[c], static_cast<double>(p.rows)));
-  }
-  return result;
+  Tensor sums = at::empty({moment_parts(p, x.device()), 4, p.channels}, x.options().dtype(at::kDouble));
+  p.sums = sums.data_ptr<double>();
+  launch(p, x.device());
+  return sums;
 }
 
 }  // namespace
@@ -94,31 +87,27 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
   const Activation f = parse_activation(op, activation);
 
   const Tensor mean = at::empty({channels}, x.options()), inverse_std = at::empty_like(mean);
-  const float *w = read(weight), *b = read(bias);
-  float *mean_at = mean.data_ptr<float>(), *inverse_std_at = inverse_std.data_ptr<float>();
-  BatchNormMap map(channels);
-  std::vector<ChannelMoments> batch;
-  if (training) batch = moments(x, tangent ? tx.const_data_ptr<float>() : nullptr);
-  for (int64_t c = 0; c < channels; ++c) {
-    ChannelMoments m{};
-    if (training) {
-      m = batch[c];
-      if (running_mean) {
-        float& average = running_mean->data_ptr<float>()[c];
-        float& variance = running_var->data_ptr<float>()[c];
-        const double unbiased = m.variance * static_cast<double>(rows) / static_cast<double>(rows - 1);
-        average = static_cast<float>((1 - momentum) * average + momentum * m.mean);
-        variance = static_cast<float>((1 - momentum) * variance + momentum * unbiased);
-      }
-    } else {
-      m.mean = read(running_mean)[c];
-      m.variance = read(running_var)[c];
-    }
-    const double inverse = 1.0 / std::sqrt(m.variance + eps);
-    mean_at[c] = static_cast<float>(m.mean);
-    inverse_std_at[c] = static_cast<float>(inverse);
-    map.set(c, w ? w[c] : 1.0, b ? b[c] : 0.0, m.mean, inverse, m.t_mean, m.t_product, training);
+  const Tensor maps = at::empty({4, channels}, x.options());
+  Tensor sums;
+  NormForwardParams n{};
+  if (training) {
+    sums = moments(x, tangent ? tx.const_data_ptr<float>() : nullptr);
+    n.sums = sums.const_data_ptr<double>();
+    n.parts = sums.size(0);
   }
+  n.pivot = x.const_data_ptr<float>();
+  n.rows = rows;
+  n.channels = channels;
+  n.weight = read(weight);
+  n.bias = read(bias);
+  n.running_mean = pointer_or_null(running_mean);
+  n.running_var = pointer_or_null(running_var);
+  n.momentum = momentum;
+  n.eps = eps;
+  n.mean = mean.data_ptr<float>();
+  n.inverse_std = inverse_std.data_ptr<float>();
+  n.map = {maps.data_ptr<float>(), channels};
+  launch(n, x.device());
 
   const bool keep_pre = derivative_needs_pre_activation(f);
   const Tensor y = at::empty_like(x);
@@ -126,7 +115,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
   EpilogueParams<float> p{};
   p.z = x.data_ptr<float>();
   p.tz = tangent ? tx.data_ptr<float>() : nullptr;
-  p.bias = map.bias.data();
+  p.bias = n.map.bias();
   p.y = y.data_ptr<float>();
   p.ty = ty ? ty->data_ptr<float>() : nullptr;
   p.pre = keep_pre ? pre.data_ptr<float>() : nullptr;
@@ -135,7 +124,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
   p.channels = channels;
   p.activation = f;
   p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, kind};
-  p.map = map.map();
+  p.map = n.map.channel_map();
   launch(p, x.device());
   return {y, pre, mean, inverse_std};
 }
@@ -154,25 +143,31 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, cons
   const int64_t channels = x.size(1), rows = x.numel() / channels;
 
   const Tensor dx = at::empty_like(x), dweight = at::empty_like(mean), dbias = at::empty_like(mean);
-  const std::vector<ChannelMoments> batch = moments(x, t.const_data_ptr<float>());
-  BatchNormMap map(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    const double mu = mean.const_data_ptr<float>()[c];
-    const double inverse = inverse_std.const_data_ptr<float>()[c];
-    // The moment's product is about the batch's own mean; μ may be a running one.
-    const double product = batch[c].t_product + (batch[c].mean - mu) * batch[c].t_mean;
-    map.set(c, weight ? read(weight)[c] : 1.0, 0.0, mu, inverse, batch[c].t_mean, product, training);
-    dweight.data_ptr<float>()[c] = static_cast<float>(product * inverse * static_cast<double>(rows));
-    dbias.data_ptr<float>()[c] = static_cast<float>(batch[c].t_mean * static_cast<double>(rows));
-  }
+  const Tensor sums = moments(x, t.const_data_ptr<float>()),
+               maps = at::empty({4, channels}, x.options());
+  NormBackwardParams n{};
+  n.sums = sums.const_data_ptr<double>();
+  n.pivot = x.const_data_ptr<float>();
+  n.parts = sums.size(0);
+  n.rows = rows;
+  n.channels = channels;
+  n.weight = read(weight);
+  n.mean = mean.const_data_ptr<float>();
+  n.inverse_std = inverse_std.const_data_ptr<float>();
+  n.training = training;
+  n.weight_grad = dweight.data_ptr<float>();
+  n.bias_grad = dbias.data_ptr<float>();
+  n.map = {maps.data_ptr<float>(), channels};
+  launch(n, x.device());
+
   CombineParams p;
   p.x = x.const_data_ptr<float>();
   p.t = t.const_data_ptr<float>();
   p.out = dx.data_ptr<float>();
-  p.map = map.map();
+  p.map = n.map.channel_map();
   p.rows = rows;
   p.channels = channels;
-  launch(p);
+  launch(p, x.device());
   return {dx, dweight, dbias};
 }
 

@@ -5,6 +5,9 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#if defined(FDFA_WITH_CUDA)
+#include "cuda/kernels.h"
+#endif
 
 namespace fdfa {
 namespace {
@@ -70,14 +73,44 @@ void launch(const MaxPoolBackwardParams& params, const at::Device& device) {
                    [&](int64_t begin, int64_t end) { cpu::max_pool_backward(params, begin, end); });
 }
 
-int64_t moment_parts(const MomentParams& params) { return cpu::moment_units(params); }
+int64_t moment_parts(const MomentParams& params, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return cuda::moment_parts(params.rows, params.channels);
+#endif
+  (void)device;
+  return cpu::moment_units(params);
+}
 
-void launch(const MomentParams& params) {
+void launch(const MomentParams& params, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(params, device);
+#endif
+  (void)device;
   at::parallel_for(0, cpu::moment_units(params), kMomentGrain,
                    [&](int64_t begin, int64_t end) { cpu::moments(params, begin, end); });
 }
 
-void launch(const CombineParams& params) {
+void launch(const NormForwardParams& params, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(params, device);
+#endif
+  (void)device;
+  cpu::norm(params);
+}
+
+void launch(const NormBackwardParams& params, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(params, device);
+#endif
+  (void)device;
+  cpu::norm_backward(params);
+}
+
+void launch(const CombineParams& params, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(params, device);
+#endif
+  (void)device;
   at::parallel_for(0, cpu::combine_units(params), kCombineGrain,
                    [&](int64_t begin, int64_t end) { cpu::combine(params, begin, end); });
 }

@@ -19,10 +19,12 @@ void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& devi
 void launch(const MaxPoolParams& params, const at::Device& device);
 void launch(const MaxPoolBackwardParams& params, const at::Device& device);
 
-// On the CPU alone.
-int64_t moment_parts(const MomentParams& params);
-void launch(const MomentParams& params);
-void launch(const CombineParams& params);
+// The number of parts in which moments are summed.
+int64_t moment_parts(const MomentParams& params, const at::Device& device);
+void launch(const MomentParams& params, const at::Device& device);
+void launch(const NormForwardParams& params, const at::Device& device);
+void launch(const NormBackwardParams& params, const at::Device& device);
+void launch(const CombineParams& params, const at::Device& device);
 
 #if defined(FDFA_WITH_CUDA)
 template <class T>
@@ -31,6 +33,10 @@ template <class T>
 void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
 void launch_cuda(const MaxPoolParams& params, const at::Device& device);
 void launch_cuda(const MaxPoolBackwardParams& params, const at::Device& device);
+void launch_cuda(const MomentParams& params, const at::Device& device);
+void launch_cuda(const NormForwardParams& params, const at::Device& device);
+void launch_cuda(const NormBackwardParams& params, const at::Device& device);
+void launch_cuda(const CombineParams& params, const at::Device& device);
 #endif
 
 // The kernels' storage type for a tensor's dtype, given to f as a value of it.

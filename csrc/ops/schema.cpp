@@ -33,7 +33,7 @@ TORCH_LIBRARY(fdfa, m) {
       "(Tensor y, Tensor ty, Tensor pre)");
 
   // The end of a block: a = BatchNorm(x), then as `linear` goes on from its a. x [N, C], or [N, C, H,
-  // W] in channels_last; float32 on the CPU. The tangent passes the batch's statistics too. In training
+  // W] in channels_last; float32. The tangent passes the batch's statistics too. In training
   // they come from x, and move running_mean and running_var, both [C], by `momentum`. ty is written to
   // memory of the caller's, which may be tangent itself; none where it would be zero. Returns also mean
   // and 1 / σ, [C], for the backward.
@@ -116,13 +116,11 @@ TORCH_LIBRARY(fdfa, m) {
     m.impl("max_pool2d", fdfa::max_pool2d);                   \
     m.impl("max_pool2d_end", fdfa::max_pool2d_end);           \
     m.impl("max_pool2d_backward", fdfa::max_pool2d_backward); \
+    m.impl("batch_norm", fdfa::batch_norm);                   \
+    m.impl("batch_norm_backward", fdfa::batch_norm_backward); \
   }
 
 FDFA_IMPLEMENT(CPU)
-TORCH_LIBRARY_IMPL(fdfa, CPU, m) {
-  m.impl("batch_norm", fdfa::batch_norm);
-  m.impl("batch_norm_backward", fdfa::batch_norm_backward);
-}
 #if defined(FDFA_WITH_CUDA)
 FDFA_IMPLEMENT(CUDA)
 #endif

@@ -1,12 +1,15 @@
 #include "common/batch_norm.h"
 
+#include <initializer_list>
 #include <vector>
 
 #include "common/philox.h"
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "tests/check.h"
 
-// Statistics and maps of a batch normalisation against the textbook's formulas in double.
+// Statistics, maps and gradients of a batch normalisation, on the CPU and, in emulation, on CUDA,
+// against the textbook's formulas in double.
 
 namespace {
 
@@ -21,53 +24,121 @@ std::vector<float> values(int64_t size, uint32_t key, float mean) {
   return v;
 }
 
-void test_case(int64_t rows, int64_t channels, float mean) {
+struct Cpu {
+  static int64_t parts(const MomentParams& p) { return cpu::moment_units(p); }
+  static void moments(const MomentParams& p) {
+    const int64_t units = cpu::moment_units(p);
+    cpu::moments(p, 0, units / 2);
+    cpu::moments(p, units / 2, units);
+  }
+  static void norm(const NormForwardParams& p) { cpu::norm(p); }
+  static void norm_backward(const NormBackwardParams& p) { cpu::norm_backward(p); }
+  static void combine(const CombineParams& p) {
+    const int64_t units = cpu::combine_units(p);
+    cpu::combine(p, 0, units / 2);
+    cpu::combine(p, units / 2, units);
+  }
+};
+
+struct EmulatedCuda {
+  static int64_t parts(const MomentParams& p) { return cuda::moment_parts(p.rows, p.channels); }
+  static void moments(const MomentParams& p) { CHECK(cuda::launch_moments(p, nullptr) == cudaSuccess); }
+  static void norm(const NormForwardParams& p) { CHECK(cuda::launch_norm(p, nullptr) == cudaSuccess); }
+  static void norm_backward(const NormBackwardParams& p) {
+    CHECK(cuda::launch_norm_backward(p, nullptr) == cudaSuccess);
+  }
+  static void combine(const CombineParams& p) {
+    CHECK(cuda::launch_combine(p, nullptr) == cudaSuccess);
+  }
+};
+
+struct Textbook {
+  double mean = 0, variance = 0, t_mean = 0, product = 0;  // mean (x - mean) t
+};
+
+Textbook textbook(const std::vector<float>& x, const std::vector<float>& t, int64_t c,
+                  int64_t channels) {
+  Textbook m;
+  const int64_t rows = static_cast<int64_t>(x.size()) / channels;
+  const auto n = static_cast<double>(rows);
+  for (int64_t r = 0; r < rows; ++r) m.mean += x[r * channels + c] / n;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double d = x[r * channels + c] - m.mean, tr = t[r * channels + c];
+    m.variance += d * d / n;
+    m.t_mean += tr / n;
+    m.product += d * tr / n;
+  }
+  return m;
+}
+
+// training: by the batch's statistics, else by running ones.
+template <class Backend>
+void test_case(int64_t rows, int64_t channels, float mean, bool training) {
   const std::vector<float> x = values(rows * channels, 1, mean), t = values(rows * channels, 2, 0.3f);
+  const std::vector<float> weight = values(channels, 3, 1.5f), bias = values(channels, 4, 0.0f);
+  std::vector<float> running_mean = values(channels, 5, mean), running_var = values(channels, 6, 1.5f);
+  const std::vector<float> old_mean = running_mean, old_var = running_var;
   MomentParams p{x.data(), t.data(), x.data(), nullptr, rows, channels};
-  const int64_t parts = cpu::moment_units(p);
+  const int64_t parts = Backend::parts(p);
   std::vector<double> sums(parts * 4 * channels, -1.0);
   p.sums = sums.data();
-  cpu::moments(p, 0, parts / 2);
-  cpu::moments(p, parts / 2, parts);
+  Backend::moments(p);
 
-  BatchNormMap map(channels);
-  const double w = 1.5, eps = 1e-5, n = static_cast<double>(rows);
-  std::vector<double> expected(rows * channels);
+  constexpr double kMomentum = 0.1, kEps = 1e-5;
+  std::vector<float> mu(channels), inverse(channels), map(4 * channels), backward_map(4 * channels),
+      weight_grad(channels), bias_grad(channels), out(rows * channels);
+  Backend::norm({training ? sums.data() : nullptr, x.data(), parts, rows, channels, weight.data(),
+                 bias.data(), running_mean.data(), running_var.data(), kMomentum, kEps, mu.data(),
+                 inverse.data(), NormMap{map.data(), channels}});
+  const NormMap maps{map.data(), channels};
+  Backend::norm_backward({sums.data(), x.data(), parts, rows, channels, weight.data(), mu.data(),
+                          inverse.data(), training, weight_grad.data(), bias_grad.data(),
+                          NormMap{backward_map.data(), channels}});
+  Backend::combine({x.data(), t.data(), out.data(), maps.channel_map(), rows, channels});
+
+  const auto n = static_cast<double>(rows);
   for (int64_t c = 0; c < channels; ++c) {
-    double total[4] = {};
-    for (int64_t i = 0; i < parts * 4; ++i) total[i % 4] += sums[i * channels + c];
-    const ChannelMoments m = channel_moments(total, x[c], n);
-    double mu = 0, variance = 0, t_mean = 0, product = 0;
-    for (int64_t r = 0; r < rows; ++r) mu += x[r * channels + c] / n;
-    for (int64_t r = 0; r < rows; ++r) {
-      const double d = x[r * channels + c] - mu, tr = t[r * channels + c];
-      variance += d * d / n;
-      t_mean += tr / n;
-      product += d * tr / n;
+    const Textbook batch = textbook(x, t, c, channels);
+    const double m = training ? batch.mean : old_mean[c];
+    const double variance = training ? batch.variance : old_var[c];
+    const double s = 1 / std::sqrt(variance + kEps), w = weight[c];
+    CHECK_NEAR(mu[c], m, 1e-6 * (1 + std::abs(m)));
+    CHECK_NEAR(inverse[c], s, 1e-5 * s);
+    const double unbiased = batch.variance * n / (n - 1);
+    CHECK_NEAR(running_mean[c], training ? 0.9 * old_mean[c] + 0.1 * batch.mean : old_mean[c],
+               1e-6 * (1 + std::abs(m)));
+    CHECK_NEAR(running_var[c], training ? 0.9 * old_var[c] + 0.1 * unbiased : old_var[c], 1e-5);
+    CHECK_NEAR(maps.bias()[c], bias[c] - w * s * m, 1e-5 * (1 + std::abs(w * s * m)));
+    const double product = batch.product + (batch.mean - m) * batch.t_mean;  // about m
+    CHECK_NEAR(weight_grad[c], n * product * s, 2e-5 * n * s);
+    CHECK_NEAR(bias_grad[c], n * batch.t_mean, 1e-6 * n);
+    // The same map for a gradient, from μ and 1/σ as stored; two values can be too close to each other.
+    if (rows > 2) {
+      for (int64_t i : {c, 2 * channels + c, 3 * channels + c}) {
+        CHECK_NEAR(backward_map[i], map[i], 1e-4 * (1 + std::abs(map[i])));
+      }
     }
-    CHECK_NEAR(m.mean, mu, 1e-6 * (1 + std::abs(mu)));
-    CHECK_NEAR(m.variance, variance, 1e-5 * variance);
-    CHECK_NEAR(m.t_mean, t_mean, 1e-6);
-    CHECK_NEAR(m.t_product, product, 1e-5);
-    const double inverse = 1 / std::sqrt(variance + eps);
-    map.set(c, w, 0.0, m.mean, 1 / std::sqrt(m.variance + eps), m.t_mean, m.t_product, true);
     for (int64_t r = 0; r < rows; ++r) {
-      const double hat = (x[r * channels + c] - mu) * inverse;
-      expected[r * channels + c] =
-          w * inverse * (t[r * channels + c] - t_mean - hat * product * inverse);
+      const int64_t at = r * channels + c;
+      const double hat = (x[at] - m) * s, moves = training ? 1.0 : 0.0;
+      const double expected = w * s * (t[at] - moves * (batch.t_mean + hat * batch.product * s));
+      // Three rounded terms, which may cancel: two values a channel can be close to each other.
+      const float terms = std::abs(maps.scale()[c] * t[at]) + std::abs(maps.slope()[c] * x[at]) +
+                          std::abs(maps.offset()[c]);
+      CHECK_NEAR(out[at], expected, 3e-7 * terms + 1e-5);
     }
   }
-  std::vector<float> out(rows * channels);
-  const CombineParams q{x.data(), t.data(), out.data(), map.map(), rows, channels};
-  const int64_t units = cpu::combine_units(q);
-  cpu::combine(q, 0, units / 2);
-  cpu::combine(q, units / 2, units);
-  // Three rounded terms, which may cancel: two values a channel can be close to each other.
-  for (size_t i = 0; i < out.size(); ++i) {
-    const size_t c = i % channels;
-    const float terms =
-        std::abs(map.scale[c] * t[i]) + std::abs(map.slope[c] * x[i]) + std::abs(map.offset[c]);
-    CHECK_NEAR(out[i], expected[i], 3e-7 * terms + 1e-5);
+}
+
+template <class Backend>
+void test_cases(std::initializer_list<int64_t> channel_counts,
+                std::initializer_list<int64_t> row_counts) {
+  for (int64_t channels : channel_counts) {
+    for (int64_t rows : row_counts) {
+      for (float mean : {0.0f, 10.0f}) {
+        for (bool training : {true, false}) test_case<Backend>(rows, channels, mean, training);
+      }
+    }
   }
 }
 
@@ -75,12 +146,8 @@ void test_case(int64_t rows, int64_t channels, float mean) {
 
 int main() {
   for (const char* isa : {"baseline", "avx2", "avx512"}) {
-    if (!cpu::select_isa(isa)) continue;
-    for (int64_t channels : {1, 3, 15, 40, 300}) {
-      for (int64_t rows : {2, 63, 1100}) {
-        for (float mean : {0.0f, 10.0f}) test_case(rows, channels, mean);
-      }
-    }
+    if (cpu::select_isa(isa)) test_cases<Cpu>({1, 3, 15, 40, 300}, {2, 63, 1100});
   }
+  test_cases<EmulatedCuda>({1, 40}, {2, 300});
   return test::failures();
 }
