@@ -65,12 +65,12 @@ def makes_tangent(module: nn.Module) -> bool:
     return _way(module) in (_linear, _convolution)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
 
 
@@ -79,7 +79,7 @@ def plain_type(module: nn.Module) -> type[nn.Module] | None:
 
     To be compared with exact types: so may a subclass or a parametrization.
     """
-    return None if has_hooks(module) else type(module)
+    return None if any(hooks_of(module)) else type(module)
 
 
 def _linear(module: Any, y: Tensor, ty: Tensor) -> Pair:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
 from fdfa_ext.layers import Block, runs_side_by_side, side_by_side
 from fdfa_ext.methods import METHODS, Method
-from fdfa_ext.tangents import FunctionRules, has_hooks, unpack_dual, without_rules
+from fdfa_ext.tangents import FunctionRules, hooks_of, unpack_dual, without_rules
 
 RULES = ("ema", "adam", "grad")
 
@@ -158,8 +158,9 @@ class FDFA(nn.Module):
         self.local_outputs: list[Tensor] = []
         self._blocks = dict(_find_blocks(module))
         self._passes = [BlockPass(name, index) for index, name in enumerate(self._blocks)]
-        self._watched = list(module.modules())
         self._side_by_side = runs_side_by_side(module)
+        # The dictionaries themselves, since each step looks into all of them.
+        self._hooks = [hooks for inner in module.modules() for hooks in hooks_of(inner)]
 
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         seed = int(torch.randint(2**63 - 1, ()))
@@ -254,7 +255,7 @@ class FDFA(nn.Module):
             if dual.tangents == "none":
                 return self._tensor(self.module(*args, **kwargs)), None
             plain = self._side_by_side and not dual.compiling and len(args) == 1 and not kwargs
-            if plain and not any(map(has_hooks, self._watched)):
+            if plain and not any(self._hooks):
                 output, tangent = side_by_side(self._modules["module"], args[0], None)
                 return self._tensor(output), tangent
             # For eager steps alone: a compiled one traces torch's own forward mode.

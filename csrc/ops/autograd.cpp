@@ -236,15 +236,19 @@ struct Product : torch::autograd::Function<Product> {
 // by a detour through Python.
 std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, const Tensor& weight,
                                        const OptionalTensor& bias) {
-  if (x.dim() == 2 && !x.requires_grad() && !at::autocast::is_autocast_enabled(x.device().type()) &&
-      mm_is_onednn(x, weight.t())) {
-    Tensor y = Product::apply(x, weight, bias);
+  const bool casts = at::autocast::is_autocast_enabled(x.device().type());
+  if (x.dim() != 2 || casts) {
+    Tensor y = at::linear(x, weight, bias);
     const at::NoGradGuard guard;
-    return {std::move(y), fdfa::mm(tangent, weight.t())};
+    return {std::move(y), at::linear(tangent, weight)};
   }
-  Tensor y = at::linear(x, weight, bias);
-  const at::NoGradGuard guard;
-  return {std::move(y), at::linear(tangent, weight)};
+  const bool faster = !x.requires_grad() && mm_is_onednn(x, weight.t());
+  Tensor y = faster ? Product::apply(x, weight, bias) : at::linear(x, weight, bias);
+  static const auto mm = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fdfa::mm", "")
+                             .typed<decltype(fdfa::mm)>();
+  const at::AutoDispatchBelowAutograd guard;
+  return {std::move(y), mm.call(tangent, weight.t())};
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
+#include <ATen/ops/as_strided.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <cstring>
 
@@ -10,6 +12,9 @@
 
 namespace fdfa {
 namespace {
+
+// Below, turning z over costs more than the product gains.
+constexpr int64_t kTransposedMultiplications = int64_t{1} << 20;
 
 int64_t features_of(const Tensor& t) { return t.size(0) == 0 ? 0 : t.numel() / t.size(0); }
 
@@ -64,18 +69,25 @@ void check_operands(const char* op, const Tensor& x, const OptionalTensor& tange
 }  // namespace
 
 Tensor gradient_carrier(const Tensor& y) {
-  Tensor zero = at::empty({}, y.options());
+  const std::vector<int64_t> strides(y.dim(), 0);
+  Tensor zero = at::empty_strided(y.sizes(), strides, y.options());
+  if (zero.numel() == 0) return zero;
   if (zero.is_cpu()) {
     std::memset(zero.data_ptr(), 0, zero.element_size());  // zero_() takes three times as long
   } else {
-    zero.zero_();
+    zero.as_strided({1}, {1}).zero_();
   }
-  return zero.expand(y.sizes());
+  return zero;
 }
 
 Tensor next_noise(Tensor state) {
   check_counter("next_noise", "state", state, 3, state);
-  Tensor snapshot = state.clone();
+  Tensor snapshot = at::empty_like(state);
+  if (state.is_cpu()) {
+    std::memcpy(snapshot.data_ptr(), state.const_data_ptr(), state.nbytes());
+  } else {
+    snapshot.copy_(state);
+  }
   count_up(state, 1);
   return snapshot;
 }
@@ -94,7 +106,8 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
 
   const bool has_tangent = tangent.has_value();
   const int64_t out_features = weight.size(0);
-  if (x.is_cpu() && x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(0) < 512) {
+  if (x.is_cpu() && x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(0) < 512 &&
+      x.numel() * out_features >= kTransposedMultiplications) {
     // W xᵀ, and the pass after it turns it over. The product alone, cold, on two cores, by oneDNN: 0.8
     // of the time of x Wᵀ for [64, 800] by [800, 800], 0.9 for [256, 800], 1.0 for [512, 800].
     const Tensor z = mm(weight, x.t());
