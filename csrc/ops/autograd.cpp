@@ -16,6 +16,13 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// By the dispatcher, so that compilers and profilers see it.
+Tensor call_mm(const Tensor& a, const Tensor& b) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fdfa::mm", "").typed<decltype(fdfa::mm)>();
+  return op.call(a, b);
+}
+
 struct Linear : torch::autograd::Function<Linear> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                                const Tensor& weight, const OptionalTensor& bias,
@@ -220,7 +227,7 @@ struct Product : torch::autograd::Function<Product> {
     ctx->save_for_backward({x});
     ctx->saved_data["has_bias"] = bias.has_value();
     at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y = fdfa::mm(x, weight.t());
+    Tensor y = call_mm(x, weight.t());
     if (bias) y.add_(*bias);
     return y;
   }
@@ -228,7 +235,7 @@ struct Product : torch::autograd::Function<Product> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor x = ctx->get_saved_variables()[0];
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
-    return {Tensor(), fdfa::mm(grads[0].t(), x), has_bias ? grads[0].sum(0) : Tensor()};
+    return {Tensor(), call_mm(grads[0].t(), x), has_bias ? grads[0].sum(0) : Tensor()};
   }
 };
 
@@ -244,11 +251,8 @@ std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, c
   }
   const bool faster = !x.requires_grad() && mm_is_onednn(x, weight.t());
   Tensor y = faster ? Product::apply(x, weight, bias) : at::linear(x, weight, bias);
-  static const auto mm = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fdfa::mm", "")
-                             .typed<decltype(fdfa::mm)>();
   const at::AutoDispatchBelowAutograd guard;
-  return {std::move(y), mm.call(tangent, weight.t())};
+  return {std::move(y), call_mm(tangent, weight.t())};
 }
 
 }  // namespace

@@ -102,6 +102,12 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also write a chrome trace of three steps, with their operators (open in Perfetto)",
     )
+    parser.add_argument(
+        "--nvtx",
+        action="store_true",
+        help="also run three steps with a NVTX range for each operator, to be seen by Nsight Systems: "
+        "nsys profile python -m fdfa_ext profile --device cuda --nvtx",
+    )
     _add_common_arguments(parser)
 
 
@@ -193,6 +199,9 @@ def profile(args: argparse.Namespace) -> None:
         _write_json(args.json, title, [asdict(row) for row in rows])
     if args.trace:
         _write_trace(step, args.trace, args.device)
+    if args.nvtx:
+        with torch.autograd.profiler.emit_nvtx():
+            _named_steps(step)
 
 
 def _set_up(args: argparse.Namespace) -> str:
@@ -203,6 +212,8 @@ def _set_up(args: argparse.Namespace) -> str:
             raise UserError(f"{argument} {file}: there is no folder {file.parent}")
     if plot and not find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib")
+    if getattr(args, "nvtx", False) and args.device.type != "cuda":
+        raise UserError(f"--nvtx is for CUDA devices; got --device {args.device}")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
@@ -219,7 +230,11 @@ def _write_trace(step: Any, file: Path, device: torch.device) -> None:
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-        for number in range(_TRACED_STEPS):
-            with torch.profiler.record_function(f"step {number}"):
-                step()
+        _named_steps(step)
     profiler.export_chrome_trace(str(file))
+
+
+def _named_steps(step: Any) -> None:
+    for number in range(_TRACED_STEPS):
+        with torch.profiler.record_function(f"step {number}"):
+            step()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fdfa_ext import build_info
+from fdfa_ext._ops import fused
 
 _REPEATS = 10
 
@@ -42,7 +43,7 @@ class Limits(NamedTuple):
     """What the machine was measured to do at best, in units a second."""
 
     bytes: float  # read and written by a copy larger than the caches
-    flops: float  # of a matrix product, in the dtype in question
+    flops: float  # of a matrix product by the faster library, in the dtype in question
 
     def seconds(self, n_bytes: float, n_flops: float) -> float:
         """The roofline: no faster can it be, unless its data are in a cache."""
@@ -57,7 +58,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     a = torch.randn(side, side, device=device, dtype=dtype)
     return Limits(
         2 * source.nbytes / _best(lambda: target.copy_(source), device),
-        2 * side**3 / _best(lambda: a.mm(a), device),
+        2 * side**3 / _best(lambda: fused.mm(a, a), device),
     )
 
 

@@ -168,7 +168,7 @@ def _in_plain_torch(call: OperatorCall) -> Any:
 
 def _linear_products(call: OperatorCall) -> list[Tensor]:
     x, tangent, weight = call.args[:3]
-    return [F.linear(t, weight) for t in (x, tangent) if t is not None]
+    return [fused.mm(t.flatten(0, -2), weight.t()) for t in (x, tangent) if t is not None]
 
 
 def _conv2d_products(call: OperatorCall) -> list[Tensor]:
@@ -212,6 +212,11 @@ def _flops(call: OperatorCall) -> int:
 @register_flop_formula(fused.linear)
 def _(x: Any, tangent: Any, weight: Any, *_: Any, **__: Any) -> int:
     return (1 if tangent is None else 2) * 2 * math.prod(x) * weight[0]
+
+
+@register_flop_formula(fused.mm)
+def _(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(a) * b[1]
 
 
 @register_flop_formula(fused.conv2d)
