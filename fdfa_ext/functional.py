@@ -79,6 +79,13 @@ class BlockPass:
     def perturbs(self) -> bool:
         return self.dual is not None and self.dual.tangents != "none"
 
+    @property
+    def product(self) -> Callable[..., Tensor]:
+        """x, weight, bias → x Wᵀ + b, with autograd."""
+        assert self.dual is not None
+        operator: Callable[..., Tensor] = self.dual.backend.product
+        return operator
+
     def plain(self, x: Tensor, module: Callable[[Tensor], Tensor]) -> Tensor:
         """x [N, *] → module(x), cut off from what made x; the module's own autograd holds f'."""
         dual = self._enter(x)

@@ -4,6 +4,8 @@ Inside FDFA's training step a block takes part in the dual pass. Anywhere else i
 counterpart followed by the activation, with ordinary autograd.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -62,15 +64,15 @@ class FDFALinear(nn.Linear, Block):
         if (running := self.running_pass) is None:
             return self._plain(x)
         if not running.perturbs:
-            return running.plain(x, self._plain)
+            return running.plain(x, partial(self._plain, linear=running.product))
         return running.through_duals(x, self.dual)
 
     def dual(self, x: Tensor, tangent: Tensor | None) -> Pair:
         assert self.block_pass is not None
         return self.block_pass.linear(x, tangent, self.weight, self.bias, self.activation)
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](super().forward(x))
+    def _plain(self, x: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
+        return ACTIVATIONS[self.activation](linear(x, self.weight, self.bias))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

@@ -144,6 +144,16 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def dual_linear(
+    x: Tensor, tangent: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return F.linear(x, weight, bias), F.linear(tangent, weight.detach())
+
+
 def linear(
     x: Tensor,
     tangent: Tensor | None,

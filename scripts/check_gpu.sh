@@ -84,7 +84,8 @@ step tests 105 pytest_summary "$python" -m pytest -q -p no:cacheprovider python_
 # Every kernel, rule and storage type on small shapes. Only this package's kernels are instrumented, and
 # each tensor has an allocation of its own, so that no access past its end lands in a neighbour.
 small="cuda and (test_linear and true-true and (tanh or gelu) or test_perturb or test_strided
-  or test_feedback_step and (relu or gelu))"
+  or test_feedback_step and (relu or gelu) or test_max_pool2d_end and 15
+  or test_batch_norm_is and tanh)"
 sanitize() {
   step "$1" 40 sanitizer_summary env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$1" \
     --kernel-name kns=fdfa --error-exitcode 9 \

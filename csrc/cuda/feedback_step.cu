@@ -5,6 +5,7 @@
 #include "common/dtype.h"
 #include "common/noise.h"
 #include "cuda/kernels.h"
+#include "cuda/tensor_core.h"
 
 // The feedback step of all blocks of the network, in one launch: G = tangentᵀ u / samples, B moved by
 // the rule, delta = (error B) ⊙ f'. B, with its moments, is read from and written to DRAM once; u is
@@ -25,18 +26,17 @@ constexpr int kQuads = kColumns / 4;
 static_assert(kSamples * kQuads == kThreads, "each thread makes one quad of u");
 constexpr int kSamplesPerThread = kSamples / kGroups;
 
-// One step over the outputs, 8 sums in the registers of each thread. Output i of group g is g + 8 i, so
-// that a network of ten outputs keeps every group busy.
-constexpr int kOutputs = 64;
+// Outputs at most, a sum of each in the registers of a thread. Output i of group g is g + 8 i, so that
+// a network of ten keeps every group busy.
+constexpr int kOutputs = 32;
 constexpr int kOutputsPerThread = kOutputs / kGroups;
 
-// tile [32, 64] = matrix[first_sample.., first_output..] of matrix [samples, outputs], zero outside.
+// tile [32, 32] = matrix[first_sample.., :] of matrix [samples, outputs], zero outside.
 __device__ void load_tile(const float* matrix, int64_t samples, int64_t outputs, int64_t first_sample,
-                          int64_t first_output, float (&tile)[kSamples][kOutputs]) {
+                          float (&tile)[kSamples][kOutputs]) {
   const int thread = threadIdx.y * kColumns + threadIdx.x;
   for (int i = thread; i < kSamples * kOutputs; i += kThreads) {
-    const int64_t sample = first_sample + i / kOutputs;
-    const int64_t output = first_output + i % kOutputs;
+    const int64_t sample = first_sample + i / kOutputs, output = i % kOutputs;
     const bool inside = sample < samples && output < outputs;
     tile[i / kOutputs][i % kOutputs] = inside ? matrix[sample * outputs + output] : 0.0f;
   }
@@ -118,30 +118,27 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constan
     adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates);
   }
 
-  // Phase 1: G in registers, 64 outputs at a time, and B moved towards it.
-  for (int64_t first_output = 0; first_output < p.outputs; first_output += kOutputs) {
-    float sums[kOutputsPerThread] = {};
-    const int64_t live = (p.outputs - first_output - group + kGroups - 1) / kGroups;  // of the sums
-    for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kSamples) {
-      make_noise_tile<kNoise>(p.noise, first_sample, first_feature, u);
-      load_tile(p.tangent, p.samples, p.outputs, first_sample, first_output, rows);
-      __syncthreads();
-      for (int n = 0; n < kSamples; ++n) {
-        const float noise = u[n][column];
+  // Phase 1: G in registers, and B moved towards it.
+  float products[kOutputsPerThread] = {};
+  const int live = static_cast<int>((p.outputs - group + kGroups - 1) / kGroups);  // of the products
+  for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kSamples) {
+    make_noise_tile<kNoise>(p.noise, first_sample, first_feature, u);
+    load_tile(p.tangent, p.samples, p.outputs, first_sample, rows);
+    __syncthreads();
+    for (int n = 0; n < kSamples; ++n) {
+      const float noise = u[n][column];
 #pragma unroll
-        for (int i = 0; i < kOutputsPerThread; ++i) {
-          if (i < live) sums[i] += rows[n][group + kGroups * i] * noise;
-        }
+      for (int i = 0; i < kOutputsPerThread; ++i) {
+        if (i < live) products[i] += rows[n][group + kGroups * i] * noise;
       }
-      __syncthreads();
     }
+    __syncthreads();
+  }
 #pragma unroll
-    for (int i = 0; i < kOutputsPerThread; ++i) {
-      const int64_t output = first_output + group + kGroups * i;
-      if (inside && i < live) {
-        move_feedback<kRule>(p, adam, output * p.features + feature,
-                             sums[i] / static_cast<float>(p.samples));
-      }
+  for (int i = 0; i < kOutputsPerThread; ++i) {
+    if (inside && i < live) {
+      move_feedback<kRule>(p, adam, (group + kGroups * i) * p.features + feature,
+                           products[i] / static_cast<float>(p.samples));
     }
   }
   // Phase 2: a thread projects 4 of 32 samples onto its column. All groups read the same rows of B,
@@ -149,23 +146,160 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constan
   // them.
   for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kSamples) {
     float sums[kSamplesPerThread] = {};
-    for (int64_t first_output = 0; first_output < p.outputs; first_output += kOutputs) {
-      load_tile(p.error, p.samples, p.outputs, first_sample, first_output, rows);
-      __syncthreads();
-      const int64_t left = p.outputs - first_output;
-      const int count = left < kOutputs ? static_cast<int>(left) : kOutputs;
-      for (int k = 0; inside && k < count; ++k) {
-        const float b = p.feedback[(first_output + k) * p.features + feature];
-        for (int i = 0; i < kSamplesPerThread; ++i) sums[i] += rows[group + kGroups * i][k] * b;
-      }
-      __syncthreads();
+    load_tile(p.error, p.samples, p.outputs, first_sample, rows);
+    __syncthreads();
+    for (int k = 0; inside && k < p.outputs; ++k) {
+      const float b = p.feedback[k * p.features + feature];
+      for (int i = 0; i < kSamplesPerThread; ++i) sums[i] += rows[group + kGroups * i][k] * b;
     }
+    __syncthreads();
     for (int i = 0; i < kSamplesPerThread; ++i) {
       const int64_t sample = first_sample + group + kGroups * i;
       if (!inside || sample >= p.samples) continue;
       const int64_t index = sample * p.features + feature;
       const float slope = p.gate == nullptr ? 1.0f : slope_at(p.activation, to_float(p.gate[index]));
       p.delta[index] = from_float<T>(sums[i] * slope);
+    }
+  }
+}
+
+// For networks of many outputs, where the products weigh more than the bytes: the same on tensor cores.
+// A thread block owns 64 columns of B; its 8 warps each take 16 rows of a product, by 64 columns.
+constexpr int kWideOutputs = kOutputs + 1;  // from which on it is taken
+constexpr int kWideColumns = 64;
+constexpr int kWarps = 8;
+constexpr int kWideThreads = 32 * kWarps;
+constexpr int kTileRows = 64;              // of a tile in shared memory
+constexpr int kStride = kWideColumns + 8;  // so that the elements of b lie in 32 banks
+constexpr int kProductRows = 16 * kWarps;
+constexpr int kColumnTiles = kWideColumns / 8;
+
+using WideTile = float[kTileRows][kStride];
+
+// A warp's rows of c += a b, where b is split into two tiles. a(row, k) is zero outside its matrix.
+template <class A>
+__device__ void multiply_wide(float (&c)[kColumnTiles][4], const WideTile& high, const WideTile& low,
+                              int depth, const A& a) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int k = 0; k < depth; k += 8) {
+    uint32_t a_high[4], a_low[4];
+    for (int i = 0; i < 4; ++i) {
+      const Split s = split(a(g + 8 * (i % 2), k + t + 4 * (i / 2)));
+      a_high[i] = s.high;
+      a_low[i] = s.low;
+    }
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+      uint32_t b_high[2], b_low[2];
+      for (int i = 0; i < 2; ++i) {
+        b_high[i] = bits_from_float(high[k + t + 4 * i][8 * n + g]);
+        b_low[i] = bits_from_float(low[k + t + 4 * i][8 * n + g]);
+      }
+      multiply_tiles(c[n], a_low, b_high);
+      multiply_tiles(c[n], a_high, b_low);
+      multiply_tiles(c[n], a_high, b_high);
+    }
+  }
+}
+
+// Hands rows [first, first + 64) of a product of 128 to f(row, column, value), a warp's in neighbouring
+// columns, by way of `tile`. All threads of the block take part.
+template <class F>
+__device__ void for_each_element(const float (&c)[kColumnTiles][4], int first, WideTile& tile,
+                                 const F& f) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  __syncthreads();  // nobody reads the tile's old content any more
+  const int row = 16 * warp + g - first;
+  if (row >= 0 && row < kTileRows) {
+    for (int n = 0; n < kColumnTiles; ++n) {
+      for (int i = 0; i < 4; ++i) tile[row + 8 * (i / 2)][8 * n + 2 * t + i % 2] = c[n][i];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTileRows * kWideColumns; i += kWideThreads) {
+    f(first + i / kWideColumns, i % kWideColumns, tile[i / kWideColumns][i % kWideColumns]);
+  }
+}
+
+__device__ void put_split(float value, int row, int column, WideTile& high, WideTile& low) {
+  const Split s = split(value);
+  high[row][column] = float_from_bits(s.high);
+  low[row][column] = float_from_bits(s.low);
+}
+
+template <class T, Noise kNoise, Rule kRule>
+__global__ void __launch_bounds__(kWideThreads)
+    wide_feedback_kernel(const __grid_constant__ Group<T> blocks) {
+  __shared__ WideTile high, low;
+  __shared__ AdamStep adam;
+
+  int member = 0;
+  while (blockIdx.x >= blocks.ends[member]) ++member;
+  const FeedbackParams<T>& p = blocks.members[member];
+  const unsigned place = blockIdx.x - (member == 0 ? 0 : blocks.ends[member - 1]);
+  const int64_t first_feature = static_cast<int64_t>(place) * kWideColumns;
+  const int64_t own_row = 16 * (threadIdx.x / 32);  // the warp's first in a product
+  if (kRule == Rule::adam && threadIdx.x == 0) {
+    adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates);
+  }
+
+  // Phase 1: G, 128 outputs at a time, and B moved towards it.
+  for (int64_t first_output = 0; first_output < p.outputs; first_output += kProductRows) {
+    float sums[kColumnTiles][4] = {};
+    for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kTileRows) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < kTileRows * kWideColumns / 4; i += kWideThreads) {
+        const int row = i / (kWideColumns / 4), quad = i % (kWideColumns / 4);
+        float u[4];
+        noise4<kNoise>(noise_stream(p.noise.state, p.noise.block, first_sample + row),
+                       static_cast<uint32_t>(first_feature / 4 + quad), u[0], u[1], u[2], u[3]);
+        for (int j = 0; j < 4; ++j) put_split(u[j], row, 4 * quad + j, high, low);
+      }
+      __syncthreads();
+      const auto tangent = [&](int row, int k) {
+        const int64_t output = first_output + own_row + row, sample = first_sample + k;
+        const bool inside = output < p.outputs && sample < p.samples;
+        return inside ? p.tangent[sample * p.outputs + output] : 0.0f;
+      };
+      if (first_output + own_row < p.outputs) multiply_wide(sums, high, low, kTileRows, tangent);
+    }
+    for (int half = 0; half < kProductRows; half += kTileRows) {
+      for_each_element(sums, half, high, [&](int row, int column, float sum) {
+        const int64_t output = first_output + row, feature = first_feature + column;
+        if (output >= p.outputs || feature >= p.features) return;
+        move_feedback<kRule>(p, adam, output * p.features + feature,
+                             sum / static_cast<float>(p.samples));
+      });
+    }
+  }
+
+  // Phase 2: 128 samples at a time projected onto the columns, through B as the first phase left it.
+  for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kProductRows) {
+    float sums[kColumnTiles][4] = {};
+    for (int64_t first_output = 0; first_output < p.outputs; first_output += kTileRows) {
+      __syncthreads();  // also lets all see what others wrote to B
+      for (int i = threadIdx.x; i < kTileRows * kWideColumns; i += kWideThreads) {
+        const int row = i / kWideColumns, column = i % kWideColumns;
+        const int64_t output = first_output + row, feature = first_feature + column;
+        const bool inside = output < p.outputs && feature < p.features;
+        put_split(inside ? p.feedback[output * p.features + feature] : 0.0f, row, column, high, low);
+      }
+      __syncthreads();
+      const auto error = [&](int row, int k) {
+        const int64_t sample = first_sample + own_row + row, output = first_output + k;
+        const bool inside = sample < p.samples && output < p.outputs;
+        return inside ? p.error[sample * p.outputs + output] : 0.0f;
+      };
+      if (first_sample + own_row < p.samples) multiply_wide(sums, high, low, kTileRows, error);
+    }
+    for (int half = 0; half < kProductRows; half += kTileRows) {
+      for_each_element(sums, half, high, [&](int row, int column, float sum) {
+        const int64_t sample = first_sample + row, feature = first_feature + column;
+        if (sample >= p.samples || feature >= p.features) return;
+        const int64_t index = sample * p.features + feature;
+        const float slope = p.gate == nullptr ? 1.0f : slope_at(p.activation, to_float(p.gate[index]));
+        p.delta[index] = from_float<T>(sum * slope);
+      });
     }
   }
 }
@@ -179,18 +313,26 @@ auto with_rule(Rule value, F&& f) {
 
 template <class T>
 cudaError_t launch_group(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream) {
+  const bool wide = blocks[0].outputs >= kWideOutputs;
+  const int64_t columns = wide ? kWideColumns : kColumns;
   Group<T> group{};
   unsigned end = 0;
   for (int64_t i = 0; i < count; ++i) {
     group.members[i] = blocks[i];
-    end += static_cast<unsigned>((blocks[i].features + kColumns - 1) / kColumns);
+    end += static_cast<unsigned>((blocks[i].features + columns - 1) / columns);
     group.ends[i] = end;
   }
   if (end == 0) return cudaSuccess;
   return with_noise(blocks[0].noise.kind, [&](auto noise) {
     return with_rule(blocks[0].rule, [&](auto rule) {
-      return launch(feedback_kernel<T, decltype(noise)::value, decltype(rule)::value>, dim3(end),
-                    dim3(kColumns, kGroups), stream, group);
+      constexpr Noise kNoise = decltype(noise)::value;
+      constexpr Rule kRule = decltype(rule)::value;
+      if (wide) {
+        return launch(wide_feedback_kernel<T, kNoise, kRule>, dim3(end), dim3(kWideThreads), stream,
+                      group);
+      }
+      return launch(feedback_kernel<T, kNoise, kRule>, dim3(end), dim3(kColumns, kGroups), stream,
+                    group);
     });
   });
 }

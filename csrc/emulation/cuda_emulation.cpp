@@ -1,6 +1,7 @@
 #include "emulation/cuda_emulation.h"
 
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <mutex>
 #include <thread>
@@ -51,6 +52,7 @@ struct Warp {
   explicit Warp(unsigned threads) : barrier(threads) {}
   Barrier barrier;
   uint32_t words[kWarpSize] = {};
+  uint32_t a[kWarpSize][4] = {}, b[kWarpSize][2] = {};
 };
 
 struct Block {
@@ -104,6 +106,27 @@ uint32_t exchange(uint32_t value, unsigned from) {
   const uint32_t result = warp.words[from];
   warp.barrier.wait();  // all have read before any writes again
   return result;
+}
+
+void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Warp& warp = current_warp();
+  std::memcpy(warp.a[lane()], a, sizeof a);
+  std::memcpy(warp.b[lane()], b, sizeof b);
+  warp.barrier.wait();
+  const auto value = [](uint32_t word) {
+    float result;
+    std::memcpy(&result, &word, sizeof result);
+    return result;
+  };
+  const unsigned group = lane() / 4, place = lane() % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row_half = i / 2, column = 2 * place + i % 2;
+    for (unsigned k = 0; k < 8; ++k) {
+      c[i] += value(warp.a[4 * group + k % 4][row_half + 2 * (k / 4)]) *
+              value(warp.b[4 * column + k % 4][k / 4]);
+    }
+  }
+  warp.barrier.wait();  // all have read before any writes again
 }
 
 cudaError_t run_grid(dim3 grid, dim3 block, void (*body)(const void*), const void* context) {

@@ -35,6 +35,9 @@ void warp_barrier();
 uint32_t exchange(uint32_t value, unsigned lane);
 // The calling thread's place in its warp.
 unsigned lane();
+// c += a b for a [16, 8] and b [8, 8], whose elements lie in the threads of the warp as PTX says for
+// mma.m16n8k8 of tf32. All threads of the warp must take part.
+void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 // Calls body(context) once for every thread of the grid.
 cudaError_t run_grid(dim3 grid, dim3 block, void (*body)(const void*), const void* context);

@@ -239,18 +239,22 @@ struct Product : torch::autograd::Function<Product> {
   }
 };
 
+Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const bool faster = x.dim() == 2 && !x.requires_grad() &&
+                      !at::autocast::is_autocast_enabled(x.device().type()) &&
+                      mm_is_onednn(x, weight.t());
+  return faster ? Product::apply(x, weight, bias) : at::linear(x, weight, bias);
+}
+
 // torch's forward mode would also multiply the missing tangents of weight and bias, and add these zeros
 // by a detour through Python.
 std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, const Tensor& weight,
                                        const OptionalTensor& bias) {
-  const bool casts = at::autocast::is_autocast_enabled(x.device().type());
-  if (x.dim() != 2 || casts) {
-    Tensor y = at::linear(x, weight, bias);
+  Tensor y = product(x, weight, bias);
+  if (x.dim() != 2 || at::autocast::is_autocast_enabled(x.device().type())) {
     const at::NoGradGuard guard;
     return {std::move(y), at::linear(tangent, weight)};
   }
-  const bool faster = !x.requires_grad() && mm_is_onednn(x, weight.t());
-  Tensor y = faster ? Product::apply(x, weight, bias) : at::linear(x, weight, bias);
   const at::AutoDispatchBelowAutograd guard;
   return {std::move(y), call_mm(tangent, weight.t())};
 }
@@ -265,4 +269,7 @@ TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
   m.impl("max_pool2d_end", fdfa::max_pool2d_end_autograd);
 }
 
-TORCH_LIBRARY_IMPL(fdfa, CompositeImplicitAutograd, m) { m.impl("dual_linear", fdfa::dual_linear); }
+TORCH_LIBRARY_IMPL(fdfa, CompositeImplicitAutograd, m) {
+  m.impl("product", fdfa::product);
+  m.impl("dual_linear", fdfa::dual_linear);
+}

@@ -49,7 +49,10 @@ TORCH_LIBRARY(fdfa, m) {
       "batch_norm_backward(Tensor delta, Tensor x, Tensor? weight, Tensor mean, Tensor inverse_std, "
       "bool training) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
-  // torch's linear, with its own autograd, and the tangent of its result, which has none.
+  // torch's linear, with its own autograd; by `mm` where no gradient of x is asked for.
+  m.def("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+
+  // The same, and the tangent of its result, which has none.
   m.def(
       "dual_linear(Tensor x, Tensor tangent, Tensor weight, Tensor? bias=None) -> (Tensor y, Tensor "
       "ty)");

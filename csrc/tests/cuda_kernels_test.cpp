@@ -30,7 +30,7 @@ int main(int argc, char** argv) {
   if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
     test::test_kernels<EmulatedCuda>({{33}, {33}, {65}}, 307, 11);
   } else {
-    test::test_kernels<EmulatedCuda>(test::all_sizes(), 307, 41);
+    test::test_kernels<EmulatedCuda>(test::all_sizes(), 307, 97);
   }
   return test::failures();
 }
