@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
 from fdfa_ext.layers import Block, runs_side_by_side, side_by_side
+from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import METHODS, Method
 from fdfa_ext.tangents import FunctionRules, hooks_of, unpack_dual, without_rules
 
@@ -163,6 +164,8 @@ class FDFA(nn.Module):
         self._hooks = [hooks for inner in module.modules() for hooks in hooks_of(inner)]
 
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        if device.type == "cpu":
+            keep_freed_memory()
         seed = int(torch.randint(2**63 - 1, ()))
         self.register_buffer("noise_state", torch.tensor([seed, 0, 0], device=device))
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64, device=device))

@@ -769,3 +769,13 @@ def test_missing_or_foreign_extension_says_how_to_rebuild(tmp_path: Path) -> Non
         assert "ImportError" in run.stderr
         assert message in run.stderr
         assert "pip install --no-build-isolation ." in run.stderr
+
+
+def test_a_model_on_the_cpu_keeps_freed_memory_and_a_second_one_costs_nothing() -> None:
+    """The mapping is made once, and holds no memory."""
+    from fdfa_ext.memory import keep_freed_memory
+
+    keep_freed_memory.cache_clear()
+    make()
+    make()
+    assert keep_freed_memory.cache_info().misses == 1

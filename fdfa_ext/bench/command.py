@@ -27,6 +27,7 @@ from fdfa_ext.bench.contenders import (
 from fdfa_ext.bench.machine import description, measure_limits
 from fdfa_ext.bench.operators import record, time_operators
 from fdfa_ext.bench.timing import Contender, peak_memory, take_turns
+from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.train.errors import UserError
 
 BENCH_DESCRIPTION = (
@@ -214,6 +215,7 @@ def _set_up(args: argparse.Namespace) -> str:
         raise UserError("--plot needs matplotlib: pip install matplotlib")
     if getattr(args, "nvtx", False) and args.device.type != "cuda":
         raise UserError(f"--nvtx is for CUDA devices; got --device {args.device}")
+    keep_freed_memory()  # for all contenders, as FDFA has it
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
