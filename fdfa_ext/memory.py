@@ -15,4 +15,4 @@ def keep_freed_memory() -> None:
     mapped, and freed untouched. Does nothing where MALLOC_TRIM_THRESHOLD_ or another allocator says
     otherwise.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")

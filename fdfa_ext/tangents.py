@@ -14,10 +14,11 @@ forward mode's time, and the forward pass of 64-128-10 with 32 samples 0.7 of it
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -35,8 +36,8 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
     """(module(y), its tangent) for an input y with tangent ty, None for none.
 
     The primal keeps its autograd graph to the module's parameters; the tangent has none. A tangent that
-    the module drops comes back as None. If the module needs_forward_mode, or while torch.compile
-    traces, it must be called within a dual level.
+    the module drops comes back as None. While torch.compile traces, it must be called within a dual
+    level.
     """
     if ty is None:
         return module(y), None
@@ -51,8 +52,11 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
             way = None
     if way is not None:
         return way(module, y, ty)
-    out, tangent = unpack_dual(module(make_dual(y, ty)))
-    return out, None if tangent is None else tangent.detach()
+    # A net that runs side by side has no level, until someone exchanges one of its modules.
+    within = forward_ad._current_level >= 0
+    with nullcontext() if within else forward_ad.dual_level():
+        out, tangent = unpack_dual(module(make_dual(y, ty)))
+        return out, None if tangent is None else tangent.detach()
 
 
 def needs_forward_mode(module: nn.Module) -> bool:

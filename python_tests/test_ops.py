@@ -652,7 +652,7 @@ def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
         ({"exp_avg": []}, "Adam needs exp_avg, exp_avg_sq and updates"),
         ({"exp_avg_sq": [v, v[:, :4]]}, "exp_avg_sq must have shape"),
         ({"deltas": [delta, delta[:, :4]]}, "delta must have shape"),
-        ({"deltas": [delta, torch.zeros(5, 3, device=device).t()]}, "delta must have the memory order"),
+        ({"deltas": [delta, torch.zeros(3, 10, device=device)[:, ::2]]}, "delta must have the memory order"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="fdfa::feedback_step: " + message):
             fused.feedback_step(**{**good, **change})
@@ -705,3 +705,13 @@ def test_dual_linear_is_linear_twice(
         torch.autograd.grad(y, inputs, error), torch.autograd.grad(expected, inputs, error), strict=True
     ):
         torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_a_transposed_delta_is_the_same() -> None:
+    """As the weight gradient takes it."""
+    gate, error, tangent = torch.randn(33, 70), *torch.randn(2, 33, 10).unbind()
+    deltas = torch.empty(33, 70), torch.empty(70, 33).t()
+    for delta in deltas:
+        common = (error, tangent, [gate], noise_state(torch.device("cpu")), [1], ["tanh"], "gaussian")
+        fused.feedback_step([torch.ones(10, 70)], [], [], None, *common, 0.1, 0.9, 0.999, 1e-8, [delta])
+    assert torch.equal(*deltas)

@@ -233,6 +233,18 @@ def test_side_by_side_and_on_dual_tensors_a_step_is_the_same(name: str, backend:
         torch.testing.assert_close(side_by_side, dual, rtol=1e-4, atol=1e-6)
 
 
+def test_a_module_may_be_exchanged_after_wrapping() -> None:
+    """For one that needs dual tensors too, in a net that had none."""
+    x, y = batch("mlp")
+    models = [make(backend=backend, feedback_lr=0.05) for backend in BACKENDS]
+    for model in models:
+        model.module[2] = nn.Sequential(nn.LayerNorm(7), copy.deepcopy(models[0].module[2]))
+        F.cross_entropy(model(x), y).backward()
+    for name, matrix in models[0].feedback.items():
+        assert matrix.any()
+        torch.testing.assert_close(matrix, models[1].feedback[name], rtol=1e-4, atol=1e-6)
+
+
 class _Both(nn.Module):
     """[N, 6] → [N, 3] of a block's output and of what the next block makes of it."""
 

@@ -154,6 +154,7 @@ struct FeedbackParams {
   NoiseParams noise;
   Rule rule;
   float lr, beta1, beta2, eps;
+  bool transposed;  // delta is [features, samples] instead, for the CPU alone
 };
 
 template <class F>

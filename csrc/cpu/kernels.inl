@@ -302,6 +302,7 @@ template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   if (p.samples == 0) return;
   alignas(64) float noise[kNoiseSamples * kTileColumns], projected[kRowBlock * kTileColumns];
+  alignas(64) T turned[kRowBlock][kTileColumns];
   const RoundKeys keys(p.noise);
   std::vector<float> g(p.outputs * kTileColumns), b(p.outputs * kTileColumns, 0.0f);
   const AdamStep adam =
@@ -340,7 +341,7 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
         for (int64_t n = 0; n < samples; ++n) {
           const int64_t offset = (n0 + n) * p.features + first;
           const float* row = projected + n * kTileColumns;
-          T* delta = p.delta + offset;
+          T* delta = p.transposed ? turned[n] : p.delta + offset;
           if constexpr (activation() == Activation::identity) {
             for (int64_t i = 0; i < count; ++i) delta[i] = from_float<T>(row[i]);
           } else {
@@ -349,6 +350,10 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
               delta[i] = from_float<T>(row[i] * derivative<activation()>(to_float(gate[i])));
             }
           }
+        }
+        for (int64_t i = 0; p.transposed && i < count; ++i) {
+          T* delta = p.delta + (first + i) * p.samples + n0;
+          for (int64_t n = 0; n < samples; ++n) delta[n] = turned[n][i];
         }
       }
     });

@@ -342,6 +342,9 @@ cudaError_t launch_group(const FeedbackParams<T>* blocks, int64_t count, cudaStr
 template <class T>
 cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream) {
   if (count == 0 || blocks[0].samples == 0) return cudaSuccess;
+  for (int64_t i = 0; i < count; ++i) {
+    if (blocks[i].transposed) return cudaErrorInvalidValue;
+  }
   for (int64_t first = 0; first < count; first += Group<T>::kMost) {
     const int64_t members = count - first < Group<T>::kMost ? count - first : Group<T>::kMost;
     const cudaError_t error = launch_group(blocks + first, members, stream);

@@ -41,6 +41,8 @@ int main() {
     test::test_kernels<Cpu>(sizes, 11, 7);
     test::test_transposed_epilogue<Cpu, float>(sizes);
     test::test_transposed_epilogue<Cpu, bfloat16>(sizes);
+    test::test_transposed_feedback<Cpu, float>(sizes);
+    test::test_transposed_feedback<Cpu, bfloat16>(sizes);
     std::printf("%s: done\n", cpu::isa());
   }
   return test::failures();

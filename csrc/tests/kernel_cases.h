@@ -171,7 +171,7 @@ struct FeedbackCase {
   Activation activation;
   Noise noise;
   Rule rule;
-  bool has_gate;
+  bool has_gate, transposed;
 };
 
 template <class T>
@@ -209,7 +209,8 @@ struct FeedbackArrays {
             0.03f,
             0.9f,
             0.999f,
-            1e-8f};
+            1e-8f,
+            c.transposed};
   }
 
   Array<float> feedback, exp_avg, exp_avg_sq, gradient, error, tangent;
@@ -253,8 +254,17 @@ void test_feedback(const Sizes& sizes, int stride) {
                 if (!selection.next()) continue;
                 const auto f = static_cast<Activation>(activation++ % kActivationCount);
                 test_feedback_blocks<Backend, T>(
-                    {{samples, features, outputs, updates, f, noise, rule, has_gate}});
+                    {{samples, features, outputs, updates, f, noise, rule, has_gate, false}});
               }
+}
+
+template <class Backend, class T>
+void test_transposed_feedback(const Sizes& sizes) {
+  for (int64_t samples : sizes.samples)
+    for (int64_t features : sizes.features)
+      for (int f = 0; f < kActivationCount; ++f)
+        test_feedback_blocks<Backend, T>({{samples, features, 10, 3, static_cast<Activation>(f),
+                                           Noise::gaussian, Rule::adam, true, true}});
 }
 
 // More blocks than one launch of the CUDA kernel takes, some of them empty.
@@ -265,7 +275,7 @@ void test_feedback_of_many_blocks() {
     for (int64_t i = 0; i < 19; ++i) {
       const int64_t features = i % 5 == 2 ? 0 : 1 + 37 * i % 101;
       const auto f = static_cast<Activation>(i % kActivationCount);
-      blocks.push_back({3, features, 7, 4, f, Noise::gaussian, rule, i % 3 != 0});
+      blocks.push_back({3, features, 7, 4, f, Noise::gaussian, rule, i % 3 != 0, false});
     }
     test_feedback_blocks<Backend, float>(blocks);
   }

@@ -133,9 +133,9 @@ void feedback_step(const FeedbackParams<T>& p) {
       for (int64_t k = 0; k < p.outputs; ++k) {
         sum += double{p.error[n * p.outputs + k]} * p.feedback[k * p.features + i];
       }
-      const int64_t at = n * p.features + i;
+      const int64_t at = n * p.features + i, to = p.transposed ? i * p.samples + n : at;
       const double f = p.gate ? slope_at(p.activation, to_float(p.gate[at])) : 1.0;
-      p.delta[at] = from_float<T>(static_cast<float>(sum * f));
+      p.delta[to] = from_float<T>(static_cast<float>(sum * f));
     }
   }
 }
