@@ -39,9 +39,12 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
     the module drops comes back as None. While torch.compile traces, it must be called within a dual
     level.
     """
-    if ty is None:
-        return module(y), None
     way = _way(module)
+    if ty is None:
+        if way is _linear:
+            layer: Any = module
+            return fused.product(y, layer.weight, layer.bias), None
+        return module(y), None
     if torch.compiler.is_compiling():
         # It traces no gradient within the forward pass, and no forward mode of batch-norm.
         if way is _symmetric and isinstance(module, BATCH_NORMS):
