@@ -81,9 +81,8 @@ struct NormForwardParams {
   const double* sums;  // as MomentParams has them; null: the running statistics are constants to use
   const float* pivot;
   int64_t parts, rows, channels;
-  const float *weight, *bias;  // [channels]; null: 1 and 0
-  float *running_mean,
-      *running_var;  // [channels], moved by `momentum` where there are sums; null: none
+  const float *weight, *bias;         // [channels]; null: 1 and 0
+  float *running_mean, *running_var;  // [channels], moved where there are sums; null: none
   double momentum, eps;
   float *mean, *inverse_std;  // [channels] of this pass, for the backward
   NormMap map;

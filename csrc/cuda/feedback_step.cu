@@ -96,6 +96,16 @@ struct Group {
   static constexpr int kMost = 16;
   FeedbackParams<T> members[kMost];
   unsigned ends[kMost];  // one past the last thread block of each
+
+  // Of the calling thread block: its member, and its place among those that work on it.
+  __device__ int own_member() const {
+    int member = 0;
+    while (blockIdx.x >= ends[member]) ++member;
+    return member;
+  }
+  __device__ int64_t own_tile(int member) const {
+    return blockIdx.x - (member == 0 ? 0 : ends[member - 1]);
+  }
 };
 
 template <class T, Noise kNoise, Rule kRule>
@@ -104,11 +114,9 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constan
   __shared__ float rows[kSamples][kOutputs];  // of the tangent, then of the error
   __shared__ AdamStep adam;
 
-  int member = 0;
-  while (blockIdx.x >= blocks.ends[member]) ++member;
+  const int member = blocks.own_member();
   const FeedbackParams<T>& p = blocks.members[member];
-  const unsigned tile = blockIdx.x - (member == 0 ? 0 : blocks.ends[member - 1]);
-  const int64_t first_feature = static_cast<int64_t>(tile) * kColumns;
+  const int64_t first_feature = blocks.own_tile(member) * kColumns;
   const int column = threadIdx.x, group = threadIdx.y;
   const int64_t feature = first_feature + column;
   const bool inside = feature < p.features;  // threads outside still meet every barrier
@@ -233,11 +241,9 @@ __global__ void __launch_bounds__(kWideThreads)
   __shared__ WideTile high, low;
   __shared__ AdamStep adam;
 
-  int member = 0;
-  while (blockIdx.x >= blocks.ends[member]) ++member;
+  const int member = blocks.own_member();
   const FeedbackParams<T>& p = blocks.members[member];
-  const unsigned place = blockIdx.x - (member == 0 ? 0 : blocks.ends[member - 1]);
-  const int64_t first_feature = static_cast<int64_t>(place) * kWideColumns;
+  const int64_t first_feature = blocks.own_tile(member) * kWideColumns;
   const int64_t own_row = 16 * (threadIdx.x / 32);  // the warp's first in a product
   if (kRule == Rule::adam && threadIdx.x == 0) {
     adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates);

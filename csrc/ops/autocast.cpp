@@ -21,9 +21,7 @@ struct Autocast {
   static Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
                      const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
                      c10::string_view activation, c10::string_view noise) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fdfa::linear", "")
-                               .typed<decltype(fdfa::linear)>();
+    static const auto op = find<decltype(fdfa::linear)>("fdfa::linear");
     const c10::impl::ExcludeDispatchKeyGuard guard(kKey);
     return op.call(cast(x), cast(tangent), cast(weight), cast(bias), noise_state, block, activation,
                    noise);
@@ -33,9 +31,7 @@ struct Autocast {
                      const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                      at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
                      c10::string_view activation, c10::string_view noise) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fdfa::conv2d", "")
-                               .typed<decltype(fdfa::conv2d)>();
+    static const auto op = find<decltype(fdfa::conv2d)>("fdfa::conv2d");
     const c10::impl::ExcludeDispatchKeyGuard guard(kKey);
     return op.call(cast(x), cast(tangent), cast(weight), cast(bias), stride, padding, dilation, groups,
                    noise_state, block, activation, noise);

@@ -16,10 +16,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// By the dispatcher, so that compilers and profilers see it.
 Tensor call_mm(const Tensor& a, const Tensor& b) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fdfa::mm", "").typed<decltype(fdfa::mm)>();
+  static const auto op = find<decltype(fdfa::mm)>("fdfa::mm");
   return op.call(a, b);
 }
 
@@ -28,9 +26,7 @@ struct Linear : torch::autograd::Function<Linear> {
                                const Tensor& weight, const OptionalTensor& bias,
                                const Tensor& noise_state, int64_t block, c10::string_view activation,
                                c10::string_view noise) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fdfa::linear", "")
-                               .typed<decltype(fdfa::linear)>();
+    static const auto op = find<decltype(fdfa::linear)>("fdfa::linear");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, ty, pre] = op.call(x, tangent, weight, bias, noise_state, block, activation, noise);
     ctx->save_for_backward({x});
@@ -46,11 +42,7 @@ struct Linear : torch::autograd::Function<Linear> {
     if (const Tensor& delta = grads[2]; delta.defined()) {
       const Tensor x = ctx->get_saved_variables()[0];
       const Tensor rows = delta.flatten(0, -2);
-      if (ctx->saved_data["wants_weight"].toBool()) {
-        static const auto mm =
-            c10::Dispatcher::singleton().findSchemaOrThrow("fdfa::mm", "").typed<decltype(fdfa::mm)>();
-        weight_grad = mm.call(rows.t(), x.flatten(0, -2));
-      }
+      if (ctx->saved_data["wants_weight"].toBool()) weight_grad = call_mm(rows.t(), x.flatten(0, -2));
       if (ctx->saved_data["wants_bias"].toBool()) bias_grad = rows.sum(0);
     }
     return {Tensor(), Tensor(), weight_grad, bias_grad, Tensor(), Tensor(), Tensor(), Tensor()};
@@ -63,9 +55,7 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
                                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                                const Tensor& noise_state, int64_t block, c10::string_view activation,
                                c10::string_view noise) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fdfa::conv2d", "")
-                               .typed<decltype(fdfa::conv2d)>();
+    static const auto op = find<decltype(fdfa::conv2d)>("fdfa::conv2d");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, ty, pre] = op.call(x, tangent, weight, bias, stride, padding, dilation, groups,
                                 noise_state, block, activation, noise);
@@ -108,9 +98,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                                const OptionalTensor& running_var, bool training, double momentum,
                                double eps, const Tensor& noise_state, int64_t block,
                                c10::string_view activation, c10::string_view noise) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fdfa::batch_norm", "")
-                               .typed<decltype(fdfa::batch_norm)>();
+    static const auto op = find<decltype(fdfa::batch_norm)>("fdfa::batch_norm");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, pre, mean, inverse_std] =
         op.call(x, tangent, ty, weight, bias, running_mean, running_var, training, momentum, eps,
@@ -124,9 +112,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fdfa::batch_norm_backward", "")
-                               .typed<decltype(fdfa::batch_norm_backward)>();
+    static const auto op = find<decltype(fdfa::batch_norm_backward)>("fdfa::batch_norm_backward");
     variable_list result(14);
     if (const Tensor& delta = grads[1]; delta.defined()) {
       const variable_list saved = ctx->get_saved_variables();
@@ -146,9 +132,7 @@ struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
                                const Tensor& handle, at::IntArrayRef kernel, at::IntArrayRef stride,
                                at::IntArrayRef padding, const Tensor& noise_state, int64_t block,
                                c10::string_view noise) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fdfa::max_pool2d_end", "")
-                               .typed<decltype(fdfa::max_pool2d_end)>();
+    static const auto op = find<decltype(fdfa::max_pool2d_end)>("fdfa::max_pool2d_end");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, ty, pre] = op.call(x, tangent, handle, kernel, stride, padding, noise_state, block, noise);
     ctx->save_for_backward({x});
@@ -161,9 +145,7 @@ struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("fdfa::max_pool2d_backward", "")
-                               .typed<decltype(fdfa::max_pool2d_backward)>();
+    static const auto op = find<decltype(fdfa::max_pool2d_backward)>("fdfa::max_pool2d_backward");
     variable_list result(9);
     if (const Tensor& delta = grads[2]; delta.defined()) {
       result[2] =

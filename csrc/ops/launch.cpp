@@ -20,57 +20,61 @@ constexpr int64_t kMaxPoolBackwardGrain = 1;
 constexpr int64_t kMomentGrain = 1;
 constexpr int64_t kCombineGrain = 16;
 
+// The CUDA kernel for `params`, or else `cpu`.
+template <class Params, class Cpu>
+void on_device(const Params& params, const at::Device& device, const Cpu& cpu) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(params, device);
+#endif
+  (void)params;
+  (void)device;
+  cpu();
+}
+
 }  // namespace
 
 template <class T>
 void launch(const EpilogueParams<T>& params, const at::Device& device) {
-#if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(params, device);
-#endif
-  (void)device;
-  at::parallel_for(0, cpu::epilogue_units(params), kEpilogueGrain,
-                   [&](int64_t begin, int64_t end) { cpu::epilogue(params, begin, end); });
+  on_device(params, device, [&] {
+    at::parallel_for(0, cpu::epilogue_units(params), kEpilogueGrain,
+                     [&](int64_t begin, int64_t end) { cpu::epilogue(params, begin, end); });
+  });
 }
 
 template <class T>
 void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device) {
-#if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(blocks, device);
-#endif
-  (void)device;
-  int64_t units = 0, elements = 1;
-  for (const auto& block : blocks) {
-    units += cpu::feedback_units(block);
-    elements += block.samples * block.features;
-  }
-  const int64_t grain = std::max<int64_t>(1, kFeedbackElements * units / elements);
-  at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  on_device(blocks, device, [&] {
+    int64_t units = 0, elements = 1;
     for (const auto& block : blocks) {
-      const int64_t own = cpu::feedback_units(block);
-      const int64_t first = std::clamp<int64_t>(begin, 0, own), last = std::clamp<int64_t>(end, 0, own);
-      if (first < last) cpu::feedback_step(block, first, last);
-      begin -= own;
-      end -= own;
+      units += cpu::feedback_units(block);
+      elements += block.samples * block.features;
     }
+    const int64_t grain = std::max<int64_t>(1, kFeedbackElements * units / elements);
+    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+      for (const auto& block : blocks) {
+        const int64_t own = cpu::feedback_units(block);
+        const int64_t first = std::clamp<int64_t>(begin, 0, own),
+                      last = std::clamp<int64_t>(end, 0, own);
+        if (first < last) cpu::feedback_step(block, first, last);
+        begin -= own;
+        end -= own;
+      }
+    });
   });
 }
 
 void launch(const MaxPoolParams& params, const at::Device& device) {
-#if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(params, device);
-#endif
-  (void)device;
-  at::parallel_for(0, cpu::max_pool_units(params), kMaxPoolGrain,
-                   [&](int64_t begin, int64_t end) { cpu::max_pool(params, begin, end); });
+  on_device(params, device, [&] {
+    at::parallel_for(0, cpu::max_pool_units(params), kMaxPoolGrain,
+                     [&](int64_t begin, int64_t end) { cpu::max_pool(params, begin, end); });
+  });
 }
 
 void launch(const MaxPoolBackwardParams& params, const at::Device& device) {
-#if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(params, device);
-#endif
-  (void)device;
-  at::parallel_for(0, cpu::max_pool_backward_units(params), kMaxPoolBackwardGrain,
-                   [&](int64_t begin, int64_t end) { cpu::max_pool_backward(params, begin, end); });
+  on_device(params, device, [&] {
+    at::parallel_for(0, cpu::max_pool_backward_units(params), kMaxPoolBackwardGrain,
+                     [&](int64_t begin, int64_t end) { cpu::max_pool_backward(params, begin, end); });
+  });
 }
 
 int64_t moment_parts(const MomentParams& params, const at::Device& device) {
@@ -82,37 +86,25 @@ int64_t moment_parts(const MomentParams& params, const at::Device& device) {
 }
 
 void launch(const MomentParams& params, const at::Device& device) {
-#if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(params, device);
-#endif
-  (void)device;
-  at::parallel_for(0, cpu::moment_units(params), kMomentGrain,
-                   [&](int64_t begin, int64_t end) { cpu::moments(params, begin, end); });
+  on_device(params, device, [&] {
+    at::parallel_for(0, cpu::moment_units(params), kMomentGrain,
+                     [&](int64_t begin, int64_t end) { cpu::moments(params, begin, end); });
+  });
 }
 
 void launch(const NormForwardParams& params, const at::Device& device) {
-#if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(params, device);
-#endif
-  (void)device;
-  cpu::norm(params);
+  on_device(params, device, [&] { cpu::norm(params); });
 }
 
 void launch(const NormBackwardParams& params, const at::Device& device) {
-#if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(params, device);
-#endif
-  (void)device;
-  cpu::norm_backward(params);
+  on_device(params, device, [&] { cpu::norm_backward(params); });
 }
 
 void launch(const CombineParams& params, const at::Device& device) {
-#if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(params, device);
-#endif
-  (void)device;
-  at::parallel_for(0, cpu::combine_units(params), kCombineGrain,
-                   [&](int64_t begin, int64_t end) { cpu::combine(params, begin, end); });
+  on_device(params, device, [&] {
+    at::parallel_for(0, cpu::combine_units(params), kCombineGrain,
+                     [&](int64_t begin, int64_t end) { cpu::combine(params, begin, end); });
+  });
 }
 
 template void launch<float>(const EpilogueParams<float>&, const at::Device&);

@@ -35,11 +35,9 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at
           {padding[0], padding[1]}};
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
-                                      at::IntArrayRef stride, at::IntArrayRef padding) {
-  const char* op = "max_pool2d";
+std::tuple<Tensor, Tensor> pool_both(const char* op, const Tensor& x, const Tensor& tangent,
+                                     at::IntArrayRef kernel, at::IntArrayRef stride,
+                                     at::IntArrayRef padding) {
   const PoolShape shape = check_pool(op, x, kernel, stride, padding);
   check_like(op, "tangent", tangent, "x", x);
   check_shape(op, "tangent", tangent, x.sizes());
@@ -53,6 +51,13 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at
   return {y, ty};
 }
 
+}  // namespace
+
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
+                                      at::IntArrayRef stride, at::IntArrayRef padding) {
+  return pool_both("max_pool2d", x, tangent, kernel, stride, padding);
+}
+
 Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
                     at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                     const Tensor& noise_state, int64_t block, c10::string_view noise) {
@@ -61,7 +66,7 @@ Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor
   check_counter(op, "noise_state", noise_state, 3, x);
   const Noise kind = parse_noise(op, noise);
   // Where there is no tangent its place is filled by x itself, and not looked at.
-  auto [y, ty] = max_pool2d(x, tangent ? *tangent : x, kernel, stride, padding);
+  auto [y, ty] = pool_both(op, x, tangent ? *tangent : x, kernel, stride, padding);
   EpilogueParams<float> p{};
   p.tz = tangent ? ty.data_ptr<float>() : nullptr;
   p.ty = ty.data_ptr<float>();

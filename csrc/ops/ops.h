@@ -2,6 +2,7 @@
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <optional>
 #include <string>
@@ -16,6 +17,12 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Names = c10::List<std::string>;
 using Dual = std::tuple<Tensor, Tensor, Tensor>;  // y, its tangent, pre-activation
+
+// The operator by its name, through the dispatcher, so that compilers and profilers see the call.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
 
 Tensor next_noise(Tensor state);
 

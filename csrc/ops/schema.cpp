@@ -83,8 +83,8 @@ TORCH_LIBRARY(fdfa, m) {
   // exp_avg, no updates) or by a step of Adam on the gradient B - G, where G is finite; `updates`,
   // int64 [1], counts these steps. Then δ = (error B) ⊙ f'(gate), in gate's shape [N, *features]: y, or
   // the pre-activation for gelu and silu; error and tangent [N, K]. Each δ is written to `deltas`, in
-  // B's memory order, and not returned, because torch.compile wants no lists from operators that change
-  // their arguments.
+  // B's memory order (dense ones on the CPU may be turned over, [D, N]), and not returned, because
+  // torch.compile wants no lists from operators that change their arguments.
   m.def(
       "feedback_step(Tensor(a!)[] feedback, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
       "Tensor(d!)? updates, Tensor error, Tensor tangent, Tensor[] gates, Tensor noise_state, "

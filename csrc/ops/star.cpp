@@ -14,11 +14,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 // What the backward needs besides the tensors that autograd keeps. B and its moments move in place from
 // step to step, so autograd must not watch their versions.
 struct Options : torch::CustomClassHolder {
