@@ -111,6 +111,14 @@ def _(
     return _dual_outputs(y, activation, tangent is None and noise == "none")
 
 
+@torch.library.register_fake("fdfa::conv2d_max_pool2d")
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *convolution, pool_kernel, pool_stride, pool_padding = args
+    y, _, pre = fused.conv2d(*convolution)
+    pooled, tangent = fused.max_pool2d(y, y, pool_kernel, pool_stride, pool_padding)
+    return y, pre, pooled, tangent
+
+
 @torch.library.register_fake("fdfa::batch_norm")
 def _(
     x: Tensor,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdfa_ext.tangents import BATCH_NORMS, has_fused_pool, plain_type
+from fdfa_ext.tangents import BATCH_NORMS, has_fused_pool, plain_type, single_precision
 
 NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 _ACTIVATIONS: dict[Any, str] = {
@@ -36,8 +36,7 @@ class ChainEnd:
 
     def takes(self, x: Tensor) -> bool:
         """Whether the operators take x [N, *] and the modules' parameters as they are."""
-        single_precision = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        if not single_precision and (self.normalizes or self.pool is not None):
+        if not single_precision(x) and (self.normalizes or self.pool is not None):
             return False
         module: Any = self.first
         if self.normalizes:

@@ -23,6 +23,7 @@ from fdfa_ext.tangents import (
     make_dual,
     makes_tangent,
     pool_geometry,
+    single_precision,
     unpack_dual,
     without_rules,
 )
@@ -52,6 +53,7 @@ class BlockRecord:
     activation: str  # f, or "identity" where the block's own autograd holds f'
     order: torch.memory_format  # in which its features are counted: row-major, or (h, w, c)
     version: int  # of gate: counts changes in place
+    spare_gate: bool  # no one else reads it: δ may take its memory
 
 
 @dataclass(slots=True)
@@ -127,26 +129,27 @@ class BlockPass:
         dilation: Sequence[int],
         groups: int,
         activation: str,
+        pool: nn.MaxPool2d | None = None,
     ) -> Pair:
-        """x [N, C, H, W] → y and its tangent [N, C', H', W'], in channels_last."""
+        """x [N, C, H, W] → y and its tangent [N, C', H', W'], in channels_last.
+
+        With a pool, one that has_fused_pool, these go through it, but it is no part of the block.
+        """
         dual = self._enter(x)
         if dual.tangents == "block":
             tangent = None
-        y, ty, pre = dual.backend.conv2d(
-            x,
-            tangent,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            groups,
-            dual.noise_state,
-            self.index,
-            activation,
-            dual.noise,
-        )
+        geometry = (stride, padding, dilation, groups)
+        rest = (dual.noise_state, self.index, activation, dual.noise)
+        if pool is not None and dual.backend is fused and single_precision(x):
+            y, pre, *pooled = fused.conv2d_max_pool2d(
+                x, tangent, weight, bias, *geometry, *rest, *pool_geometry(pool)
+            )
+            self._record(dual, y, pre, activation, torch.channels_last, own_output=True)
+            return pooled[0], pooled[1]
+        y, ty, pre = dual.backend.conv2d(x, tangent, weight, bias, *geometry, *rest)
         self._record(dual, y, pre, activation, torch.channels_last)
+        if pool is not None:
+            y, ty = forward_dual(pool, y, ty)
         return y, ty
 
     def chain(self, x: Tensor, tangent: Tensor | None, modules: Sequence[nn.Module]) -> Pair:
@@ -251,13 +254,20 @@ class BlockPass:
         handle: Tensor,
         activation: str,
         order: torch.memory_format,
+        own_output: bool = False,
     ) -> None:
-        gate = handle.detach() if activation in NEEDS_PRE_ACTIVATION else output
+        """own_output: no module after the block sees it."""
+        has_pre = activation in NEEDS_PRE_ACTIVATION
+        gate = handle.detach() if has_pre else output
+        # For images alone: a dense block's δ has a memory order of its own.
+        spare_gate = (own_output or has_pre) and output.dim() == 4 and not dual.compiling
         # A compiler cannot trace versions; the probe before it has looked at them.
         version = 0 if dual.compiling else gate._version
         dual.seen.add(self.index)
         dual.records.append(
-            BlockRecord(self.name, self.index, output, handle, gate, activation, order, version)
+            BlockRecord(
+                self.name, self.index, output, handle, gate, activation, order, version, spare_gate
+            )
         )
 
 

@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
-from fdfa_ext.tangents import Pair, forward_dual, needs_forward_mode, plain_type
+from fdfa_ext.tangents import (
+    Pair,
+    forward_dual,
+    has_fused_pool,
+    needs_forward_mode,
+    plain_type,
+)
 
 
 def _check_activation(layer: str, activation: str) -> None:
@@ -105,7 +111,8 @@ class FDFAConv2d(nn.Conv2d, Block):
             return running.plain(x, self._plain)
         return running.through_duals(x, self.dual)
 
-    def dual(self, x: Tensor, tangent: Tensor | None) -> Pair:
+    def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> Pair:
+        """pool: one that comes after the block, to be done with it."""
         assert self.block_pass is not None
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
@@ -125,6 +132,7 @@ class FDFAConv2d(nn.Conv2d, Block):
             self.dilation,
             self.groups,
             self.activation,
+            pool,
         )
 
     def _plain(self, x: Tensor) -> Tensor:
@@ -174,7 +182,17 @@ def side_by_side(module: Any, y: Tensor, ty: Tensor | None) -> tuple[Tensor, Ten
     if isinstance(module, Block):
         return module.dual(y, ty)
     if type(module) is nn.Sequential:
+        conv = None  # one that waits for what comes after it
         for inner in module._modules.values():
-            y, ty = side_by_side(inner, y, ty)
-        return y, ty
+            if conv is not None:
+                pool = inner if type(inner) is nn.MaxPool2d and has_fused_pool(inner) else None
+                y, ty = conv.dual(y, ty, pool)
+                conv = None
+                if pool is not None:
+                    continue
+            if type(inner) is FDFAConv2d:
+                conv = inner
+            else:
+                y, ty = side_by_side(inner, y, ty)
+        return (y, ty) if conv is None else conv.dual(y, ty)
     return forward_dual(module, y, ty)

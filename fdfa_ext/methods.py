@@ -427,6 +427,7 @@ class ForwardFeedback(BlockMethod):
             dual.noise_state,
             [record.handle for record in records],
             [record.gate for record in records],
+            [record.spare_gate for record in records],
             *model.feedback_state([record.name for record in records]),
             model.updates,
             [record.index for record in records],

@@ -274,6 +274,15 @@ def gather_winners(tangent: Tensor, winners: Tensor) -> Tensor:
     return tangent.flatten(-2).gather(-1, winners.flatten(-2)).view_as(winners)
 
 
+def conv2d_max_pool2d(
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The arguments of conv2d, and those of max_pool2d after its tangent."""
+    *convolution, kernel_size, stride, padding = args
+    y, ty, pre = conv2d(*convolution)
+    return y, pre, *max_pool2d(y, ty, kernel_size, stride, padding)
+
+
 def max_pool2d_end(
     x: Tensor,
     tangent: Tensor | None,
@@ -431,6 +440,7 @@ def star(
     noise_state: Tensor,
     handles: list[Tensor],
     gates: list[Tensor],
+    spare_gates: list[bool],
     feedback: list[Tensor],
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],

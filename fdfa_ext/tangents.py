@@ -123,6 +123,11 @@ def _max_pool(module: Any, y: Tensor, ty: Tensor) -> Pair:
     return pooled, reference.gather_winners(ty, winners)
 
 
+def single_precision(x: Tensor) -> bool:
+    """Whether all is computed in float32."""
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+
+
 def pool_geometry(pool: nn.MaxPool2d) -> tuple[list[int], list[int], list[int]]:
     """Kernel size, stride and padding, each along height and width."""
     return _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)

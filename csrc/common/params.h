@@ -123,6 +123,15 @@ struct MaxPoolParams {
   PoolShape shape;
 };
 
+// An epilogue, and the max-pool of its y and ty, which is not kept: only the pool's own tangent goes
+// on.
+struct PooledEpilogueParams {
+  EpilogueParams<float> epilogue;  // of images, row-major; ty is unused on the CPU, else its memory
+  float* pooled;                   // [samples, out_height, out_width, channels]
+  float* pooled_tangent;           // the same
+  PoolShape shape;
+};
+
 // dx: each window's delta at its winner, summed over the windows that an element wins.
 struct MaxPoolBackwardParams {
   const float* x;      // [samples, height, width, channels]
@@ -147,7 +156,7 @@ struct FeedbackParams {
   const float* error;      // [samples, outputs] gradient of the loss at the network's output
   const float* tangent;    // [samples, outputs] tangent of the network's output
   const T* gate;           // [samples, features] what f' is taken from; null: f' = 1
-  T* delta;                // [samples, features]
+  T* delta;                // [samples, features]; may be gate itself
   int64_t samples, features, outputs;
   Activation activation;
   NoiseParams noise;

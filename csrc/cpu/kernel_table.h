@@ -27,6 +27,7 @@ struct IsaKernels {
   void (*combine)(const CombineParams&, int64_t begin, int64_t end);
   void (*max_pool)(const MaxPoolParams&, int64_t begin, int64_t end);
   void (*max_pool_backward)(const MaxPoolBackwardParams&, int64_t begin, int64_t end);
+  void (*pooled_epilogue)(const PooledEpilogueParams&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

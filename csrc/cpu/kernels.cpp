@@ -110,6 +110,11 @@ void max_pool_backward(const MaxPoolBackwardParams& p, int64_t begin, int64_t en
   current().load()->kernels->max_pool_backward(p, begin, end);
 }
 
+int64_t pooled_epilogue_units(const PooledEpilogueParams& p) { return p.epilogue.samples; }
+void pooled_epilogue(const PooledEpilogueParams& p, int64_t begin, int64_t end) {
+  current().load()->kernels->pooled_epilogue(p, begin, end);
+}
+
 int64_t moment_part_rows(int64_t channels) { return std::max<int64_t>(64, 16384 / channels); }
 int64_t moment_units(const MomentParams& p) { return parts(p.rows, moment_part_rows(p.channels)); }
 void moments(const MomentParams& p, int64_t begin, int64_t end) {

@@ -30,6 +30,10 @@ void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end);
 int64_t max_pool_backward_units(const MaxPoolBackwardParams& p);
 void max_pool_backward(const MaxPoolBackwardParams& p, int64_t begin, int64_t end);
 
+// A unit is a sample.
+int64_t pooled_epilogue_units(const PooledEpilogueParams& p);
+void pooled_epilogue(const PooledEpilogueParams& p, int64_t begin, int64_t end);
+
 // A unit is a part of the rows.
 int64_t moment_part_rows(int64_t channels);
 int64_t moment_units(const MomentParams& p);

@@ -173,65 +173,92 @@ void transpose(const T* matrix, int64_t samples, int64_t features, int64_t matri
   }
 }
 
+// What an epilogue needs of all its units.
+template <class T, Noise kNoise, Activation kActivation>
+class EpilogueRuns {
+ public:
+  EpilogueRuns(const EpilogueParams<T>& p, int64_t run)
+      : p_(p),
+        mapped_(p.map.scale != nullptr),
+        bias_(repeated(p.bias, p.channels, run)),
+        scale_(repeated(p.map.scale, mapped_ ? p.channels : 0, run)),
+        slope_(repeated(p.map.slope, mapped_ ? p.channels : 0, run)),
+        offset_(repeated(p.map.offset, mapped_ ? p.channels : 0, run)),
+        keys_(p.noise) {}
+
+  // `count` features of a sample from `first` on; the pointers are those of its first one.
+  void operator()(int64_t sample, int64_t first, int64_t count, const T* z, const T* tz, T* y, T* ty,
+                  T* pre) {
+    if constexpr (kNoise != Noise::none) {
+      fill_noise<kNoise>(keys_, noise_stream(p_.noise.state, p_.noise.block, sample), first / 4,
+                         (count + 3) / 4, noise_);
+    }
+    if (z == nullptr) return perturb_run(count, tz, noise_, ty);
+    const int64_t c = first % p_.channels;
+    RunMap map{bias_.data() + c, nullptr, nullptr, nullptr};
+    if (mapped_) map = {map.bias, scale_.data() + c, slope_.data() + c, offset_.data() + c};
+    const auto run_with = [&](auto has_tangent, auto is_mapped) {
+      epilogue_run<T, kActivation, has_tangent(), is_mapped()>(count, z, tz, map, noise_, y, ty, pre);
+    };
+    if (mapped_) {
+      tz ? run_with(std::true_type{}, std::true_type{}) : run_with(std::false_type{}, std::true_type{});
+    } else {
+      tz ? run_with(std::true_type{}, std::false_type{})
+         : run_with(std::false_type{}, std::false_type{});
+    }
+  }
+
+ private:
+  const EpilogueParams<T>& p_;
+  const bool mapped_;
+  const std::vector<float> bias_, scale_, slope_, offset_;
+  const RoundKeys keys_;
+  alignas(64) float noise_[kEpilogueRun] = {};
+};
+
+// f(EpilogueRuns of p's noise and activation)
+template <class T, class F>
+void with_epilogue_runs(const EpilogueParams<T>& p, int64_t run, const F& f) {
+  with_noise(p.noise.kind, [&](auto kind) {
+    with_activation(p.activation, [&](auto activation) {
+      EpilogueRuns<T, kind(), activation()> runs(p, run);
+      f(runs);
+    });
+  });
+}
+
+template <class T>
+T* at_or_null(T* matrix, int64_t offset) {
+  return matrix ? matrix + offset : nullptr;
+}
+
 template <class T>
 void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
   if (begin == end) return;
   const int64_t run = p.transposed ? kTransposedRun : kEpilogueRun;
   const int64_t samples_of_unit = p.transposed ? kTransposedSamples : 1;
-  const int64_t runs = (p.features + run - 1) / run;
-  const bool mapped = p.map.scale != nullptr;
-  const int64_t mapped_channels = mapped ? p.channels : 0;
-  const auto bias = repeated(p.bias, p.channels, run);
-  const auto scale = repeated(p.map.scale, mapped_channels, run);
-  const auto slope = repeated(p.map.slope, mapped_channels, run);
-  const auto offset = repeated(p.map.offset, mapped_channels, run);
-  alignas(64) float noise[kEpilogueRun] = {};
+  const int64_t units_of_row = (p.features + run - 1) / run;
   alignas(64) T unwanted[kEpilogueRun];
   alignas(64) T z_rows[kTransposedSamples][kTransposedRun], tz_rows[kTransposedSamples][kTransposedRun];
-  const RoundKeys keys(p.noise);
-  with_noise(p.noise.kind, [&](auto kind) {
-    with_activation(p.activation, [&](auto activation) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t first_sample = unit / runs * samples_of_unit, first = unit % runs * run;
-        const int64_t samples = std::min(samples_of_unit, p.samples - first_sample);
-        const int64_t count = std::min(run, p.features - first);
-        if (p.transposed) {
-          const int64_t corner = first * p.samples + first_sample;
-          transpose(p.z + corner, samples, count, p.samples, z_rows);
-          if (p.tz) transpose(p.tz + corner, samples, count, p.samples, tz_rows);
-        }
-        for (int64_t n = 0; n < samples; ++n) {
-          const int64_t sample = first_sample + n, at = sample * p.features + first;
-          if constexpr (kind() != Noise::none) {
-            fill_noise<kind()>(keys, noise_stream(p.noise.state, p.noise.block, sample), first / 4,
-                               (count + 3) / 4, noise);
-          }
-          const T* tz = p.tz == nullptr ? nullptr : p.transposed ? tz_rows[n] : p.tz + at;
-          T* ty = p.ty ? p.ty + at : unwanted;
-          if (p.z == nullptr) {
-            perturb_run(count, tz, noise, ty);
-            continue;
-          }
-          const T* z = p.transposed ? z_rows[n] : p.z + at;
-          T* y = p.y + at;
-          T* pre = derivative_needs_pre_activation(activation()) ? p.pre + at : nullptr;
-          const int64_t c = first % p.channels;
-          RunMap map{bias.data() + c, nullptr, nullptr, nullptr};
-          if (mapped) map = {map.bias, scale.data() + c, slope.data() + c, offset.data() + c};
-          const auto run_with = [&](auto has_tangent, auto is_mapped) {
-            epilogue_run<T, activation(), has_tangent(), is_mapped()>(count, z, tz, map, noise, y, ty,
-                                                                      pre);
-          };
-          if (mapped) {
-            tz ? run_with(std::true_type{}, std::true_type{})
-               : run_with(std::false_type{}, std::true_type{});
-          } else {
-            tz ? run_with(std::true_type{}, std::false_type{})
-               : run_with(std::false_type{}, std::false_type{});
-          }
-        }
+  with_epilogue_runs(p, run, [&](auto& runs) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first_sample = unit / units_of_row * samples_of_unit;
+      const int64_t first = unit % units_of_row * run;
+      const int64_t samples = std::min(samples_of_unit, p.samples - first_sample);
+      const int64_t count = std::min(run, p.features - first);
+      if (p.transposed) {
+        const int64_t corner = first * p.samples + first_sample;
+        transpose(p.z + corner, samples, count, p.samples, z_rows);
+        if (p.tz) transpose(p.tz + corner, samples, count, p.samples, tz_rows);
       }
-    });
+      for (int64_t n = 0; n < samples; ++n) {
+        const int64_t sample = first_sample + n, at = sample * p.features + first;
+        const T* z = p.transposed ? z_rows[n] : at_or_null(p.z, at);
+        const T* tz = p.transposed && p.tz ? tz_rows[n] : at_or_null(p.tz, at);
+        runs(sample, first, count, z, tz, at_or_null(p.y, at), p.ty ? p.ty + at : unwanted,
+             at_or_null(p.pre, at));
+      }
+    }
   });
 }
 
@@ -325,12 +352,11 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
     }
     for (float& value : g) value *= inverse_samples;
 
-    const auto at = [](float* matrix, int64_t offset) { return matrix ? matrix + offset : nullptr; };
     for (int64_t k = 0; k < p.outputs; ++k) {
       const int64_t offset = k * p.features + first;
       update_row(p.rule, count, g.data() + k * kTileColumns, b.data() + k * kTileColumns,
-                 p.feedback + offset, at(p.exp_avg, offset), at(p.exp_avg_sq, offset),
-                 at(p.gradient, offset), adam, p.lr);
+                 p.feedback + offset, at_or_null(p.exp_avg, offset), at_or_null(p.exp_avg_sq, offset),
+                 at_or_null(p.gradient, offset), adam, p.lr);
     }
 
     with_activation(p.gate ? p.activation : Activation::identity, [&](auto activation) {
@@ -346,6 +372,7 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
             for (int64_t i = 0; i < count; ++i) delta[i] = from_float<T>(row[i]);
           } else {
             const T* gate = p.gate + offset;
+#pragma GCC ivdep  // delta may be gate itself
             for (int64_t i = 0; i < count; ++i) {
               delta[i] = from_float<T>(row[i] * derivative<activation()>(to_float(gate[i])));
             }
@@ -444,24 +471,52 @@ void pool_window_channels(const PoolWindow& window, int64_t channels, const floa
   }
 }
 
+// One row of an image's windows; y and ty are those of the row.
+void pool_row(const PoolShape& s, int64_t row, const float* x, const float* tx, float* y, float* ty) {
+  for (int64_t column = 0; column < s.out_width; ++column, y += s.channels, ty += s.channels) {
+    const PoolWindow window = pool_window(s, row, column);
+    const float *first = x + window.first, *first_tangent = tx + window.first;
+    if (s.channels >= kLanes) {
+      pool_window_channels<Vector>(window, s.channels, first, first_tangent, y, ty);
+    } else if (s.channels >= kLanes / 2) {  // 15 channels in lanes of 8 take a tenth of one by one
+      pool_window_channels<HalfVector>(window, s.channels, first, first_tangent, y, ty);
+    } else {
+      for (int64_t c = 0; c < s.channels; ++c) {
+        pool(window, LoadFloat{}, first + c, first_tangent + c, y[c], ty[c]);
+      }
+    }
+  }
+}
+
 // A unit is one row of windows.
 void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
   const PoolShape& s = p.shape;
   for (int64_t unit = begin; unit < end; ++unit) {
-    for (int64_t column = 0; column < s.out_width; ++column) {
-      const PoolWindow window = pool_window(s, unit, column);
-      const int64_t to = (unit * s.out_width + column) * s.channels;
-      const float *x = p.x + window.first, *tx = p.tx + window.first;
-      float *y = p.y + to, *ty = p.ty + to;
-      if (s.channels >= kLanes) {
-        pool_window_channels<Vector>(window, s.channels, x, tx, y, ty);
-      } else if (s.channels >= kLanes / 2) {  // 15 channels in lanes of 8 take a tenth of one by one
-        pool_window_channels<HalfVector>(window, s.channels, x, tx, y, ty);
-      } else {
-        for (int64_t c = 0; c < s.channels; ++c) pool(window, LoadFloat{}, x + c, tx + c, y[c], ty[c]);
+    const int64_t image = unit / s.out_height * s.height * s.width * s.channels;
+    const int64_t to = unit * s.out_width * s.channels;
+    pool_row(s, unit % s.out_height, p.x + image, p.tx + image, p.y + to, p.ty + to);
+  }
+}
+
+// A unit is a sample, whose activations and tangents are still in the cache when they are pooled.
+void pooled_epilogue(const PooledEpilogueParams& p, int64_t begin, int64_t end) {
+  const EpilogueParams<float>& e = p.epilogue;
+  const PoolShape& s = p.shape;
+  std::vector<float> tangent(e.features);
+  with_epilogue_runs(e, kEpilogueRun, [&](auto& runs) {
+    for (int64_t sample = begin; sample < end; ++sample) {
+      for (int64_t first = 0; first < e.features; first += kEpilogueRun) {
+        const int64_t at = sample * e.features + first;
+        runs(sample, first, std::min(kEpilogueRun, e.features - first), e.z + at, at_or_null(e.tz, at),
+             e.y + at, tangent.data() + first, at_or_null(e.pre, at));
+      }
+      for (int64_t row = 0; row < s.out_height; ++row) {
+        const int64_t to = (sample * s.out_height + row) * s.out_width * s.channels;
+        pool_row(s, row, e.y + sample * e.features, tangent.data(), p.pooled + to,
+                 p.pooled_tangent + to);
       }
     }
-  }
+  });
 }
 
 template <class V>
@@ -530,7 +585,7 @@ constexpr KernelTable<T> table() {
 }  // namespace
 
 extern const IsaKernels kernels;
-const IsaKernels kernels = {table<float>(), table<bfloat16>(), table<float16>(), moments,
-                            combine,        max_pool,          max_pool_backward};
+const IsaKernels kernels = {table<float>(), table<bfloat16>(), table<float16>(),  moments,
+                            combine,        max_pool,          max_pool_backward, pooled_epilogue};
 
 }  // namespace fdfa::cpu::FDFA_ISA

@@ -40,6 +40,12 @@ void launch_cuda(const MaxPoolBackwardParams& params, const at::Device& device) 
             [&](cudaStream_t stream) { return cuda::launch_max_pool_backward(params, stream); });
 }
 
+void launch_cuda(const PooledEpilogueParams& params, const at::Device& device) {
+  const EpilogueParams<float>& e = params.epilogue;
+  launch_cuda(e, device);
+  launch_cuda(MaxPoolParams{e.y, e.ty, params.pooled, params.pooled_tangent, params.shape}, device);
+}
+
 void launch_cuda(const MomentParams& params, const at::Device& device) {
   on_stream(device, [&](cudaStream_t stream) { return cuda::launch_moments(params, stream); });
 }

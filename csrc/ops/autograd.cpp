@@ -49,6 +49,38 @@ struct Linear : torch::autograd::Function<Linear> {
   }
 };
 
+// What the gradients of a convolution need.
+void save_convolution(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                      const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation, int64_t groups) {
+  ctx->save_for_backward({x, weight});
+  ctx->saved_data["wants_weight"] = weight.requires_grad();
+  ctx->saved_data["wants_bias"] = bias && bias->requires_grad();
+  ctx->saved_data["stride"] = stride.vec();
+  ctx->saved_data["padding"] = padding.vec();
+  ctx->saved_data["dilation"] = dilation.vec();
+  ctx->saved_data["groups"] = groups;
+  ctx->set_materialize_grads(false);
+}
+
+// For the operator's arguments x, tangent, weight, bias, and `count` in all.
+variable_list convolution_gradients(AutogradContext* ctx, const Tensor& delta, size_t count) {
+  variable_list result(count);
+  if (!delta.defined()) return result;
+  const variable_list saved = ctx->get_saved_variables();
+  const Tensor &x = saved[0], &weight = saved[1];
+  const bool wants_bias = ctx->saved_data["wants_bias"].toBool();
+  const std::array<int64_t, 1> bias_sizes{weight.size(0)};
+  auto [unused, weight_grad, bias_grad] = at::convolution_backward(
+      delta, x, weight, wants_bias ? at::OptionalIntArrayRef(bias_sizes) : std::nullopt,
+      ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector(),
+      ctx->saved_data["dilation"].toIntVector(), /*transposed=*/false, /*output_padding=*/{0, 0},
+      ctx->saved_data["groups"].toInt(), {false, ctx->saved_data["wants_weight"].toBool(), wants_bias});
+  result[2] = weight_grad;
+  result[3] = bias_grad;
+  return result;
+}
+
 struct Conv2d : torch::autograd::Function<Conv2d> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                                const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
@@ -59,35 +91,35 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, ty, pre] = op.call(x, tangent, weight, bias, stride, padding, dilation, groups,
                                 noise_state, block, activation, noise);
-    ctx->save_for_backward({x, weight});
-    ctx->saved_data["wants_weight"] = weight.requires_grad();
-    ctx->saved_data["wants_bias"] = bias && bias->requires_grad();
-    ctx->saved_data["stride"] = stride.vec();
-    ctx->saved_data["padding"] = padding.vec();
-    ctx->saved_data["dilation"] = dilation.vec();
-    ctx->saved_data["groups"] = groups;
+    save_convolution(ctx, x, weight, bias, stride, padding, dilation, groups);
     ctx->mark_non_differentiable({y, ty});
-    ctx->set_materialize_grads(false);
     return {y, ty, pre};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(13);
-    if (const Tensor& delta = grads[2]; delta.defined()) {
-      const variable_list saved = ctx->get_saved_variables();
-      const Tensor &x = saved[0], &weight = saved[1];
-      const bool wants_bias = ctx->saved_data["wants_bias"].toBool();
-      const std::array<int64_t, 1> bias_sizes{weight.size(0)};
-      auto [unused, weight_grad, bias_grad] = at::convolution_backward(
-          delta, x, weight, wants_bias ? at::OptionalIntArrayRef(bias_sizes) : std::nullopt,
-          ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector(),
-          ctx->saved_data["dilation"].toIntVector(), /*transposed=*/false, /*output_padding=*/{0, 0},
-          ctx->saved_data["groups"].toInt(),
-          {false, ctx->saved_data["wants_weight"].toBool(), wants_bias});
-      result[2] = weight_grad;
-      result[3] = bias_grad;
-    }
-    return result;
+    return convolution_gradients(ctx, grads[2], 12);
+  }
+};
+
+struct Conv2dMaxPool2d : torch::autograd::Function<Conv2dMaxPool2d> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
+                               const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                               const Tensor& noise_state, int64_t block, c10::string_view activation,
+                               c10::string_view noise, at::IntArrayRef pool_kernel,
+                               at::IntArrayRef pool_stride, at::IntArrayRef pool_padding) {
+    static const auto op = find<decltype(fdfa::conv2d_max_pool2d)>("fdfa::conv2d_max_pool2d");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, pre, pooled, pooled_tangent] =
+        op.call(x, tangent, weight, bias, stride, padding, dilation, groups, noise_state, block,
+                activation, noise, pool_kernel, pool_stride, pool_padding);
+    save_convolution(ctx, x, weight, bias, stride, padding, dilation, groups);
+    ctx->mark_non_differentiable({y, pooled, pooled_tangent});
+    return {y, pre, pooled, pooled_tangent};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return convolution_gradients(ctx, grads[1], 15);
   }
 };
 
@@ -202,6 +234,19 @@ Dual conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const Tenso
   return {out[0], out[1], out[2]};
 }
 
+Pooled conv2d_max_pool2d_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+                                  const OptionalTensor& bias, at::IntArrayRef stride,
+                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                  const Tensor& noise_state, int64_t block, c10::string_view activation,
+                                  c10::string_view noise, at::IntArrayRef pool_kernel,
+                                  at::IntArrayRef pool_stride, at::IntArrayRef pool_padding) {
+  check_no_dual("conv2d_max_pool2d", x);
+  const auto out =
+      Conv2dMaxPool2d::apply(x, tangent, weight, bias, stride, padding, dilation, groups, noise_state,
+                             block, activation, noise, pool_kernel, pool_stride, pool_padding);
+  return {out[0], out[1], out[2], out[3]};
+}
+
 // x Wᵀ + b of an x without gradient, by the faster library.
 struct Product : torch::autograd::Function<Product> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
@@ -247,6 +292,7 @@ std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, c
 TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
   m.impl("linear", fdfa::linear_autograd);
   m.impl("conv2d", fdfa::conv2d_autograd);
+  m.impl("conv2d_max_pool2d", fdfa::conv2d_max_pool2d_autograd);
   m.impl("batch_norm", fdfa::batch_norm_autograd);
   m.impl("max_pool2d_end", fdfa::max_pool2d_end_autograd);
 }

@@ -18,34 +18,59 @@ constexpr int64_t kTransposedMultiplications = int64_t{1} << 20;
 
 int64_t features_of(const Tensor& t) { return t.size(0) == 0 ? 0 : t.numel() / t.size(0); }
 
-// The pass after the library's products z = W x and tz = W tangent, which is undefined where there is
-// no tangent. They are dense in feature order, and are overwritten by y and ty, or transposed,
-// [features, N].
-Dual finish(const Tensor& z, const Tensor& tz, bool transposed, const OptionalTensor& bias,
-            int64_t channels, const Tensor& noise_state, int64_t block, Activation activation,
-            Noise noise) {
-  const bool has_tangent = tz.defined();
+// The library's products z = W x and tz = W tangent, which is undefined where there is no tangent.
+// Dense in feature order, or transposed, [features, N].
+struct Products {
+  Tensor z, tz;
+  bool transposed = false;
+};
+
+// The pass after them.
+struct Finish {
+  OptionalTensor bias;  // contiguous
+  int64_t channels;
+  const Tensor& noise_state;
+  int64_t block;
+  Activation activation;
+  Noise noise;
+
+  bool keeps_pre() const { return derivative_needs_pre_activation(activation); }
+};
+
+// ty is left to the caller.
+template <class T>
+EpilogueParams<T> epilogue_params(const Finish& finish, const Products& products, const Tensor& y,
+                                  const Tensor& pre) {
+  EpilogueParams<T> p{};
+  p.z = pointer<T>(products.z);
+  p.tz = products.tz.defined() ? pointer<T>(products.tz) : nullptr;
+  p.y = pointer<T>(y);
+  p.bias = finish.bias ? pointer<T>(*finish.bias) : nullptr;
+  p.pre = finish.keeps_pre() ? pointer<T>(pre) : nullptr;
+  p.samples = y.size(0);
+  p.features = features_of(y);
+  p.channels = finish.channels;
+  p.activation = finish.activation;
+  p.noise = NoiseParams{finish.noise_state.const_data_ptr<int64_t>(), finish.block, finish.noise};
+  p.transposed = products.transposed;
+  return p;
+}
+
+Tensor empty_pre(const Finish& finish, const Tensor& y) {
+  return finish.keeps_pre() ? at::empty_like(y) : gradient_carrier(y);
+}
+
+// y and ty overwrite the products, unless these are transposed.
+Dual run(const Finish& finish, const Products& products) {
+  const auto& [z, tz, transposed] = products;
   const Tensor y = transposed ? at::empty({z.size(1), z.size(0)}, z.options()) : z;
-  const bool zero = !has_tangent && noise == Noise::none;
-  const Tensor ty = zero ? gradient_carrier(y) : has_tangent && !transposed ? tz : at::empty_like(y);
-  const bool keep_pre = derivative_needs_pre_activation(activation);
-  const Tensor pre = keep_pre ? at::empty_like(y) : gradient_carrier(y);
-  const Tensor bias_dense = bias ? bias->contiguous() : Tensor();
+  const bool zero = !tz.defined() && finish.noise == Noise::none;
+  const Tensor ty = zero ? gradient_carrier(y) : tz.defined() && !transposed ? tz : at::empty_like(y);
+  const Tensor pre = empty_pre(finish, y);
   with_storage(y.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
-    EpilogueParams<T> p{};
-    p.z = pointer<T>(z);
-    p.tz = has_tangent ? pointer<T>(tz) : nullptr;
-    p.y = pointer<T>(y);
+    EpilogueParams<T> p = epilogue_params<T>(finish, products, y, pre);
     p.ty = zero ? nullptr : pointer<T>(ty);
-    p.bias = bias ? pointer<T>(bias_dense) : nullptr;
-    p.pre = keep_pre ? pointer<T>(pre) : nullptr;
-    p.samples = y.size(0);
-    p.features = features_of(y);
-    p.channels = channels;
-    p.activation = activation;
-    p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, noise};
-    p.transposed = transposed;
     launch(p, y.device());
   });
   return {y, ty, pre};
@@ -64,6 +89,45 @@ void check_operands(const char* op, const Tensor& x, const OptionalTensor& tange
     check_shape(op, "bias", *bias, {weight.size(0)});
   }
   check_counter(op, "noise_state", noise_state, 3, x);
+}
+
+Finish check_finish(const char* op, const Tensor& weight, const OptionalTensor& bias,
+                    const Tensor& noise_state, int64_t block, c10::string_view activation,
+                    c10::string_view noise) {
+  return {bias ? OptionalTensor(bias->contiguous()) : std::nullopt,
+          weight.size(0),
+          noise_state,
+          block,
+          parse_activation(op, activation),
+          parse_noise(op, noise, /*may_be_none=*/true)};
+}
+
+// The operands of a convolution and what it does with them; images are taken and made in channels_last.
+struct Convolution {
+  const char* op;
+  const Tensor& x;
+  const OptionalTensor& tangent;
+  const Tensor& weight;
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+};
+
+Products convolve(const Convolution& c) {
+  constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
+  const Tensor weight_dense = c.weight.contiguous(kOrder);
+  const auto product = [&](const Tensor& input) {
+    return at::convolution(input.contiguous(kOrder), weight_dense, {}, c.stride, c.padding, c.dilation,
+                           /*transposed=*/false, /*output_padding=*/{0, 0}, c.groups)
+        .contiguous(kOrder);
+  };
+  return {product(c.x), c.tangent ? product(*c.tangent) : Tensor()};
+}
+
+void check_images(const Convolution& c, const OptionalTensor& bias, const Tensor& noise_state) {
+  TORCH_CHECK(c.x.dim() == 4, "fdfa::", c.op, ": x must be [N, C, H, W]; got ", c.x.sizes());
+  TORCH_CHECK(c.weight.dim() == 4, "fdfa::", c.op,
+              ": weight must be [out_channels, in_channels / groups, kh, kw]; got ", c.weight.sizes());
+  check_operands(c.op, c.x, c.tangent, c.weight, bias, noise_state);
 }
 
 }  // namespace
@@ -101,18 +165,15 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
   TORCH_CHECK(x.dim() >= 2 && x.size(-1) == weight.size(1), "fdfa::linear: x must be [N, *, ",
               weight.size(1), "]; got ", x.sizes());
   check_operands(op, x, tangent, weight, bias, noise_state);
-  const Activation f = parse_activation(op, activation);
-  const Noise kind = parse_noise(op, noise, /*may_be_none=*/true);
+  const Finish finish = check_finish(op, weight, bias, noise_state, block, activation, noise);
 
-  const bool has_tangent = tangent.has_value();
   const int64_t out_features = weight.size(0);
   if (x.is_cpu() && x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(0) < 512 &&
       x.numel() * out_features >= kTransposedMultiplications) {
     // W xᵀ, and the pass after it turns it over. The product alone, cold, on two cores, by oneDNN: 0.8
     // of the time of x Wᵀ for [64, 800] by [800, 800], 0.9 for [256, 800], 1.0 for [512, 800].
-    const Tensor z = mm(weight, x.t());
-    const Tensor tz = has_tangent ? mm(weight, tangent->t()) : Tensor();
-    return finish(z, tz, /*transposed=*/true, bias, out_features, noise_state, block, f, kind);
+    return run(finish, {mm(weight, x.t()), tangent ? mm(weight, tangent->t()) : Tensor(),
+                        /*transposed=*/true});
   }
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out_features;
@@ -120,35 +181,44 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
   const auto product = [&](const Tensor& input) {
     return mm(input.reshape({rows, weight.size(1)}), weight.t()).view(sizes);
   };
-  const Tensor z = product(x);
-  const Tensor tz = has_tangent ? product(*tangent) : Tensor();
-  return finish(z, tz, /*transposed=*/false, bias, out_features, noise_state, block, f, kind);
+  return run(finish, {product(x), tangent ? product(*tangent) : Tensor()});
 }
 
 Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
             const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
             at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
             c10::string_view activation, c10::string_view noise) {
-  const char* op = "conv2d";
-  TORCH_CHECK(x.dim() == 4, "fdfa::conv2d: x must be [N, C, H, W]; got ", x.sizes());
-  TORCH_CHECK(weight.dim() == 4,
-              "fdfa::conv2d: weight must be [out_channels, in_channels / groups, kh, "
-              "kw]; got ",
-              weight.sizes());
-  check_operands(op, x, tangent, weight, bias, noise_state);
-  const Activation f = parse_activation(op, activation);
-  const Noise kind = parse_noise(op, noise, /*may_be_none=*/true);
+  const Convolution c{"conv2d", x, tangent, weight, stride, padding, dilation, groups};
+  check_images(c, bias, noise_state);
+  const Finish finish = check_finish(c.op, weight, bias, noise_state, block, activation, noise);
+  return run(finish, convolve(c));
+}
 
-  constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
-  const Tensor weight_dense = weight.contiguous(kOrder);
-  const auto product = [&](const Tensor& input) {
-    return at::convolution(input.contiguous(kOrder), weight_dense, {}, stride, padding, dilation,
-                           /*transposed=*/false, /*output_padding=*/{0, 0}, groups)
-        .contiguous(kOrder);
-  };
-  const Tensor z = product(x);
-  const Tensor tz = tangent ? product(*tangent) : Tensor();
-  return finish(z, tz, /*transposed=*/false, bias, weight.size(0), noise_state, block, f, kind);
+Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+                         const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                         at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state,
+                         int64_t block, c10::string_view activation, c10::string_view noise,
+                         at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
+                         at::IntArrayRef pool_padding) {
+  const Convolution c{"conv2d_max_pool2d", x, tangent, weight, stride, padding, dilation, groups};
+  check_images(c, bias, noise_state);
+  const Finish finish = check_finish(c.op, weight, bias, noise_state, block, activation, noise);
+  const Products products = convolve(c);
+  const Tensor& y = products.z;
+  PooledEpilogueParams p{};
+  p.shape = check_pool(c.op, y, pool_kernel, pool_stride, pool_padding);
+  const Tensor pre = empty_pre(finish, y);
+  const Tensor pooled = empty_pooled(p.shape, y), pooled_tangent = at::empty_like(pooled);
+  p.epilogue = epilogue_params<float>(finish, products, y, pre);
+  p.pooled = pooled.data_ptr<float>();
+  p.pooled_tangent = pooled_tangent.data_ptr<float>();
+  Tensor ty;
+  if (!y.is_cpu()) {
+    ty = products.tz.defined() ? products.tz : at::empty_like(y);
+    p.epilogue.ty = ty.data_ptr<float>();
+  }
+  launch(p, y.device());
+  return {y, pre, pooled, pooled_tangent};
 }
 
 Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,

@@ -17,6 +17,7 @@ constexpr int64_t kEpilogueGrain = 4;
 constexpr int64_t kFeedbackElements = 8192;  // of perturbations
 constexpr int64_t kMaxPoolGrain = 16;
 constexpr int64_t kMaxPoolBackwardGrain = 1;
+constexpr int64_t kPooledEpilogueGrain = 1;
 constexpr int64_t kMomentGrain = 1;
 constexpr int64_t kCombineGrain = 16;
 
@@ -74,6 +75,13 @@ void launch(const MaxPoolBackwardParams& params, const at::Device& device) {
   on_device(params, device, [&] {
     at::parallel_for(0, cpu::max_pool_backward_units(params), kMaxPoolBackwardGrain,
                      [&](int64_t begin, int64_t end) { cpu::max_pool_backward(params, begin, end); });
+  });
+}
+
+void launch(const PooledEpilogueParams& params, const at::Device& device) {
+  on_device(params, device, [&] {
+    at::parallel_for(0, cpu::pooled_epilogue_units(params), kPooledEpilogueGrain,
+                     [&](int64_t begin, int64_t end) { cpu::pooled_epilogue(params, begin, end); });
   });
 }
 

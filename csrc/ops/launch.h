@@ -18,6 +18,7 @@ template <class T>
 void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
 void launch(const MaxPoolParams& params, const at::Device& device);
 void launch(const MaxPoolBackwardParams& params, const at::Device& device);
+void launch(const PooledEpilogueParams& params, const at::Device& device);
 
 // The number of parts in which moments are summed.
 int64_t moment_parts(const MomentParams& params, const at::Device& device);
@@ -33,6 +34,7 @@ template <class T>
 void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
 void launch_cuda(const MaxPoolParams& params, const at::Device& device);
 void launch_cuda(const MaxPoolBackwardParams& params, const at::Device& device);
+void launch_cuda(const PooledEpilogueParams& params, const at::Device& device);
 void launch_cuda(const MomentParams& params, const at::Device& device);
 void launch_cuda(const NormForwardParams& params, const at::Device& device);
 void launch_cuda(const NormBackwardParams& params, const at::Device& device);

@@ -10,6 +10,23 @@ namespace {
 
 constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
 
+std::tuple<Tensor, Tensor> pool_both(const char* op, const Tensor& x, const Tensor& tangent,
+                                     at::IntArrayRef kernel, at::IntArrayRef stride,
+                                     at::IntArrayRef padding) {
+  const PoolShape shape = check_pool(op, x, kernel, stride, padding);
+  check_like(op, "tangent", tangent, "x", x);
+  check_shape(op, "tangent", tangent, x.sizes());
+  const Tensor x_dense = x.contiguous(kOrder), tx_dense = tangent.contiguous(kOrder);
+  const Tensor y = empty_pooled(shape, x);
+  const Tensor ty = at::empty_like(y);
+  launch(MaxPoolParams{x_dense.const_data_ptr<float>(), tx_dense.const_data_ptr<float>(),
+                       y.data_ptr<float>(), ty.data_ptr<float>(), shape},
+         x.device());
+  return {y, ty};
+}
+
+}  // namespace
+
 PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                      at::IntArrayRef padding) {
   TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() == 4, "fdfa::", op,
@@ -35,23 +52,10 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at
           {padding[0], padding[1]}};
 }
 
-std::tuple<Tensor, Tensor> pool_both(const char* op, const Tensor& x, const Tensor& tangent,
-                                     at::IntArrayRef kernel, at::IntArrayRef stride,
-                                     at::IntArrayRef padding) {
-  const PoolShape shape = check_pool(op, x, kernel, stride, padding);
-  check_like(op, "tangent", tangent, "x", x);
-  check_shape(op, "tangent", tangent, x.sizes());
-  const Tensor x_dense = x.contiguous(kOrder), tx_dense = tangent.contiguous(kOrder);
-  const Tensor y = at::empty({shape.samples, shape.channels, shape.out_height, shape.out_width},
-                             x.options(), kOrder);
-  const Tensor ty = at::empty_like(y);
-  launch(MaxPoolParams{x_dense.const_data_ptr<float>(), tx_dense.const_data_ptr<float>(),
-                       y.data_ptr<float>(), ty.data_ptr<float>(), shape},
-         x.device());
-  return {y, ty};
+Tensor empty_pooled(const PoolShape& shape, const Tensor& x) {
+  return at::empty({shape.samples, shape.channels, shape.out_height, shape.out_width}, x.options(),
+                   kOrder);
 }
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
                                       at::IntArrayRef stride, at::IntArrayRef padding) {

@@ -9,6 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "common/params.h"
+
 // The operators behind torch.ops.fdfa, for the CPU and CUDA alike. schema.cpp says what each does.
 
 namespace fdfa {
@@ -51,6 +53,22 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at
 Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
                     at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                     const Tensor& noise_state, int64_t block, c10::string_view noise);
+
+using Pooled =
+    std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, pre-activation, its pool, that's tangent
+
+Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+                         const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                         at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state,
+                         int64_t block, c10::string_view activation, c10::string_view noise,
+                         at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
+                         at::IntArrayRef pool_padding);
+
+// The sizes of a pool of images x [N, C, H, W], float32, once they are found to make sense.
+PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
+                     at::IntArrayRef padding);
+// Memory for its result.
+Tensor empty_pooled(const PoolShape& shape, const Tensor& x);
 
 Tensor max_pool2d_backward(const Tensor& delta, const Tensor& x, at::IntArrayRef kernel,
                            at::IntArrayRef stride, at::IntArrayRef padding);

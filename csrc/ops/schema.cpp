@@ -32,6 +32,15 @@ TORCH_LIBRARY(fdfa, m) {
       "int[2] dilation, int groups, Tensor noise_state, int block, str activation, str noise) -> "
       "(Tensor y, Tensor ty, Tensor pre)");
 
+  // The same of a block that a max-pool follows, which is no part of it: y is as `conv2d` returns it,
+  // the gate of the block, and what goes on are pooled = max_pool2d(y) and the tangents of its winners,
+  // u included. float32. The unpooled tangent is never written to memory on the CPU.
+  m.def(
+      "conv2d_max_pool2d(Tensor x, Tensor? tangent, Tensor weight, Tensor? bias, int[2] stride, "
+      "int[2] padding, int[2] dilation, int groups, Tensor noise_state, int block, str activation, "
+      "str noise, int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> "
+      "(Tensor y, Tensor pre, Tensor pooled, Tensor pooled_tangent)");
+
   // The end of a block: a = BatchNorm(x), then as `linear` goes on from its a. x [N, C], or [N, C, H,
   // W] in channels_last; float32. The tangent passes the batch's statistics too. In training
   // they come from x, and move running_mean and running_var, both [C], by `momentum`. ty is written to
@@ -99,10 +108,12 @@ TORCH_LIBRARY(fdfa, m) {
 
   // The network's output [N, K], tied to its blocks: the backward of the result hands each handle its δ
   // by a feedback step (rule "ema" or "adam") or by feedback_gradient ("grad"), and passes the error on
-  // to what made the output. Advances noise_state, of which the backward uses the value before.
+  // to what made the output. Advances noise_state, of which the backward uses the value before. A gate
+  // that is spare, since nobody else reads it, gives its memory to δ, unless the graph is retained.
   m.def(
       "star(Tensor output, Tensor tangent, Tensor(a!) noise_state, Tensor[] handles, Tensor[] gates, "
-      "Tensor[] feedback, Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, int[] blocks, "
+      "bool[] spare_gates, Tensor[] feedback, Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, "
+      "int[] blocks, "
       "str[] activations, str noise, str rule, float lr, float beta1, float beta2, float eps) -> "
       "Tensor");
 }
@@ -113,6 +124,7 @@ TORCH_LIBRARY(fdfa, m) {
     m.impl("mm", fdfa::mm);                                   \
     m.impl("linear", fdfa::linear);                           \
     m.impl("conv2d", fdfa::conv2d);                           \
+    m.impl("conv2d_max_pool2d", fdfa::conv2d_max_pool2d);     \
     m.impl("perturb", fdfa::perturb);                         \
     m.impl("feedback_step", fdfa::feedback_step);             \
     m.impl("feedback_gradient", fdfa::feedback_gradient);     \

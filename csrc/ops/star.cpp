@@ -1,5 +1,6 @@
 #include <ATen/ops/clone.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -20,6 +21,7 @@ struct Options : torch::CustomClassHolder {
   std::vector<Tensor> feedback, exp_avg, exp_avg_sq;
   Tensor updates;
   std::vector<int64_t> blocks;
+  c10::List<bool> spare_gates;
   Names activations;
   std::string noise, rule;
   double lr, beta1, beta2, eps;
@@ -52,8 +54,10 @@ struct Star : torch::autograd::Function<Star> {
       std::tie(deltas, gradients) = feedback_gradient.call(
           o.feedback, error, tangent, gates, noise_state, o.blocks, o.activations, o.noise);
     } else {
+      const bool once = !torch::autograd::get_current_graph_task_keep_graph();
       for (size_t i = 0; i < o.feedback.size(); ++i) {
-        deltas.push_back(empty_delta(gates[i], o.feedback[i]));
+        const bool spare = once && o.spare_gates.get(i);
+        deltas.push_back(spare ? gates[i] : empty_delta(gates[i], o.feedback[i]));
       }
       const auto updates = o.rule == "adam" ? OptionalTensor(o.updates) : std::nullopt;
       feedback_step.call(o.feedback, o.exp_avg, o.exp_avg_sq, updates, error, tangent, gates,
@@ -69,16 +73,18 @@ struct Star : torch::autograd::Function<Star> {
 };
 
 Tensor star(const Tensor& output, const Tensor& tangent, const Tensor& noise_state,
-            at::TensorList handles, at::TensorList gates, at::TensorList feedback,
-            at::TensorList exp_avg, at::TensorList exp_avg_sq, const Tensor& updates,
-            at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-            c10::string_view rule, double lr, double beta1, double beta2, double eps) {
+            at::TensorList handles, at::TensorList gates, const c10::List<bool>& spare_gates,
+            at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
+            const Tensor& updates, at::IntArrayRef blocks, const Names& activations,
+            c10::string_view noise, c10::string_view rule, double lr, double beta1, double beta2,
+            double eps) {
   auto options = c10::make_intrusive<Options>();
   options->feedback = feedback.vec();
   options->exp_avg = exp_avg.vec();
   options->exp_avg_sq = exp_avg_sq.vec();
   options->updates = updates;
   options->blocks = blocks.vec();
+  options->spare_gates = spare_gates;
   options->activations = activations;
   options->noise = noise;
   options->rule = rule;
