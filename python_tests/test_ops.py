@@ -206,6 +206,30 @@ def test_max_pool2d_end_is_the_reference(
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, check_stride=False)
 
 
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+@pytest.mark.parametrize("pool", [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 3), (1, 0))])
+def test_conv2d_max_pool2d_is_the_reference(
+    device: torch.device, activation: str, pool: tuple[Any, ...]
+) -> None:
+    """The block's own output and the pool after it; δ reaches weight and bias as through conv2d."""
+    for n, channels in ((1, 4), (5, 15), (0, 3)):
+        x, tangent = torch.randn(2, n, 4, 9, 7, device=device).unbind()
+        weight, bias = torch.randn(channels, 4, 3, 3, device=device) / 6, torch.randn(channels).to(device)
+        rest = ((1, 1), (1, 0), (1, 1), 1, noise_state(device), 3, activation, "gaussian", *pool)
+        for t in (None, tangent):
+            results = []
+            for ops, dtype in ((fused, torch.float32), (reference, torch.float64)):
+                w, b = (p.to(dtype, copy=True).requires_grad_() for p in (weight, bias))
+                given = (x.to(dtype), None if t is None else t.to(dtype))
+                y, pre, pooled, pooled_tangent = ops.conv2d_max_pool2d(*given, w, b, *rest)
+                pre.backward(torch.ones_like(pre))
+                results.append((y, pooled, pooled_tangent, w.grad, b.grad))
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(
+                    actual.double(), expected, rtol=1e-4, atol=1e-4, check_stride=False
+                )
+
+
 @pytest.mark.parametrize(
     ("m", "k", "n"), [(3, 4, 5), (64, 300, 200), (130, 257, 129), (1, 2**21, 1), (0, 5, 3), (4, 0, 3)]
 )
@@ -571,6 +595,11 @@ def test_opcheck(device: torch.device) -> None:
         for t in (None, images):
             args = (images, t, handle, *pool, state, 0, "gaussian")
             torch.library.opcheck(fused.max_pool2d_end.default, args)
+    kernel = torch.randn(6, images.shape[1], 2, 2, device=device)
+    for leaf in (kernel, kernel.clone().requires_grad_()):
+        for t in (None, images):
+            rest = ((1, 1), (0, 0), (1, 1), 1, state, 0, "gelu", "gaussian", *pool)
+            torch.library.opcheck(fused.conv2d_max_pool2d.default, (images, t, leaf, None, *rest))
     delta = fused.max_pool2d(images, images, *pool)[0]
     torch.library.opcheck(fused.max_pool2d_backward.default, (delta, images, *pool))
     for gate in (

@@ -233,6 +233,37 @@ def test_side_by_side_and_on_dual_tensors_a_step_is_the_same(name: str, backend:
         torch.testing.assert_close(side_by_side, dual, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_retained_graph_can_be_walked_twice(activation: str) -> None:
+    """Where no graph is retained, δ takes the memory of a block's output that a pool follows."""
+    x, y = torch.randn(4, 1, 12, 12), torch.randint(3, (4,))
+    net = nn.Sequential(
+        FDFAConv2d(1, 4, 3, activation=activation),
+        nn.MaxPool2d(2),
+        FDFAConv2d(4, 6, 3, activation=activation),
+        nn.Flatten(),
+        nn.Linear(54, 3),
+    )
+    gradients = []
+    for retain_graph in (False, True):
+        model = FDFA(copy.deepcopy(net), feedback="ema", feedback_lr=0.05, example_input=x)
+        model.noise_state.copy_(torch.tensor([5, 0, 0]))
+        for t in model.feedback.values():
+            t.fill_(0.1)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward(retain_graph=retain_graph)
+        gradients.append([p.grad.clone() for p in model.module.parameters()])
+        if retain_graph:
+            for t in model.feedback.values():
+                t.fill_(0.1)
+            model.zero_grad()
+            loss.backward()
+            gradients.append([p.grad for p in model.module.parameters()])
+    for first, second, third in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        torch.testing.assert_close(third, second, rtol=0, atol=0)
+
+
 def test_a_module_may_be_exchanged_after_wrapping() -> None:
     """For one that needs dual tensors too, in a net that had none."""
     x, y = batch("mlp")

@@ -171,7 +171,7 @@ struct FeedbackCase {
   Activation activation;
   Noise noise;
   Rule rule;
-  bool has_gate, transposed;
+  bool has_gate, transposed, in_place;  // in_place: delta is the gate's memory
 };
 
 template <class T>
@@ -199,7 +199,7 @@ struct FeedbackArrays {
             error.data(),
             tangent.data(),
             c.has_gate ? gate.data() : nullptr,
-            delta.data(),
+            (c.in_place ? gate : delta).data(),
             c.samples,
             c.features,
             c.outputs,
@@ -237,6 +237,7 @@ void test_feedback_blocks(const std::vector<FeedbackCase>& blocks) {
     actual.exp_avg_sq.check_close_to(expected.exp_avg_sq, kTolerance<float>, "exp_avg_sq");
     actual.gradient.check_close_to(expected.gradient, kTolerance<float>, "gradient");
     actual.delta.check_close_to(expected.delta, kTolerance<T>, "delta");
+    actual.gate.check_close_to(expected.gate, kTolerance<T>, "gate or delta");
   }
 }
 
@@ -253,8 +254,9 @@ void test_feedback(const Sizes& sizes, int stride) {
               for (bool has_gate : {true, false}) {
                 if (!selection.next()) continue;
                 const auto f = static_cast<Activation>(activation++ % kActivationCount);
+                const bool in_place = has_gate && activation % 2 == 0;
                 test_feedback_blocks<Backend, T>(
-                    {{samples, features, outputs, updates, f, noise, rule, has_gate, false}});
+                    {{samples, features, outputs, updates, f, noise, rule, has_gate, false, in_place}});
               }
 }
 
@@ -264,7 +266,7 @@ void test_transposed_feedback(const Sizes& sizes) {
     for (int64_t features : sizes.features)
       for (int f = 0; f < kActivationCount; ++f)
         test_feedback_blocks<Backend, T>({{samples, features, 10, 3, static_cast<Activation>(f),
-                                           Noise::gaussian, Rule::adam, true, true}});
+                                           Noise::gaussian, Rule::adam, true, true, false}});
 }
 
 // More blocks than one launch of the CUDA kernel takes, some of them empty.
@@ -275,7 +277,7 @@ void test_feedback_of_many_blocks() {
     for (int64_t i = 0; i < 19; ++i) {
       const int64_t features = i % 5 == 2 ? 0 : 1 + 37 * i % 101;
       const auto f = static_cast<Activation>(i % kActivationCount);
-      blocks.push_back({3, features, 7, 4, f, Noise::gaussian, rule, i % 3 != 0, false});
+      blocks.push_back({3, features, 7, 4, f, Noise::gaussian, rule, i % 3 != 0, false, i % 3 == 1});
     }
     test_feedback_blocks<Backend, float>(blocks);
   }

@@ -87,6 +87,47 @@ void test_case(const Case& c) {
   CHECK(cuda_dx == expected_dx);
 }
 
+// Its y, the pools of it and of the tangent that is not kept, as an epilogue and a pool after it make
+// them.
+void test_pooled_epilogue(const PoolShape& shape, bool has_tangent, Activation activation) {
+  constexpr int64_t kState[3] = {7, 3, 2};
+  const int64_t features = shape.height * shape.width * shape.channels, size = shape.samples * features;
+  const int64_t pooled_size = shape.samples * shape.out_height * shape.out_width * shape.channels;
+  std::vector<float> z(size), tz(size), bias(shape.channels);
+  for (int64_t i = 0; i < size; ++i) {
+    z[i] = static_cast<float>(i * 37 % 101) / 50 - 1;
+    tz[i] = static_cast<float>(i * 41 % 103) / 50 - 1;
+  }
+  for (int64_t c = 0; c < shape.channels; ++c) bias[c] = static_cast<float>(c % 7) / 7;
+  std::vector<float> y(size), ty(size), pre(size), pooled(pooled_size), pooled_ty(pooled_size);
+  const bool has_pre = derivative_needs_pre_activation(activation);
+  EpilogueParams<float> e{z.data(),
+                          has_tangent ? tz.data() : nullptr,
+                          bias.data(),
+                          y.data(),
+                          ty.data(),
+                          has_pre ? pre.data() : nullptr,
+                          shape.samples,
+                          features,
+                          shape.channels,
+                          activation,
+                          {kState, 1, Noise::gaussian},
+                          false,
+                          {}};
+  cpu::epilogue(e, 0, cpu::epilogue_units(e));
+  const MaxPoolParams m{y.data(), ty.data(), pooled.data(), pooled_ty.data(), shape};
+  cpu::max_pool(m, 0, cpu::max_pool_units(m));
+
+  std::vector<float> y2 = z, pre2(size), pooled2(pooled_size), pooled_ty2(pooled_size);
+  e.z = e.y = y2.data();
+  e.ty = nullptr;
+  e.pre = has_pre ? pre2.data() : nullptr;
+  const PooledEpilogueParams p{e, pooled2.data(), pooled_ty2.data(), shape};
+  cpu::pooled_epilogue(p, 0, 1);
+  cpu::pooled_epilogue(p, 1, cpu::pooled_epilogue_units(p));
+  CHECK(y2 == y && pre2 == pre && pooled2 == pooled && pooled_ty2 == pooled_ty);
+}
+
 }  // namespace
 
 int main() {
@@ -96,5 +137,11 @@ int main() {
     test_case({2, 5, 8, channels, {3, 2}, {1, 3}, {1, 0}});
     test_case({1, 6, 7, channels, {5, 7}, {1, 1}, {2, 3}});
   }
+  for (const bool has_tangent : {false, true})
+    for (const auto f : {Activation::relu, Activation::gelu}) {
+      test_pooled_epilogue({3, 24, 24, 15, 12, 12, {2, 2}, {2, 2}, {0, 0}}, has_tangent, f);
+      test_pooled_epilogue({2, 7, 9, 3, 4, 5, {3, 3}, {2, 2}, {1, 1}}, has_tangent, f);
+      test_pooled_epilogue({1, 6, 7, 40, 5, 4, {2, 4}, {1, 1}, {0, 0}}, has_tangent, f);
+    }
   return test::failures();
 }
