@@ -214,7 +214,10 @@ def test_conv2d_max_pool2d_is_the_reference(
     """The block's own output and the pool after it; δ reaches weight and bias as through conv2d."""
     for n, channels in ((1, 4), (5, 15), (0, 3)):
         x, tangent = torch.randn(2, n, 4, 9, 7, device=device).unbind()
-        weight, bias = torch.randn(channels, 4, 3, 3, device=device) / 6, torch.randn(channels).to(device)
+        weight, bias = (
+            torch.randn(channels, 4, 3, 3, device=device) / 6,
+            torch.randn(channels).to(device),
+        )
         rest = ((1, 1), (1, 0), (1, 1), 1, noise_state(device), 3, activation, "gaussian", *pool)
         for t in (None, tangent):
             results = []
