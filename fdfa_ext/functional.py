@@ -54,6 +54,7 @@ class BlockRecord:
     order: torch.memory_format  # in which its features are counted: row-major, or (h, w, c)
     version: int  # of gate: counts changes in place
     spare_gate: bool  # no one else reads it: δ may take its memory
+    feedback: Tensor | None = None  # B, if it has one, once that is known to fit
 
 
 @dataclass(slots=True)

@@ -6,19 +6,16 @@ counterpart followed by the activation, with ordinary autograd.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
-from fdfa_ext.tangents import (
-    Pair,
-    forward_dual,
-    has_fused_pool,
-    needs_forward_mode,
-    plain_type,
-)
+from fdfa_ext.tangents import MaybePair, Pair, has_fused_pool, hooks_of, known_way
+
+Step = Callable[[Tensor, Tensor | None], MaybePair]
 
 
 def _check_activation(layer: str, activation: str) -> None:
@@ -167,32 +164,53 @@ class FDFABlock(nn.Sequential, Block):
         return self.block_pass.chain(x, tangent, list(self))
 
 
-def runs_side_by_side(module: nn.Module) -> bool:
-    """Whether `side_by_side` takes it: known blocks and modules in sequence, without hooks on them."""
-    kind = plain_type(module)
-    if kind is FDFALinear or kind is FDFAConv2d:
-        return True
-    if kind is nn.Sequential or kind is FDFABlock:
-        return all(map(runs_side_by_side, module))  # type: ignore[call-overload]
-    return not needs_forward_mode(module)
+class SideBySide:
+    """A net of blocks and known modules in sequence, as calls that take primal and tangent side by
+    side, without dual tensors, while FDFA makes a training step."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._plan()
+
+    def steps(self) -> list[Step] | None:
+        """The calls, each to be given what the one before returned.
+
+        None where the net needs dual tensors: for a hook, which may do anything, or for a module whose
+        way with a tangent is not known.
+        """
+        for sequence, members in self._sequences:
+            if list(sequence._modules.values()) != members:  # someone exchanged a module
+                self._plan()
+                break
+        return None if any(self._hooks) else self._steps
+
+    def _plan(self) -> None:
+        self._sequences: list[tuple[nn.Module, list[Any]]] = []
+        # The dictionaries themselves, since each step looks into all of them.
+        self._hooks = [hooks for inner in self._module.modules() for hooks in hooks_of(inner)]
+        self._steps = self._steps_of(self._module)
+
+    def _steps_of(self, module: Any) -> list[Step] | None:
+        kind = type(module)
+        if kind is FDFALinear or kind is FDFAConv2d:
+            return [module.dual]
+        if kind is not nn.Sequential and kind is not FDFABlock:
+            way = known_way(module)
+            return None if way is None else [way]
+        members = list(module._modules.values())
+        self._sequences.append((module, members))
+        steps: list[Step] = []
+        for before, inner in pairwise([None, *members]):
+            if _pools(before, inner):
+                steps[-1] = partial(before.dual, pool=inner)
+                continue
+            inner_steps = self._steps_of(inner)
+            if inner_steps is None:
+                return None
+            steps += inner_steps
+        return [module.dual] if kind is FDFABlock else steps
 
 
-def side_by_side(module: Any, y: Tensor, ty: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent through `module`, without dual tensors, while FDFA makes a training step."""
-    if isinstance(module, Block):
-        return module.dual(y, ty)
-    if type(module) is nn.Sequential:
-        conv = None  # one that waits for what comes after it
-        for inner in module._modules.values():
-            if conv is not None:
-                pool = inner if type(inner) is nn.MaxPool2d and has_fused_pool(inner) else None
-                y, ty = conv.dual(y, ty, pool)
-                conv = None
-                if pool is not None:
-                    continue
-            if type(inner) is FDFAConv2d:
-                conv = inner
-            else:
-                y, ty = side_by_side(inner, y, ty)
-        return (y, ty) if conv is None else conv.dual(y, ty)
-    return forward_dual(module, y, ty)
+def _pools(before: Any, module: Any) -> bool:
+    """Whether it is a max-pool that the convolution before it can do."""
+    return type(before) is FDFAConv2d and type(module) is nn.MaxPool2d and has_fused_pool(module)

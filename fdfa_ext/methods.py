@@ -188,7 +188,6 @@ class BlockMethod(Method):
     ) -> Tensor:
         """The output, tied to these blocks by one autograd node."""
         blocks = [_BlockFacts(r.name, r.index, r.activation) for r in records]
-        names = [] if self.feedback == "none" else [r.name for r in records]
         outputs = [r.output for r in records] if self.reads_output else []
         result: Tensor = _BlockNode.apply(
             output,
@@ -196,7 +195,7 @@ class BlockMethod(Method):
             noise_state,
             (self, model, blocks),
             *[r.handle for r in records],
-            *model.feedback.select(names),
+            *[r.feedback for r in records if r.feedback is not None],
             *[r.gate for r in records],
             *outputs,
         )
@@ -296,8 +295,7 @@ def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) 
     torch.ops.aten._fused_adam_(
         matrices,
         gradients,
-        model.exp_avg.select(names),
-        model.exp_avg_sq.select(names),
+        *model.moments(names),
         [],
         [model.updates.add_(1).float()] * len(names),
         lr=model.feedback_lr,
@@ -428,7 +426,8 @@ class ForwardFeedback(BlockMethod):
             [record.handle for record in records],
             [record.gate for record in records],
             [record.spare_gate for record in records],
-            *model.feedback_state([record.name for record in records]),
+            [record.feedback for record in records],
+            *model.moments([record.name for record in records]),
             model.updates,
             [record.index for record in records],
             [record.activation for record in records],

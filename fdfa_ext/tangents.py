@@ -15,6 +15,7 @@ forward mode's time, and the forward pass of 64-128-10 with 32 samples 0.7 of it
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ from fdfa_ext._ops import fused
 from fdfa_ext.reference import batch_norm_tangent
 
 Pair = tuple[Tensor, Tensor]  # primal and tangent
+MaybePair = tuple[Tensor, Tensor | None]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
     """(module(y), its tangent) for an input y with tangent ty, None for none.
 
     The primal keeps its autograd graph to the module's parameters; the tangent has none. A tangent that
@@ -40,12 +42,7 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
     level.
     """
     way = _way(module)
-    if ty is None:
-        if way is _linear:
-            layer: Any = module
-            return fused.product(y, layer.weight, layer.bias), None
-        return module(y), None
-    if torch.compiler.is_compiling():
+    if ty is not None and torch.compiler.is_compiling():
         # It traces no gradient within the forward pass, and no forward mode of batch-norm.
         if way is _symmetric and isinstance(module, BATCH_NORMS):
             fixed: Any = None if module.training else module.running_var
@@ -55,6 +52,8 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
             way = None
     if way is not None:
         return way(module, y, ty)
+    if ty is None:
+        return module(y), None
     # A net that runs side by side has no level, until someone exchanges one of its modules.
     within = forward_ad._current_level >= 0
     with nullcontext() if within else forward_ad.dual_level():
@@ -62,9 +61,11 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> tuple[Tenso
         return out, None if tangent is None else tangent.detach()
 
 
-def needs_forward_mode(module: nn.Module) -> bool:
-    """Whether forward_dual has no way for it but torch's forward mode."""
-    return _way(module) is None
+def known_way(module: nn.Module) -> Callable[[Tensor, Tensor | None], MaybePair] | None:
+    """forward_dual of this module with its way found in advance, as long as no hook is put on it and
+    nothing compiles; None where there is no way but torch's forward mode."""
+    way = _way_of(type(module), module)
+    return None if way is None else partial(way, module)
 
 
 def makes_tangent(module: nn.Module) -> bool:
@@ -89,19 +90,32 @@ def plain_type(module: nn.Module) -> type[nn.Module] | None:
     return None if any(hooks_of(module)) else type(module)
 
 
-def _linear(module: Any, y: Tensor, ty: Tensor) -> Pair:
-    return fused.dual_linear(y, ty, module.weight, module.bias)
+def _linear(module: Any, y: Tensor, ty: Tensor | None) -> MaybePair:
+    if ty is None:
+        return fused.product(y, module.weight, module.bias), None
+    pair: Pair = fused.dual_linear(y, ty, module.weight, module.bias)
+    return pair
 
 
-def _convolution(module: Any, y: Tensor, ty: Tensor) -> Pair:
-    return module(y), module._conv_forward(ty, module.weight.detach(), None)
+def _convolution(module: Any, y: Tensor, ty: Tensor | None) -> MaybePair:
+    if ty is not None:
+        ty = module._conv_forward(ty, module.weight.detach(), None)
+    return module(y), ty
 
 
-def _without_parameters(module: nn.Module, y: Tensor, ty: Tensor) -> Pair:
-    return module(y), module(ty)
+def _flatten(module: Any, y: Tensor, ty: Tensor | None) -> MaybePair:
+    # Most nets have one, and its call costs twice its work.
+    start, end = module.start_dim, module.end_dim
+    return y.flatten(start, end), None if ty is None else ty.flatten(start, end)
 
 
-def _symmetric(module: nn.Module, y: Tensor, ty: Tensor) -> Pair:
+def _without_parameters(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
+    return module(y), None if ty is None else module(ty)
+
+
+def _symmetric(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
+    if ty is None:
+        return module(y), None
     if y.requires_grad:
         out = module(y)
         (tangent,) = torch.autograd.grad(out, y, ty, retain_graph=True)
@@ -114,7 +128,9 @@ def _symmetric(module: nn.Module, y: Tensor, ty: Tensor) -> Pair:
     return out if keeps_graph else out.detach(), tangent
 
 
-def _max_pool(module: Any, y: Tensor, ty: Tensor) -> Pair:
+def _max_pool(module: Any, y: Tensor, ty: Tensor | None) -> MaybePair:
+    if ty is None:
+        return module(y), None
     geometry = pool_geometry(module)
     if has_fused_pool(module) and _takes_pool(y):
         pooled, tangent = fused.max_pool2d(y.detach(), ty, *geometry)
@@ -137,12 +153,13 @@ def has_fused_pool(pool: nn.MaxPool2d) -> bool:
     return not (pool.ceil_mode or pool.return_indices) and pool.dilation in (1, (1, 1))
 
 
-Way = Callable[[Any, Tensor, Tensor], Pair]
+Way = Callable[[Any, Tensor, Tensor | None], MaybePair]
 _WAYS: dict[type[nn.Module], Way] = {
     nn.Linear: _linear,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
+    nn.Flatten: _flatten,
     **dict.fromkeys(
-        (nn.Flatten, nn.Unflatten, nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d), _without_parameters
+        (nn.Unflatten, nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d), _without_parameters
     ),
     **dict.fromkeys(
         (*BATCH_NORMS, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU), _symmetric
@@ -152,7 +169,10 @@ _WAYS: dict[type[nn.Module], Way] = {
 
 
 def _way(module: nn.Module) -> Way | None:
-    kind = plain_type(module)
+    return _way_of(plain_type(module), module)
+
+
+def _way_of(kind: type[nn.Module] | None, module: Any) -> Way | None:
     way = None if kind is None else _WAYS.get(kind)
     if way is _symmetric and getattr(module, "inplace", False):
         return None  # the input would be gone by the time its gradient is asked for

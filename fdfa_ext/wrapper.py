@@ -10,10 +10,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
-from fdfa_ext.layers import Block, runs_side_by_side, side_by_side
+from fdfa_ext.layers import Block, SideBySide
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import METHODS, Method
-from fdfa_ext.tangents import FunctionRules, hooks_of, unpack_dual, without_rules
+from fdfa_ext.tangents import FunctionRules, unpack_dual, without_rules
 
 RULES = ("ema", "adam", "grad")
 
@@ -48,8 +48,8 @@ class TensorMap(nn.Module):
         return self._tensors[self.key(name)]
 
     def select(self, names: Iterable[str]) -> list[Tensor]:
-        tensors, key = self._tensors, self.key
-        return [tensors[key(name)] for name in names]
+        tensors: dict[str, Any] = self._parameters if self._as_parameters else self._buffers
+        return [tensors[name.replace(".", "/")] for name in names]  # as `key`, without its calls
 
     def __contains__(self, name: str) -> bool:
         return self.key(name) in self._tensors
@@ -159,9 +159,7 @@ class FDFA(nn.Module):
         self.local_outputs: list[Tensor] = []
         self._blocks = dict(_find_blocks(module))
         self._passes = [BlockPass(name, index) for index, name in enumerate(self._blocks)]
-        self._side_by_side = runs_side_by_side(module)
-        # The dictionaries themselves, since each step looks into all of them.
-        self._hooks = [hooks for inner in module.modules() for hooks in hooks_of(inner)]
+        self._side_by_side = SideBySide(module)
 
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         if device.type == "cpu":
@@ -224,23 +222,19 @@ class FDFA(nn.Module):
         if tangent is None and dual.tangents != "none":
             raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
         self.check_output(output)
-        for record in dual.records:
-            self._check_block(record, output, dual.compiling)
+        self._check_blocks(dual.records, output, dual.compiling)
         # A model whose weights are all frozen can still learn its feedback.
         if not output.requires_grad and not any(r.handle.requires_grad for r in dual.records):
             output = output.detach().requires_grad_()
         return dual, output, tangent
 
-    def feedback_state(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """B of these blocks and, for feedback="adam", its moments."""
+    def moments(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Adam's moments of these blocks' B; none for the other rules."""
+        if self.rule != "adam":
+            return [], []
         # From the dictionary: nn.Module's attributes cost half a microsecond each.
         modules: dict[str, Any] = self._modules
-        moments = names if self.rule == "adam" else ()
-        return (
-            modules["feedback"].select(names),
-            modules["exp_avg"].select(moments),
-            modules["exp_avg_sq"].select(moments),
-        )
+        return modules["exp_avg"].select(names), modules["exp_avg_sq"].select(names)
 
     def _dual_pass(self, noise_state: Tensor) -> DualPass:
         compiling = torch.compiler.is_compiling()
@@ -257,9 +251,11 @@ class FDFA(nn.Module):
         try:
             if dual.tangents == "none":
                 return self._tensor(self.module(*args, **kwargs)), None
-            plain = self._side_by_side and not dual.compiling and len(args) == 1 and not kwargs
-            if plain and not any(self._hooks):
-                output, tangent = side_by_side(self._modules["module"], args[0], None)
+            plain = not dual.compiling and len(args) == 1 and not kwargs
+            if plain and (steps := self._side_by_side.steps()) is not None:
+                output, tangent = args[0], None
+                for step in steps:
+                    output, tangent = step(output, tangent)
                 return self._tensor(output), tangent
             # For eager steps alone: a compiled one traces torch's own forward mode.
             rules = nullcontext() if dual.compiling else FunctionRules()
@@ -286,32 +282,40 @@ class FDFA(nn.Module):
                 f"{list(output.shape)}. Flatten it within the module"
             )
 
-    def _check_block(self, record: BlockRecord, output: Tensor, compiling: bool) -> None:
-        needed = record.activation != "identity" or self.method.reads_output
-        if needed and not compiling and record.gate._version != record.version:
-            raise RuntimeError(
-                f"FDFA: the activation of block '{record.name}' was changed in place by a module after "
-                "it, but is needed in the backward; use the module without inplace"
-            )
-        shape, (n, outputs) = record.gate.shape, output.shape
-        if shape[0] != n:
-            raise ValueError(
-                f"FDFA: block '{record.name}' must keep the batch first: expected [{n}, *features] as "
-                f"the output has, got {list(shape)}"
-            )
-        if self.method.feedback == "none":
-            return
-        (feedback,) = self._modules["feedback"].select([record.name])  # type: ignore[union-attr, operator]
-        if feedback.shape != (outputs, *shape[1:]):
-            raise ValueError(
-                f"FDFA: block '{record.name}': its feedback has shape {list(feedback.shape)}, but "
-                f"{outputs} outputs and features {list(shape[1:])} came; a sample's size is fixed"
-            )
-        if not feedback.is_contiguous(memory_format=record.order):
-            raise ValueError(
-                f"FDFA: block '{record.name}': its feedback must lie in {record.order}, the order of "
-                f"the noise; got strides {feedback.stride()}"
-            )
+    def _check_blocks(
+        self, records: Sequence[BlockRecord], output: Tensor, compiling: bool = False
+    ) -> None:
+        """Also gives the records their feedback."""
+        method, (n, outputs) = self.method, output.shape
+        if method.feedback != "none":
+            feedback: Any = self._modules["feedback"]
+            for record, matrix in zip(records, feedback.select([r.name for r in records]), strict=True):
+                record.feedback = matrix
+        for record in records:
+            shape, matrix = record.gate.shape, record.feedback
+            needed = record.activation != "identity" or method.reads_output
+            if needed and not compiling and record.gate._version != record.version:
+                raise RuntimeError(
+                    f"FDFA: the activation of block '{record.name}' was changed in place by a module "
+                    "after it, but is needed in the backward; use the module without inplace"
+                )
+            if shape[0] != n:
+                raise ValueError(
+                    f"FDFA: block '{record.name}' must keep the batch first: expected [{n}, *features] "
+                    f"as the output has, got {list(shape)}"
+                )
+            if matrix is None:
+                continue
+            if matrix.shape != (outputs, *shape[1:]):
+                raise ValueError(
+                    f"FDFA: block '{record.name}': its feedback has shape {list(matrix.shape)}, but "
+                    f"{outputs} outputs and features {list(shape[1:])} came; a sample's size is fixed"
+                )
+            if not matrix.is_contiguous(memory_format=record.order):
+                raise ValueError(
+                    f"FDFA: block '{record.name}': its feedback must lie in {record.order}, the order "
+                    f"of the noise; got strides {matrix.stride()}"
+                )
 
     @torch.no_grad()
     def _probe(self, *args: Any, **kwargs: Any) -> tuple[DualPass, Tensor, Tensor | None, list[str]]:
@@ -383,6 +387,7 @@ class FDFA(nn.Module):
         if self.method.feedback != "none":
             for record in dual.records:
                 self._create(record, output)
+            self._check_blocks(dual.records, output)
         return dual.records, output.shape[1]
 
     def _create(self, record: BlockRecord, output: Tensor) -> None:
@@ -399,7 +404,6 @@ class FDFA(nn.Module):
             # A loaded matrix may come in any layout.
             matrix = tensors[record.name]
             matrix.data = matrix.data.contiguous(memory_format=record.order)
-        self._check_block(record, output, compiling=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback that a saved model has and this one has not created yet."""

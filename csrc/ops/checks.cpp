@@ -6,11 +6,11 @@ namespace {
 template <class Enum>
 Enum parse(const char* op, const char* argument, c10::string_view name, const char* const* names,
            int count) {
-  std::string known;
   for (int i = 0; i < count; ++i) {
     if (name == names[i]) return static_cast<Enum>(i);
-    known += (i ? ", " : "") + std::string(names[i]);
   }
+  std::string known;
+  for (int i = 0; i < count; ++i) known += (i ? ", " : "") + std::string(names[i]);
   TORCH_CHECK_VALUE(false, "fdfa::", op, ": ", argument, " must be one of ", known, "; got '", name,
                     "'");
 }

@@ -12,14 +12,17 @@
 namespace fdfa {
 namespace {
 
-// Units that are worth a thread: about 4096 elements of work in an epilogue.
-constexpr int64_t kEpilogueGrain = 4;
-constexpr int64_t kFeedbackElements = 8192;  // of perturbations
+// Perturbations that are worth a thread: a second one costs as much as 4000 of them.
+constexpr int64_t kNoiseElements = 8192;
+// Units that are.
 constexpr int64_t kMaxPoolGrain = 16;
 constexpr int64_t kMaxPoolBackwardGrain = 1;
-constexpr int64_t kPooledEpilogueGrain = 1;
 constexpr int64_t kMomentGrain = 1;
 constexpr int64_t kCombineGrain = 16;
+
+int64_t noise_grain(int64_t units, int64_t elements) {
+  return std::max<int64_t>(1, kNoiseElements * units / std::max<int64_t>(1, elements));
+}
 
 // The CUDA kernel for `params`, or else `cpu`.
 template <class Params, class Cpu>
@@ -37,7 +40,8 @@ void on_device(const Params& params, const at::Device& device, const Cpu& cpu) {
 template <class T>
 void launch(const EpilogueParams<T>& params, const at::Device& device) {
   on_device(params, device, [&] {
-    at::parallel_for(0, cpu::epilogue_units(params), kEpilogueGrain,
+    const int64_t units = cpu::epilogue_units(params);
+    at::parallel_for(0, units, noise_grain(units, params.samples * params.features),
                      [&](int64_t begin, int64_t end) { cpu::epilogue(params, begin, end); });
   });
 }
@@ -45,13 +49,12 @@ void launch(const EpilogueParams<T>& params, const at::Device& device) {
 template <class T>
 void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device) {
   on_device(blocks, device, [&] {
-    int64_t units = 0, elements = 1;
+    int64_t units = 0, elements = 0;
     for (const auto& block : blocks) {
       units += cpu::feedback_units(block);
       elements += block.samples * block.features;
     }
-    const int64_t grain = std::max<int64_t>(1, kFeedbackElements * units / elements);
-    at::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, units, noise_grain(units, elements), [&](int64_t begin, int64_t end) {
       for (const auto& block : blocks) {
         const int64_t own = cpu::feedback_units(block);
         const int64_t first = std::clamp<int64_t>(begin, 0, own),
@@ -80,7 +83,8 @@ void launch(const MaxPoolBackwardParams& params, const at::Device& device) {
 
 void launch(const PooledEpilogueParams& params, const at::Device& device) {
   on_device(params, device, [&] {
-    at::parallel_for(0, cpu::pooled_epilogue_units(params), kPooledEpilogueGrain,
+    const int64_t units = cpu::pooled_epilogue_units(params);
+    at::parallel_for(0, units, noise_grain(units, units * params.epilogue.features),
                      [&](int64_t begin, int64_t end) { cpu::pooled_epilogue(params, begin, end); });
   });
 }
