@@ -54,7 +54,6 @@ class BlockRecord:
     order: torch.memory_format  # in which its features are counted: row-major, or (h, w, c)
     version: int  # of gate: counts changes in place
     spare_gate: bool  # no one else reads it: δ may take its memory
-    feedback: Tensor | None = None  # B, if it has one, once that is known to fit
 
 
 @dataclass(slots=True)
@@ -68,6 +67,8 @@ class DualPass:
     tangents: str = "network"  # or "block": they end at the next block; or "none", and no noise
     records: list[BlockRecord] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # the blocks of the records
+    takes_output_layer: bool = False  # whether the method can run a linear output layer itself
+    output_layer: nn.Linear | None = None  # one that was left to it
 
 
 @dataclass(slots=True)

@@ -168,6 +168,8 @@ class SideBySide:
     """A net of blocks and known modules in sequence, as calls that take primal and tangent side by
     side, without dual tensors, while FDFA makes a training step."""
 
+    output_layer: nn.Linear | None  # the last step, if it is one: `steps` does not have it
+
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._plan()
@@ -189,6 +191,10 @@ class SideBySide:
         # The dictionaries themselves, since each step looks into all of them.
         self._hooks = [hooks for inner in self._module.modules() for hooks in hooks_of(inner)]
         self._steps = self._steps_of(self._module)
+        last = self._sequences[0][1][-1] if self._sequences else None
+        self.output_layer = last if self._steps and type(last) is nn.Linear else None
+        if self._steps and self.output_layer is not None:
+            self._steps.pop()
 
     def _steps_of(self, module: Any) -> list[Step] | None:
         kind = type(module)

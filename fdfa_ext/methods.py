@@ -170,7 +170,8 @@ class BlockMethod(Method):
         model.prepare_blocks(*args, **kwargs)
 
     def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
-        dual, output, tangent = model.run_blocks(*args, **kwargs)
+        dual, output, tangent = model.run_blocks(args, kwargs)
+        model.check_blocks(dual, *output.shape)
         return self.join(model, dual, output, tangent)
 
     def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
@@ -188,6 +189,7 @@ class BlockMethod(Method):
     ) -> Tensor:
         """The output, tied to these blocks by one autograd node."""
         blocks = [_BlockFacts(r.name, r.index, r.activation) for r in records]
+        names = [] if self.feedback == "none" else [r.name for r in records]
         outputs = [r.output for r in records] if self.reads_output else []
         result: Tensor = _BlockNode.apply(
             output,
@@ -195,7 +197,7 @@ class BlockMethod(Method):
             noise_state,
             (self, model, blocks),
             *[r.handle for r in records],
-            *[r.feedback for r in records if r.feedback is not None],
+            *model.feedback.select(names),
             *[r.gate for r in records],
             *outputs,
         )
@@ -295,7 +297,7 @@ def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) 
     torch.ops.aten._fused_adam_(
         matrices,
         gradients,
-        *model.moments(names),
+        *model.feedback_state(names)[1:],
         [],
         [model.updates.add_(1).float()] * len(names),
         lr=model.feedback_lr,
@@ -405,7 +407,7 @@ class KolenPollack(DirectFeedback):
 class ForwardFeedback(BlockMethod):
     """FDFA: δ = e B, and B follows the mean Jacobian by ∇B = B - dᵀu / N  (eq. 7 to 14; Algorithm 1).
 
-    This is the definition; `join` does the same in one fused operator.
+    This is the definition; `forward` has all blocks do the same in one fused operator.
     """
 
     tangents = "network"
@@ -417,26 +419,37 @@ class ForwardFeedback(BlockMethod):
     def feedback_gradient(self, block: BlockStep) -> Tensor:
         return block.feedback - block.tangent.t() @ block.perturbation / len(block.error)
 
-    def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
-        records = dual.records
-        result: Tensor = dual.backend.star(
-            output,
-            tangent,
-            dual.noise_state,
-            [record.handle for record in records],
-            [record.gate for record in records],
-            [record.spare_gate for record in records],
-            [record.feedback for record in records],
-            *model.moments([record.name for record in records]),
-            model.updates,
-            [record.index for record in records],
-            [record.activation for record in records],
-            model.noise,
-            model.rule,
-            model.feedback_lr,
-            *model.betas,
-            model.eps,
-        )
+    def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
+        dual, output, tangent = model.run_blocks(args, kwargs, takes_output_layer=True)
+        records, layer = dual.records, dual.output_layer
+        weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
+        outputs = output.shape[1] if weight is None else len(weight)
+        if dual.compiling or any([record.gate._version != record.version for record in records]):
+            model.check_blocks(dual, len(output), outputs)
+        names = [record.name for record in records]
+        try:
+            result: Tensor = dual.backend.star(
+                output,
+                tangent,
+                weight,
+                bias,
+                dual.noise_state,
+                [record.handle for record in records],
+                [record.gate for record in records],
+                [record.spare_gate for record in records],
+                *model.feedback_state(names),
+                model.updates,
+                [record.index for record in records],
+                [record.activation for record in records],
+                model.noise,
+                model.rule,
+                model.feedback_lr,
+                *model.betas,
+                model.eps,
+            )
+        except (RuntimeError, TypeError, ValueError):
+            model.check_blocks(dual, len(output), outputs)  # it calls blocks by their names
+            raise
         return result
 
 

@@ -435,8 +435,10 @@ class _Star(torch.autograd.Function):
 
 
 def star(
-    output: Tensor,
+    x: Tensor,
     tangent: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     noise_state: Tensor,
     handles: list[Tensor],
     gates: list[Tensor],
@@ -454,11 +456,13 @@ def star(
     beta2: float,
     eps: float,
 ) -> Tensor:
+    if weight is not None:
+        x, tangent = F.linear(x, weight, bias), F.linear(tangent, weight.detach())
     # The operator: a compiler may put off a clone in plain torch until the state has moved.
     used = fused.next_noise(noise_state)
     tensors = (*handles, *gates, *feedback, *exp_avg, *exp_avg_sq)
     options = (rule, lr, beta1, beta2, eps)
     result: Tensor = _Star.apply(
-        output, tangent, used, options, noise, updates, blocks, activations, *tensors
+        x, tangent, used, options, noise, updates, blocks, activations, *tensors
     )
     return result

@@ -13,7 +13,7 @@ from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPa
 from fdfa_ext.layers import Block, SideBySide
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import METHODS, Method
-from fdfa_ext.tangents import FunctionRules, unpack_dual, without_rules
+from fdfa_ext.tangents import FunctionRules, forward_dual, unpack_dual, without_rules
 
 RULES = ("ema", "adam", "grad")
 
@@ -215,26 +215,34 @@ class FDFA(nn.Module):
         }
         return ", ".join(f"{key}={value}" for key, value in options.items())
 
-    def run_blocks(self, *args: Any, **kwargs: Any) -> tuple[DualPass, Tensor, Tensor | None]:
-        """The pass of a BlockMethod: its records, the output and its tangent, all checked."""
+    def run_blocks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], takes_output_layer: bool = False
+    ) -> tuple[DualPass, Tensor, Tensor | None]:
+        """The pass of a BlockMethod: its records, the output and its tangent.
+
+        For a method that takes the output layer these may be what goes into it, if it is in the pass.
+        """
         dual = self._dual_pass(self._buffers["noise_state"])  # type: ignore[arg-type]
+        dual.takes_output_layer = takes_output_layer
         output, tangent = self._run(dual, *args, **kwargs)
         if tangent is None and dual.tangents != "none":
             raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
+        if dual.output_layer is not None:
+            return dual, output, tangent
         self.check_output(output)
-        self._check_blocks(dual.records, output, dual.compiling)
         # A model whose weights are all frozen can still learn its feedback.
         if not output.requires_grad and not any(r.handle.requires_grad for r in dual.records):
             output = output.detach().requires_grad_()
         return dual, output, tangent
 
-    def moments(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """Adam's moments of these blocks' B; none for the other rules."""
-        if self.rule != "adam":
-            return [], []
+    def feedback_state(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """B of these blocks and, for feedback="adam", its moments."""
         # From the dictionary: nn.Module's attributes cost half a microsecond each.
         modules: dict[str, Any] = self._modules
-        return modules["exp_avg"].select(names), modules["exp_avg_sq"].select(names)
+        feedback = modules["feedback"].select(names)
+        if self.rule != "adam":
+            return feedback, [], []
+        return feedback, modules["exp_avg"].select(names), modules["exp_avg_sq"].select(names)
 
     def _dual_pass(self, noise_state: Tensor) -> DualPass:
         compiling = torch.compiler.is_compiling()
@@ -256,6 +264,12 @@ class FDFA(nn.Module):
                 output, tangent = args[0], None
                 for step in steps:
                     output, tangent = step(output, tangent)
+                layer = self._side_by_side.output_layer
+                if layer is not None:
+                    if dual.takes_output_layer and _is_simple(layer, output, tangent):
+                        dual.output_layer = layer
+                    else:
+                        output, tangent = forward_dual(layer, output, tangent)
                 return self._tensor(output), tangent
             # For eager steps alone: a compiled one traces torch's own forward mode.
             rules = nullcontext() if dual.compiling else FunctionRules()
@@ -282,39 +296,33 @@ class FDFA(nn.Module):
                 f"{list(output.shape)}. Flatten it within the module"
             )
 
-    def _check_blocks(
-        self, records: Sequence[BlockRecord], output: Tensor, compiling: bool = False
-    ) -> None:
-        """Also gives the records their feedback."""
-        method, (n, outputs) = self.method, output.shape
-        if method.feedback != "none":
-            feedback: Any = self._modules["feedback"]
-            for record, matrix in zip(records, feedback.select([r.name for r in records]), strict=True):
-                record.feedback = matrix
-        for record in records:
-            shape, matrix = record.gate.shape, record.feedback
-            needed = record.activation != "identity" or method.reads_output
-            if needed and not compiling and record.gate._version != record.version:
+    def check_blocks(self, dual: DualPass, n: int, outputs: int) -> None:
+        """Whether the blocks of a pass, of n samples, have what the backward needs, and fit their B."""
+        for record in dual.records:
+            needed = record.activation != "identity" or self.method.reads_output
+            if needed and not dual.compiling and record.gate._version != record.version:
                 raise RuntimeError(
                     f"FDFA: the activation of block '{record.name}' was changed in place by a module "
                     "after it, but is needed in the backward; use the module without inplace"
                 )
+            shape = record.gate.shape
             if shape[0] != n:
                 raise ValueError(
                     f"FDFA: block '{record.name}' must keep the batch first: expected [{n}, *features] "
                     f"as the output has, got {list(shape)}"
                 )
-            if matrix is None:
+            if self.method.feedback == "none":
                 continue
-            if matrix.shape != (outputs, *shape[1:]):
+            feedback = self.feedback[record.name]
+            if feedback.shape != (outputs, *shape[1:]):
                 raise ValueError(
-                    f"FDFA: block '{record.name}': its feedback has shape {list(matrix.shape)}, but "
+                    f"FDFA: block '{record.name}': its feedback has shape {list(feedback.shape)}, but "
                     f"{outputs} outputs and features {list(shape[1:])} came; a sample's size is fixed"
                 )
-            if not matrix.is_contiguous(memory_format=record.order):
+            if not feedback.is_contiguous(memory_format=record.order):
                 raise ValueError(
                     f"FDFA: block '{record.name}': its feedback must lie in {record.order}, the order "
-                    f"of the noise; got strides {matrix.stride()}"
+                    f"of the noise; got strides {feedback.stride()}"
                 )
 
     @torch.no_grad()
@@ -387,7 +395,7 @@ class FDFA(nn.Module):
         if self.method.feedback != "none":
             for record in dual.records:
                 self._create(record, output)
-            self._check_blocks(dual.records, output)
+            self.check_blocks(dual, *output.shape)
         return dual.records, output.shape[1]
 
     def _create(self, record: BlockRecord, output: Tensor) -> None:
@@ -420,6 +428,17 @@ class FDFA(nn.Module):
 
 
 Mapping.register(TensorMap)
+
+
+def _is_simple(layer: nn.Linear, x: Tensor, tangent: Tensor | None) -> bool:
+    """Whether it is trained on rows that depend on no parameter, and no autocast stands between."""
+    return (
+        tangent is not None
+        and x.dim() == 2
+        and x.grad_fn is None
+        and layer.weight.requires_grad
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def _find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:

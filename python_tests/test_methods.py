@@ -1,5 +1,6 @@
 """Every method of the paper against its definition, written out with plain autograd."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -194,12 +195,39 @@ def test_bp_is_autograd(name: str) -> None:
         torch.testing.assert_close(actual, value)
 
 
+class Definition(ForwardFeedback):
+    """FDFA by its delta and feedback_gradient, without the operator for both."""
+
+    forward = BlockMethod.forward
+
+
+@pytest.mark.parametrize("output_layer", ["plain", "no bias", "frozen weight", "frozen bias", "normed"])
+def test_the_output_layer_gets_its_exact_gradients(output_layer: str) -> None:
+    """Whether the operator runs it or cannot, for which a parameter between block and layer is enough."""
+    torch.manual_seed(0)
+    last = nn.Linear(7, 3, bias=output_layer != "no bias")
+    last.weight.requires_grad = output_layer != "frozen weight"
+    if last.bias is not None:
+        last.bias.requires_grad = output_layer != "frozen bias"
+    between = [nn.BatchNorm1d(7)] if output_layer == "normed" else []
+    net = nn.Sequential(FDFALinear(6, 7, activation="tanh"), *between, last)
+    x, y = torch.randn(5, 6), torch.randint(3, (5,))
+    found = []
+    for method in ("fdfa", Definition()):
+        torch.manual_seed(1)
+        model = FDFA(copy.deepcopy(net), method=method, feedback_lr=0.05, example_input=x)
+        output = model(x)
+        F.cross_entropy(output, y).backward()
+        grads = [p.grad for p in model.module.parameters() if p.grad is not None]
+        found.append([output.detach(), *grads, *model.feedback.values()])
+    assert len(found[0]) == len(found[1])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
 @pytest.mark.parametrize("name", NETS)
 def test_the_definition_of_fdfa_in_five_lines_is_its_fused_operator(name: str, rule: str) -> None:
-    class Definition(ForwardFeedback):
-        join = BlockMethod.join
-
     options = {"feedback": rule, "feedback_lr": 0.05}
     models = [make(name, method, **options) for method in ("fdfa", Definition())]
     for _ in range(3):

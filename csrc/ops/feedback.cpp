@@ -8,16 +8,6 @@
 namespace fdfa {
 namespace {
 
-// What a feedback step needs of the network; lists have one entry a block.
-struct Network {
-  const char* op;
-  const Tensor &error, &tangent, &noise_state;
-  at::TensorList feedback, gates;
-  at::IntArrayRef blocks;
-  const Names& activations;
-  c10::string_view noise;
-};
-
 // How B moves; what a rule does not need is empty.
 struct Motion {
   Rule rule;
@@ -59,34 +49,6 @@ void check_moments(const Network& net, const Motion& motion) {
                 "fdfa::", net.op, ": exp_avg and exp_avg_sq must have feedback's strides ",
                 feedback.strides(), "; got ", m.strides(), " and ", v.strides());
   }
-}
-
-void check_network(const Network& net) {
-  const char* op = net.op;
-  const Tensor &error = net.error, &tangent = net.tangent;
-  check_count(net, "gates", net.gates);
-  check_count(net, "blocks", net.blocks);
-  check_count(net, "activations", net.activations);
-  TORCH_CHECK(error.dim() == 2 && error.size(1) > 0, "fdfa::", op,
-              ": error must be [N, K] with K > 0; got ", error.sizes());
-  check_floating(op, "error", error);
-  check_floating(op, "tangent", tangent);
-  check_shape(op, "tangent", tangent, error.sizes());
-  TORCH_CHECK(tangent.device() == error.device(), "fdfa::", op, ": tangent must be on ", error.device(),
-              "; got ", tangent.device());
-  check_counter(op, "noise_state", net.noise_state, 3, error);
-  for (size_t i = 0; i < net.feedback.size(); ++i) {
-    const Tensor& gate = net.gates[i];
-    check_floating(op, "gate", gate);
-    TORCH_CHECK(gate.dim() >= 2 && gate.size(0) == error.size(0), "fdfa::", op, ": gate must be [",
-                error.size(0), ", *features]; got ", gate.sizes());
-    TORCH_CHECK(gate.device() == error.device(), "fdfa::", op, ": gate must be on ", error.device(),
-                "; got ", gate.device());
-    check_matrix(net, "feedback", net.feedback[i], i);
-    feature_order(op, net.feedback[i]);
-    parse_activation(op, net.activations.get(i));
-  }
-  parse_noise(op, net.noise);
 }
 
 bool is_turned(const Tensor& delta) {
@@ -161,6 +123,34 @@ void step(const Network& net, const Motion& motion, at::TensorList deltas) {
 }
 
 }  // namespace
+
+void check_network(const Network& net) {
+  const char* op = net.op;
+  const Tensor &error = net.error, &tangent = net.tangent;
+  check_count(net, "gates", net.gates);
+  check_count(net, "blocks", net.blocks);
+  check_count(net, "activations", net.activations);
+  TORCH_CHECK(error.dim() == 2 && error.size(1) > 0, "fdfa::", op,
+              ": error must be [N, K] with K > 0; got ", error.sizes());
+  check_floating(op, "error", error);
+  check_floating(op, "tangent", tangent);
+  check_shape(op, "tangent", tangent, error.sizes());
+  TORCH_CHECK(tangent.device() == error.device(), "fdfa::", op, ": tangent must be on ", error.device(),
+              "; got ", tangent.device());
+  check_counter(op, "noise_state", net.noise_state, 3, error);
+  for (size_t i = 0; i < net.feedback.size(); ++i) {
+    const Tensor& gate = net.gates[i];
+    check_floating(op, "gate", gate);
+    TORCH_CHECK(gate.dim() >= 2 && gate.size(0) == error.size(0), "fdfa::", op, ": gate must be [",
+                error.size(0), ", *features]; got ", gate.sizes());
+    TORCH_CHECK(gate.device() == error.device(), "fdfa::", op, ": gate must be on ", error.device(),
+                "; got ", gate.device());
+    check_matrix(net, "feedback", net.feedback[i], i);
+    feature_order(op, net.feedback[i]);
+    parse_activation(op, net.activations.get(i));
+  }
+  parse_noise(op, net.noise);
+}
 
 Tensor empty_delta(const Tensor& gate, const Tensor& feedback) {
   const auto order = feature_order("feedback_step", feedback);

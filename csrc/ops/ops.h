@@ -85,6 +85,17 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, cons
                                                        const OptionalTensor& weight, const Tensor& mean,
                                                        const Tensor& inverse_std, bool training);
 
+// What a feedback step needs of the network; lists have one entry a block.
+struct Network {
+  const char* op;
+  const Tensor &error, &tangent, &noise_state;
+  at::TensorList feedback, gates;
+  at::IntArrayRef blocks;
+  const Names& activations;
+  c10::string_view noise;
+};
+void check_network(const Network& net);
+
 // Memory for a block's δ.
 Tensor empty_delta(const Tensor& gate, const Tensor& feedback);
 

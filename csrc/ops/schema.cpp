@@ -108,10 +108,13 @@ TORCH_LIBRARY(fdfa, m) {
 
   // The network's output [N, K], tied to its blocks: the backward of the result hands each handle its δ
   // by a feedback step (rule "ema" or "adam") or by feedback_gradient ("grad"), and passes the error on
-  // to what made the output. Advances noise_state, of which the backward uses the value before. A gate
-  // that is spare, since nobody else reads it, gives its memory to δ, unless the graph is retained.
+  // to what made the output. The output is x, with its tangent; or with weight [K, D] and bias [K] it
+  // is x Wᵀ + b of x [N, D], and they get their exact gradients here: a node, two calls and a copy
+  // less. Advances noise_state, of which the backward uses the value before. A gate that is spare,
+  // since nobody else reads it, gives its memory to δ, unless the graph is retained.
   m.def(
-      "star(Tensor output, Tensor tangent, Tensor(a!) noise_state, Tensor[] handles, Tensor[] gates, "
+      "star(Tensor x, Tensor tangent, Tensor? weight, Tensor? bias, Tensor(a!) noise_state, Tensor[] "
+      "handles, Tensor[] gates, "
       "bool[] spare_gates, Tensor[] feedback, Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, "
       "int[] blocks, "
       "str[] activations, str noise, str rule, float lr, float beta1, float beta2, float eps) -> "

@@ -1,3 +1,5 @@
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/clone.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -6,8 +8,8 @@
 
 #include "ops/ops.h"
 
-// The one autograd node between the loss and all blocks (Algorithm 1, lines 18 to 24). No path leads
-// from one block to another.
+// The one autograd node between the loss and all blocks (Algorithm 1, lines 18 to 24), with the linear
+// output layer in it where there is one. No path leads from one block to another.
 
 namespace fdfa {
 namespace {
@@ -25,18 +27,38 @@ struct Options : torch::CustomClassHolder {
   Names activations;
   std::string noise, rule;
   double lr, beta1, beta2, eps;
+  bool wants_weight = false, wants_bias = false;
 };
 
+Tensor call_mm(const Tensor& a, const Tensor& b) {
+  static const auto op = find<decltype(fdfa::mm)>("fdfa::mm");
+  return op.call(a, b);
+}
+
 struct Star : torch::autograd::Function<Star> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& output, at::TensorList handles,
-                        at::TensorList feedback, const Tensor& tangent, const Tensor& noise_state,
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& tangent,
+                        const OptionalTensor& weight, const OptionalTensor& bias,
+                        at::TensorList handles, at::TensorList feedback, const Tensor& noise_state,
                         at::TensorList gates, c10::intrusive_ptr<Options> options) {
     static const auto next_noise = find<decltype(fdfa::next_noise)>("fdfa::next_noise");
-    variable_list saved{tangent, next_noise.call(noise_state)};
+    Tensor output, output_tangent = tangent;
+    if (weight) {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      output = bias ? at::addmm(*bias, x, weight->t()) : call_mm(x, weight->t());
+      output_tangent = call_mm(tangent, weight->t());
+    } else {
+      output = x.clone();
+    }
+    check_network({"star", output, output_tangent, noise_state, feedback, gates, options->blocks,
+                   options->activations, options->noise});
+    for (size_t i = 0; i < gates.size(); ++i) check_order(feedback[i], gates[i]);
+    options->wants_weight = weight && weight->requires_grad();
+    options->wants_bias = bias && bias->requires_grad();
+    variable_list saved{output_tangent, next_noise.call(noise_state), weight ? x : Tensor()};
     saved.insert(saved.end(), gates.begin(), gates.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["options"] = c10::IValue::make_capsule(std::move(options));
-    return output.clone();
+    return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -44,8 +66,8 @@ struct Star : torch::autograd::Function<Star> {
     static const auto feedback_gradient =
         find<decltype(fdfa::feedback_gradient)>("fdfa::feedback_gradient");
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &error = grads[0], &tangent = saved[0], &noise_state = saved[1];
-    const at::TensorList gates = at::TensorList(saved).slice(2);
+    const Tensor &error = grads[0], &tangent = saved[0], &noise_state = saved[1], &x = saved[2];
+    const at::TensorList gates = at::TensorList(saved).slice(3);
     const auto kept = ctx->saved_data["options"].toCapsule();
     const Options& o = static_cast<const Options&>(*kept);
 
@@ -64,20 +86,31 @@ struct Star : torch::autograd::Function<Star> {
                          noise_state, o.blocks, o.activations, o.noise, o.lr, o.beta1, o.beta2, o.eps,
                          deltas);
     }
-    variable_list result{error};
+    variable_list result{x.defined() ? Tensor() : error, Tensor(),
+                         o.wants_weight ? call_mm(error.t(), x) : Tensor(),
+                         o.wants_bias ? error.sum(0) : Tensor()};
     result.insert(result.end(), deltas.begin(), deltas.end());
     result.insert(result.end(), gradients.begin(), gradients.end());
-    result.resize(result.size() + 3 + gates.size());  // of what has no gradient
+    result.resize(result.size() + 2 + gates.size());  // of what has no gradient
     return result;
+  }
+
+  // The order in which the forward pass counted the features when it perturbed them.
+  static void check_order(const Tensor& feedback, const Tensor& gate) {
+    const auto order = gate.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    TORCH_CHECK(feedback.is_contiguous(order), "fdfa::star: feedback must lie in ", order,
+                " for a gate of ", gate.sizes(), "; got strides ", feedback.strides());
   }
 };
 
-Tensor star(const Tensor& output, const Tensor& tangent, const Tensor& noise_state,
-            at::TensorList handles, at::TensorList gates, const c10::List<bool>& spare_gates,
-            at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
-            const Tensor& updates, at::IntArrayRef blocks, const Names& activations,
-            c10::string_view noise, c10::string_view rule, double lr, double beta1, double beta2,
-            double eps) {
+Tensor star(const Tensor& x, const Tensor& tangent, const OptionalTensor& weight,
+            const OptionalTensor& bias, const Tensor& noise_state, at::TensorList handles,
+            at::TensorList gates, const c10::List<bool>& spare_gates, at::TensorList feedback,
+            at::TensorList exp_avg, at::TensorList exp_avg_sq, const Tensor& updates,
+            at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
+            c10::string_view rule, double lr, double beta1, double beta2, double eps) {
+  TORCH_CHECK(!weight || !x.requires_grad(),
+              "fdfa::star: x must need no gradient where weight is given");
   auto options = c10::make_intrusive<Options>();
   options->feedback = feedback.vec();
   options->exp_avg = exp_avg.vec();
@@ -92,7 +125,8 @@ Tensor star(const Tensor& output, const Tensor& tangent, const Tensor& noise_sta
   options->beta1 = beta1;
   options->beta2 = beta2;
   options->eps = eps;
-  return Star::apply(output, handles, feedback, tangent, noise_state, gates, std::move(options));
+  return Star::apply(x, tangent, weight, bias, handles, feedback, noise_state, gates,
+                     std::move(options));
 }
 
 }  // namespace
