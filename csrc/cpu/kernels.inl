@@ -325,6 +325,14 @@ void update_row(Rule rule, int64_t count, const float* __restrict g, float* __re
   }
 }
 
+// Towards the caches, to be read or, with kWrite, written: rows of a tile lie too far apart for the
+// processor to see them coming.
+template <int kWrite, class T>
+void prefetch_row(const T* row, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(row + i, kWrite, 2);
+}
+
 template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   if (p.samples == 0) return;
@@ -344,6 +352,8 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
       const int64_t samples = std::min(kNoiseSamples, p.samples - n0);
       with_noise(p.noise.kind, [&](auto kind) {
         for (int64_t n = 0; n < samples; ++n) {
+          if (p.gate) prefetch_row<0>(p.gate + (n0 + n) * p.features + first, count);
+          if (!p.transposed) prefetch_row<1>(p.delta + (n0 + n) * p.features + first, count);
           fill_noise<kind()>(keys, noise_stream(p.noise.state, p.noise.block, n0 + n), first / 4,
                              (count + 3) / 4, noise + n * kTileColumns);
         }
