@@ -141,6 +141,14 @@ def _(
     return y, pre, mean, torch.empty_like(mean)
 
 
+@torch.library.register_fake("fdfa::batch_norm_max_pool2d")
+def _(x: Tensor, tangent: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    *norm, pool_kernel, pool_stride, pool_padding = args
+    y, pre, mean, inverse_std = fused.batch_norm(x, tangent, torch.empty_like(x), *norm)
+    pooled, pooled_tangent = fused.max_pool2d(y, y, pool_kernel, pool_stride, pool_padding)
+    return y, pre, mean, inverse_std, pooled, pooled_tangent
+
+
 @torch.library.register_fake("fdfa::batch_norm_backward")
 def _(
     delta: Tensor,

@@ -92,3 +92,18 @@ def _activation(module: Any) -> str | None:
     ):
         return None
     return _ACTIVATIONS.get(kind)
+
+
+def norm_arguments(module: Any) -> tuple[Any, ...]:
+    """What its operators take of a batch normalisation in one more pass, which it counts."""
+    if module.training and module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+    return (
+        module.weight,
+        module.bias,
+        module.running_mean,
+        module.running_var,
+        module.training or module.running_mean is None,
+        module.momentum,
+        module.eps,
+    )

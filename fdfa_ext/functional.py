@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
-from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, ChainEnd, find_end
+from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, ChainEnd, find_end, norm_arguments
 from fdfa_ext.tangents import (
     Pair,
     forward_dual,
@@ -150,12 +150,16 @@ class BlockPass:
             return pooled[0], pooled[1]
         y, ty, pre = dual.backend.conv2d(x, tangent, weight, bias, *geometry, *rest)
         self._record(dual, y, pre, activation, torch.channels_last)
-        if pool is not None:
-            y, ty = forward_dual(pool, y, ty)
-        return y, ty
+        return _through_pool(pool, y, ty)
 
-    def chain(self, x: Tensor, tangent: Tensor | None, modules: Sequence[nn.Module]) -> Pair:
-        """Any torch modules, one after the other, perturbed at the end of the last."""
+    def chain(
+        self,
+        x: Tensor,
+        tangent: Tensor | None,
+        modules: Sequence[nn.Module],
+        pool: nn.MaxPool2d | None = None,
+    ) -> Pair:
+        """Torch modules one after the other, perturbed at the end of the last; pool as in conv2d."""
         dual = self._enter(x)
         x = x.detach()
         if x.dim() == 4:
@@ -168,7 +172,7 @@ class BlockPass:
             if end is not None and position == end.start and end.takes(y):
                 # The tangent that a layer just made is nobody else's: it may be overwritten.
                 spare = ty if position > 0 and makes_tangent(modules[position - 1]) else None
-                return self._fused_end(dual, end, y, ty, spare)
+                return self._fused_end(dual, end, y, ty, spare, pool)
             y, ty = forward_dual(module, y, ty)
             if tangent is not None and ty is None:
                 raise RuntimeError(
@@ -179,38 +183,33 @@ class BlockPass:
         ty = dual.backend.perturb(gate, ty, dual.noise_state, self.index, dual.noise)
         order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
         self._record(dual, gate, y, "identity", order)
-        return gate, ty
+        return _through_pool(pool, gate, ty)
 
     def _fused_end(
-        self, dual: DualPass, end: ChainEnd, x: Tensor, tangent: Tensor | None, spare: Tensor | None
+        self,
+        dual: DualPass,
+        end: ChainEnd,
+        x: Tensor,
+        tangent: Tensor | None,
+        spare: Tensor | None,
+        pool: nn.MaxPool2d | None,
     ) -> Pair:
         """spare: memory for the tangent of the result, if it has the right order."""
-        # Where a pool follows, it is that which perturbs.
+        module: Any = end.first
+        if pool is not None and end.pool is None and x.dim() == 4 and single_precision(x):
+            return self._pooled_end(dual, end, x, tangent, pool)
+        # Where a pool follows within the block, it is that which perturbs.
         noise = dual.noise if end.pool is None else "none"
         rest = (dual.noise_state, self.index, end.activation, noise)
-        module: Any = end.first
         ty: Tensor | None
         if end.normalizes:
             order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-            if module.training and module.num_batches_tracked is not None:
-                module.num_batches_tracked.add_(1)
             if tangent is None and noise == "none":
                 spare = None
             elif spare is None or not spare.is_contiguous(memory_format=order):
                 spare = torch.empty_like(x, memory_format=order)
-            y, pre = fused.batch_norm(
-                x.contiguous(memory_format=order),
-                tangent,
-                spare,
-                module.weight,
-                module.bias,
-                module.running_mean,
-                module.running_var,
-                module.training or module.running_mean is None,
-                module.momentum,
-                module.eps,
-                *rest,
-            )[:2]
+            x = x.contiguous(memory_format=order)
+            y, pre = fused.batch_norm(x, tangent, spare, *norm_arguments(module), *rest)[:2]
             ty = spare
         elif isinstance(module, nn.Linear):
             order = torch.contiguous_format
@@ -231,7 +230,25 @@ class BlockPass:
             )
         assert ty is not None
         self._record(dual, y, pre, end.activation, order)
-        return y, ty
+        return _through_pool(pool, y, ty)
+
+    def _pooled_end(
+        self, dual: DualPass, end: ChainEnd, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d
+    ) -> Pair:
+        """The end of a block of images and the pool after the block."""
+        module: Any = end.first
+        rest = (dual.noise_state, self.index, end.activation, dual.noise, *pool_geometry(pool))
+        if end.normalizes:
+            x = x.contiguous(memory_format=torch.channels_last)
+            arguments = norm_arguments(module)
+            y, pre, _, _, *pooled = fused.batch_norm_max_pool2d(x, tangent, *arguments, *rest)
+        else:
+            geometry = (module.stride, module.padding, module.dilation, module.groups)
+            y, pre, *pooled = fused.conv2d_max_pool2d(
+                x, tangent, module.weight, module.bias, *geometry, *rest
+            )
+        self._record(dual, y, pre, end.activation, torch.channels_last, own_output=True)
+        return pooled[0], pooled[1]
 
     def _enter(self, x: Tensor) -> DualPass:
         """The pass that runs, once it is clear that it may go through this block."""
@@ -271,6 +288,14 @@ class BlockPass:
                 self.name, self.index, output, handle, gate, activation, order, version, spare_gate
             )
         )
+
+
+def _through_pool(pool: nn.MaxPool2d | None, y: Tensor, ty: Tensor) -> Pair:
+    if pool is None:
+        return y, ty
+    pooled, tangent = forward_dual(pool, y, ty)
+    assert tangent is not None
+    return pooled, tangent
 
 
 def rows(t: Tensor) -> Tensor:

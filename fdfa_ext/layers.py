@@ -159,9 +159,10 @@ class FDFABlock(nn.Sequential, Block):
             return running.plain(x, super().forward)
         return running.through_duals(x, self.dual)
 
-    def dual(self, x: Tensor, tangent: Tensor | None) -> Pair:
+    def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> Pair:
+        """pool: one that comes after the block, to be done with it."""
         assert self.block_pass is not None
-        return self.block_pass.chain(x, tangent, list(self))
+        return self.block_pass.chain(x, tangent, list(self), pool)
 
 
 class SideBySide:
@@ -218,5 +219,6 @@ class SideBySide:
 
 
 def _pools(before: Any, module: Any) -> bool:
-    """Whether it is a max-pool that the convolution before it can do."""
-    return type(before) is FDFAConv2d and type(module) is nn.MaxPool2d and has_fused_pool(module)
+    """Whether it is a max-pool that the block before it can do."""
+    is_block = type(before) is FDFAConv2d or type(before) is FDFABlock
+    return is_block and type(module) is nn.MaxPool2d and has_fused_pool(module)

@@ -238,6 +238,16 @@ def batch_norm(
     return y, pre
 
 
+def batch_norm_max_pool2d(
+    x: Tensor, tangent: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, pre, pooled, its tangent) by the arguments of batch_norm, without ty, and of max_pool2d."""
+    *norm, kernel_size, stride, padding = args
+    ty = torch.empty_like(x, requires_grad=False)
+    y, pre = batch_norm(x, tangent, ty, *norm)
+    return y, pre, *max_pool2d(y, ty, kernel_size, stride, padding)
+
+
 def batch_norm_backward(
     delta: Tensor,
     x: Tensor,

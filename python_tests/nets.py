@@ -29,12 +29,13 @@ def conv_net() -> nn.Sequential:
 
 
 def block_net() -> nn.Sequential:
-    """Blocks of Conv → BatchNorm → ReLU → MaxPool, images [N, 1, 12, 12] → [N, 3]."""
+    """Blocks of Conv → BatchNorm → ReLU → MaxPool, one pool outside; [N, 1, 12, 12] → [N, 3]."""
     return nn.Sequential(
         FDFABlock(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
         FDFABlock(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+        nn.MaxPool2d(2, stride=1),
         nn.Flatten(),
-        FDFABlock(nn.Linear(54, 8), nn.BatchNorm1d(8), nn.GELU()),
+        FDFABlock(nn.Linear(24, 8), nn.BatchNorm1d(8), nn.GELU()),
         nn.Linear(8, 3),
     )
 

@@ -206,6 +206,39 @@ def test_max_pool2d_end_is_the_reference(
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, check_stride=False)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("pool", [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 3), (1, 0))])
+def test_batch_norm_max_pool2d_is_batch_norm_and_a_pool(
+    device: torch.device, activation: str, training: bool, pool: tuple[Any, ...]
+) -> None:
+    """The operators alone are held to the reference; gradients and running statistics included."""
+    for shape in ((2, 15, 9, 8), (5, 3, 6, 7)):
+        x, tangent = torch.randn(2, *shape, device=device).unbind()
+        x, tangent = (t.contiguous(memory_format=torch.channels_last) for t in (x, tangent))
+        for t in (None, tangent):
+            results = []
+            for pooled_at_once in (True, False):
+                leaves = [
+                    p.clone().requires_grad_()
+                    for p in (x, torch.linspace(0.5, 2, shape[1], device=device), x[0, :, 0, 0])
+                ]
+                running = [torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)]
+                rest = (*running, training, 0.1, 1e-5, noise_state(device), 3, activation, "gaussian")
+                if pooled_at_once:
+                    y, pre, _, _, *pooled = fused.batch_norm_max_pool2d(
+                        leaves[0], t, *leaves[1:], *rest, *pool
+                    )
+                else:
+                    ty = torch.empty_like(x)
+                    y, pre, *_ = fused.batch_norm(leaves[0], t, ty, *leaves[1:], *rest)
+                    pooled = fused.max_pool2d(y, ty, *pool)
+                pre.backward(torch.ones_like(y).cumsum(-1))
+                results.append((y, *pooled, *running, *[leaf.grad for leaf in leaves]))
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
 @pytest.mark.parametrize("pool", [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 3), (1, 0))])
 def test_conv2d_max_pool2d_is_the_reference(
@@ -603,6 +636,14 @@ def test_opcheck(device: torch.device) -> None:
         for t in (None, images):
             rest = ((1, 1), (0, 0), (1, 1), 1, state, 0, "gelu", "gaussian", *pool)
             torch.library.opcheck(fused.conv2d_max_pool2d.default, (images, t, leaf, None, *rest))
+    channels = images.shape[1]
+    norm = (torch.ones(channels, device=device), None, zeros.new_zeros(channels))
+    ordered = images.contiguous(memory_format=torch.channels_last)
+    for leaf in (ordered, ordered.clone().requires_grad_()):
+        for t in (None, ordered):
+            rest = (torch.ones(channels, device=device), True, 0.1, 1e-5, state, 0, "gelu", "gaussian")
+            args = (leaf, t, *norm, *rest, *pool)
+            torch.library.opcheck(fused.batch_norm_max_pool2d.default, args)
     delta = fused.max_pool2d(images, images, *pool)[0]
     torch.library.opcheck(fused.max_pool2d_backward.default, (delta, images, *pool))
     for gate in (

@@ -123,6 +123,32 @@ struct Conv2dMaxPool2d : torch::autograd::Function<Conv2dMaxPool2d> {
   }
 };
 
+// What the gradients of a batch normalisation need.
+void save_norm(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
+               const OptionalTensor& bias, const Tensor& mean, const Tensor& inverse_std,
+               bool training) {
+  ctx->save_for_backward({x, weight.value_or(Tensor()), mean, inverse_std});
+  ctx->saved_data["training"] = training;
+  ctx->saved_data["has_bias"] = bias.has_value();
+  ctx->set_materialize_grads(false);
+}
+
+// For the operator's arguments, x the first of `count` and weight and bias in this place.
+variable_list norm_gradients(AutogradContext* ctx, const Tensor& delta, size_t count,
+                             size_t weight_at) {
+  static const auto op = find<decltype(fdfa::batch_norm_backward)>("fdfa::batch_norm_backward");
+  variable_list result(count);
+  if (!delta.defined()) return result;
+  const variable_list saved = ctx->get_saved_variables();
+  const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+  auto [dx, dweight, dbias] =
+      op.call(delta, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool());
+  result[0] = dx;
+  if (weight) result[weight_at] = dweight;
+  if (ctx->saved_data["has_bias"].toBool()) result[weight_at + 1] = dbias;
+  return result;
+}
+
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                                const OptionalTensor& ty, const OptionalTensor& weight,
@@ -135,27 +161,36 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     auto [y, pre, mean, inverse_std] =
         op.call(x, tangent, ty, weight, bias, running_mean, running_var, training, momentum, eps,
                 noise_state, block, activation, noise);
-    ctx->save_for_backward({x, weight.value_or(Tensor()), mean, inverse_std});
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["has_bias"] = bias.has_value();
+    save_norm(ctx, x, weight, bias, mean, inverse_std, training);
     ctx->mark_non_differentiable({y, mean, inverse_std});
-    ctx->set_materialize_grads(false);
     return {y, pre, mean, inverse_std};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find<decltype(fdfa::batch_norm_backward)>("fdfa::batch_norm_backward");
-    variable_list result(14);
-    if (const Tensor& delta = grads[1]; delta.defined()) {
-      const variable_list saved = ctx->get_saved_variables();
-      const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
-      auto [dx, dweight, dbias] =
-          op.call(delta, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool());
-      result[0] = dx;
-      if (weight) result[3] = dweight;
-      if (ctx->saved_data["has_bias"].toBool()) result[4] = dbias;
-    }
-    return result;
+    return norm_gradients(ctx, grads[1], 14, /*weight_at=*/3);
+  }
+};
+
+struct BatchNormMaxPool2d : torch::autograd::Function<BatchNormMaxPool2d> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
+                               const OptionalTensor& weight, const OptionalTensor& bias,
+                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                               bool training, double momentum, double eps, const Tensor& noise_state,
+                               int64_t block, c10::string_view activation, c10::string_view noise,
+                               at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
+                               at::IntArrayRef pool_padding) {
+    static const auto op = find<decltype(fdfa::batch_norm_max_pool2d)>("fdfa::batch_norm_max_pool2d");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, pre, mean, inverse_std, pooled, pooled_tangent] =
+        op.call(x, tangent, weight, bias, running_mean, running_var, training, momentum, eps,
+                noise_state, block, activation, noise, pool_kernel, pool_stride, pool_padding);
+    save_norm(ctx, x, weight, bias, mean, inverse_std, training);
+    ctx->mark_non_differentiable({y, mean, inverse_std, pooled, pooled_tangent});
+    return {y, pre, mean, inverse_std, pooled, pooled_tangent};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return norm_gradients(ctx, grads[1], 16, /*weight_at=*/2);
   }
 };
 
@@ -247,6 +282,21 @@ Pooled conv2d_max_pool2d_autograd(const Tensor& x, const OptionalTensor& tangent
   return {out[0], out[1], out[2], out[3]};
 }
 
+PooledNorm batch_norm_max_pool2d_autograd(const Tensor& x, const OptionalTensor& tangent,
+                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                          const OptionalTensor& running_mean,
+                                          const OptionalTensor& running_var, bool training,
+                                          double momentum, double eps, const Tensor& noise_state,
+                                          int64_t block, c10::string_view activation,
+                                          c10::string_view noise, at::IntArrayRef pool_kernel,
+                                          at::IntArrayRef pool_stride, at::IntArrayRef pool_padding) {
+  check_no_dual("batch_norm_max_pool2d", x);
+  const auto out = BatchNormMaxPool2d::apply(x, tangent, weight, bias, running_mean, running_var,
+                                             training, momentum, eps, noise_state, block, activation,
+                                             noise, pool_kernel, pool_stride, pool_padding);
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
+}
+
 // x Wᵀ + b of an x without gradient, by the faster library.
 struct Product : torch::autograd::Function<Product> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
@@ -294,6 +344,7 @@ TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
   m.impl("conv2d", fdfa::conv2d_autograd);
   m.impl("conv2d_max_pool2d", fdfa::conv2d_max_pool2d_autograd);
   m.impl("batch_norm", fdfa::batch_norm_autograd);
+  m.impl("batch_norm_max_pool2d", fdfa::batch_norm_max_pool2d_autograd);
   m.impl("max_pool2d_end", fdfa::max_pool2d_end_autograd);
 }
 

@@ -47,63 +47,67 @@ Tensor moments(const Tensor& x, const float* t) {
   return sums;
 }
 
-}  // namespace
+struct Arguments {
+  const char* op;
+  const Tensor& x;
+  const OptionalTensor &tangent, &weight, &bias, &running_mean, &running_var;
+  bool training;
+  double momentum, eps;
+  const Tensor& noise_state;
+  int64_t block;
+  c10::string_view activation, noise;
+};
 
-Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& ty,
-                      const OptionalTensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                      bool training, double momentum, double eps, const Tensor& noise_state,
-                      int64_t block, c10::string_view activation, c10::string_view noise) {
-  const char* op = "batch_norm";
-  const Noise kind = parse_noise(op, noise, /*may_be_none=*/true);
-  check_input(op, x);
-  const int64_t channels = x.size(1), rows = x.numel() / channels;
-  TORCH_CHECK(!training || rows > 1, "fdfa::batch_norm: x must hold more than one value a channel to ",
-              "train; got ", x.sizes());
-  TORCH_CHECK(running_mean.has_value() == running_var.has_value() && (training || running_mean),
-              "fdfa::batch_norm: running_mean and running_var go together, and are needed unless ",
-              "training");
-  const auto order = x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  Tensor tx;
-  if (tangent) {
-    check_like(op, "tangent", *tangent, "x", x);
-    check_shape(op, "tangent", *tangent, x.sizes());
-    tx = tangent->contiguous(order);
+void check_arguments(const Arguments& a) {
+  const Tensor& x = a.x;
+  check_input(a.op, x);
+  TORCH_CHECK(!a.training || x.numel() > x.size(1), "fdfa::", a.op,
+              ": x must hold more than one value a channel to train; got ", x.sizes());
+  TORCH_CHECK(a.running_mean.has_value() == a.running_var.has_value() && (a.training || a.running_mean),
+              "fdfa::", a.op,
+              ": running_mean and running_var go together, and are needed unless training");
+  if (a.tangent) {
+    check_like(a.op, "tangent", *a.tangent, "x", x);
+    check_shape(a.op, "tangent", *a.tangent, x.sizes());
   }
-  if (ty) {
-    check_like(op, "ty", *ty, "x", x);
-    check_shape(op, "ty", *ty, x.sizes());
-    TORCH_CHECK(ty->is_contiguous(order),
-                "fdfa::batch_norm: ty must have the memory order of x; got strides ", ty->strides());
-  } else {
-    TORCH_CHECK(!tangent && kind == Noise::none,
-                "fdfa::batch_norm: ty must be given where there is a tangent or noise");
-  }
-  check_channels(op, "weight", weight, x);
-  check_channels(op, "bias", bias, x);
-  check_channels(op, "running_mean", running_mean, x);
-  check_channels(op, "running_var", running_var, x);
-  check_counter(op, "noise_state", noise_state, 3, x);
-  const Activation f = parse_activation(op, activation);
+  check_channels(a.op, "weight", a.weight, x);
+  check_channels(a.op, "bias", a.bias, x);
+  check_channels(a.op, "running_mean", a.running_mean, x);
+  check_channels(a.op, "running_var", a.running_var, x);
+  check_counter(a.op, "noise_state", a.noise_state, 3, x);
+}
 
+// All but the last pass over the images, and what that takes; ty is left to the caller.
+struct Prepared {
+  Tensor mean, inverse_std, y, pre;
+  EpilogueParams<float> epilogue;
+  Tensor kept[2];  // memory that the epilogue reads
+};
+
+Prepared prepare(const Arguments& a) {
+  const Tensor& x = a.x;
+  const Activation f = parse_activation(a.op, a.activation);
+  const Noise kind = parse_noise(a.op, a.noise, /*may_be_none=*/true);
+  const int64_t channels = x.size(1);
+  const Tensor tx = a.tangent ? a.tangent->contiguous(x.suggest_memory_format()) : Tensor();
   const Tensor mean = at::empty({channels}, x.options()), inverse_std = at::empty_like(mean);
   const Tensor maps = at::empty({4, channels}, x.options());
   Tensor sums;
   NormForwardParams n{};
-  if (training) {
-    sums = moments(x, tangent ? tx.const_data_ptr<float>() : nullptr);
+  if (a.training) {
+    sums = moments(x, a.tangent ? tx.const_data_ptr<float>() : nullptr);
     n.sums = sums.const_data_ptr<double>();
     n.parts = sums.size(0);
   }
   n.pivot = x.const_data_ptr<float>();
-  n.rows = rows;
+  n.rows = x.numel() / channels;
   n.channels = channels;
-  n.weight = read(weight);
-  n.bias = read(bias);
-  n.running_mean = pointer_or_null(running_mean);
-  n.running_var = pointer_or_null(running_var);
-  n.momentum = momentum;
-  n.eps = eps;
+  n.weight = read(a.weight);
+  n.bias = read(a.bias);
+  n.running_mean = pointer_or_null(a.running_mean);
+  n.running_var = pointer_or_null(a.running_var);
+  n.momentum = a.momentum;
+  n.eps = a.eps;
   n.mean = mean.data_ptr<float>();
   n.inverse_std = inverse_std.data_ptr<float>();
   n.map = {maps.data_ptr<float>(), channels};
@@ -114,19 +118,70 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
   const Tensor pre = keep_pre ? at::empty_like(x) : gradient_carrier(x);
   EpilogueParams<float> p{};
   p.z = x.data_ptr<float>();
-  p.tz = tangent ? tx.data_ptr<float>() : nullptr;
+  p.tz = a.tangent ? tx.data_ptr<float>() : nullptr;
   p.bias = n.map.bias();
   p.y = y.data_ptr<float>();
-  p.ty = ty ? ty->data_ptr<float>() : nullptr;
   p.pre = keep_pre ? pre.data_ptr<float>() : nullptr;
   p.samples = x.size(0);
   p.features = x.size(0) == 0 ? 0 : x.numel() / x.size(0);
   p.channels = channels;
   p.activation = f;
-  p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, kind};
+  p.noise = NoiseParams{a.noise_state.const_data_ptr<int64_t>(), a.block, kind};
   p.map = n.map.channel_map();
-  launch(p, x.device());
-  return {y, pre, mean, inverse_std};
+  return {mean, inverse_std, y, pre, p, {maps, tx}};
+}
+
+}  // namespace
+
+Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& ty,
+                      const OptionalTensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                      bool training, double momentum, double eps, const Tensor& noise_state,
+                      int64_t block, c10::string_view activation, c10::string_view noise) {
+  const Arguments a{"batch_norm", x,        tangent, weight,      bias,  running_mean, running_var,
+                    training,     momentum, eps,     noise_state, block, activation,   noise};
+  check_arguments(a);
+  if (ty) {
+    check_like(a.op, "ty", *ty, "x", x);
+    check_shape(a.op, "ty", *ty, x.sizes());
+    TORCH_CHECK(ty->is_contiguous(x.suggest_memory_format()),
+                "fdfa::batch_norm: ty must have the memory order of x; got strides ", ty->strides());
+  } else {
+    TORCH_CHECK(!tangent && parse_noise(a.op, noise, /*may_be_none=*/true) == Noise::none,
+                "fdfa::batch_norm: ty must be given where there is a tangent or noise");
+  }
+  Prepared p = prepare(a);
+  p.epilogue.ty = ty ? ty->data_ptr<float>() : nullptr;
+  launch(p.epilogue, x.device());
+  return {p.y, p.pre, p.mean, p.inverse_std};
+}
+
+PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,
+                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                 bool training, double momentum, double eps, const Tensor& noise_state,
+                                 int64_t block, c10::string_view activation, c10::string_view noise,
+                                 at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
+                                 at::IntArrayRef pool_padding) {
+  const Arguments a{"batch_norm_max_pool2d",
+                    x,
+                    tangent,
+                    weight,
+                    bias,
+                    running_mean,
+                    running_var,
+                    training,
+                    momentum,
+                    eps,
+                    noise_state,
+                    block,
+                    activation,
+                    noise};
+  check_arguments(a);
+  const PoolShape shape = check_pool(a.op, x, pool_kernel, pool_stride, pool_padding);
+  const Prepared p = prepare(a);
+  const auto [pooled, pooled_tangent] = run_pooled(p.epilogue, x, shape);
+  return {p.y, p.pre, p.mean, p.inverse_std, pooled, pooled_tangent};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,

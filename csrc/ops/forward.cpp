@@ -205,19 +205,10 @@ Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const T
   const Finish finish = check_finish(c.op, weight, bias, noise_state, block, activation, noise);
   const Products products = convolve(c);
   const Tensor& y = products.z;
-  PooledEpilogueParams p{};
-  p.shape = check_pool(c.op, y, pool_kernel, pool_stride, pool_padding);
+  const PoolShape shape = check_pool(c.op, y, pool_kernel, pool_stride, pool_padding);
   const Tensor pre = empty_pre(finish, y);
-  const Tensor pooled = empty_pooled(p.shape, y), pooled_tangent = at::empty_like(pooled);
-  p.epilogue = epilogue_params<float>(finish, products, y, pre);
-  p.pooled = pooled.data_ptr<float>();
-  p.pooled_tangent = pooled_tangent.data_ptr<float>();
-  Tensor ty;
-  if (!y.is_cpu()) {
-    ty = products.tz.defined() ? products.tz : at::empty_like(y);
-    p.epilogue.ty = ty.data_ptr<float>();
-  }
-  launch(p, y.device());
+  const auto [pooled, pooled_tangent] =
+      run_pooled(epilogue_params<float>(finish, products, y, pre), y, shape);
   return {y, pre, pooled, pooled_tangent};
 }
 

@@ -10,6 +10,11 @@ namespace {
 
 constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
 
+Tensor empty_pooled(const PoolShape& shape, const Tensor& x) {
+  return at::empty({shape.samples, shape.channels, shape.out_height, shape.out_width}, x.options(),
+                   kOrder);
+}
+
 std::tuple<Tensor, Tensor> pool_both(const char* op, const Tensor& x, const Tensor& tangent,
                                      at::IntArrayRef kernel, at::IntArrayRef stride,
                                      at::IntArrayRef padding) {
@@ -52,9 +57,18 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at
           {padding[0], padding[1]}};
 }
 
-Tensor empty_pooled(const PoolShape& shape, const Tensor& x) {
-  return at::empty({shape.samples, shape.channels, shape.out_height, shape.out_width}, x.options(),
-                   kOrder);
+std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
+                                      const PoolShape& shape) {
+  const Tensor pooled = empty_pooled(shape, y), pooled_tangent = at::empty_like(pooled);
+  Tensor ty;
+  if (!y.is_cpu()) {  // CUDA's epilogue hands it over to the pool in memory
+    ty = at::empty(y.sizes(), y.options(), kOrder);
+    epilogue.ty = ty.data_ptr<float>();
+  }
+  launch(
+      PooledEpilogueParams{epilogue, pooled.data_ptr<float>(), pooled_tangent.data_ptr<float>(), shape},
+      y.device());
+  return {pooled, pooled_tangent};
 }
 
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,

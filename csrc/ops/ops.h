@@ -67,8 +67,10 @@ Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const T
 // The sizes of a pool of images x [N, C, H, W], float32, once they are found to make sense.
 PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                      at::IntArrayRef padding);
-// Memory for its result.
-Tensor empty_pooled(const PoolShape& shape, const Tensor& x);
+// An epilogue of images like y, and a pool after it: (pooled, its tangent). The epilogue's own ty is
+// none of the result.
+std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
+                                      const PoolShape& shape);
 
 Tensor max_pool2d_backward(const Tensor& delta, const Tensor& x, at::IntArrayRef kernel,
                            at::IntArrayRef stride, at::IntArrayRef padding);
@@ -80,6 +82,17 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       bool training, double momentum, double eps, const Tensor& noise_state,
                       int64_t block, c10::string_view activation, c10::string_view noise);
+
+// Also the pool of y, and that's tangent.
+using PooledNorm = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,
+                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                 bool training, double momentum, double eps, const Tensor& noise_state,
+                                 int64_t block, c10::string_view activation, c10::string_view noise,
+                                 at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
+                                 at::IntArrayRef pool_padding);
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,
                                                        const OptionalTensor& weight, const Tensor& mean,

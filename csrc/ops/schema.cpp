@@ -53,6 +53,14 @@ TORCH_LIBRARY(fdfa, m) {
       "int block, str activation, str noise) -> "
       "(Tensor y, Tensor pre, Tensor mean, Tensor inverse_std)");
 
+  // The same and a max-pool that follows the block, as in `conv2d_max_pool2d`.
+  m.def(
+      "batch_norm_max_pool2d(Tensor x, Tensor? tangent, Tensor? weight, Tensor? bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, "
+      "Tensor noise_state, int block, str activation, str noise, int[2] pool_kernel, "
+      "int[2] pool_stride, int[2] pool_padding) -> (Tensor y, Tensor pre, Tensor mean, "
+      "Tensor inverse_std, Tensor pooled, Tensor pooled_tangent)");
+
   // From δ at its output a to the gradients of x, weight and bias.
   m.def(
       "batch_norm_backward(Tensor delta, Tensor x, Tensor? weight, Tensor mean, Tensor inverse_std, "
@@ -121,21 +129,22 @@ TORCH_LIBRARY(fdfa, m) {
       "Tensor");
 }
 
-#define FDFA_IMPLEMENT(key)                                   \
-  TORCH_LIBRARY_IMPL(fdfa, key, m) {                          \
-    m.impl("next_noise", fdfa::next_noise);                   \
-    m.impl("mm", fdfa::mm);                                   \
-    m.impl("linear", fdfa::linear);                           \
-    m.impl("conv2d", fdfa::conv2d);                           \
-    m.impl("conv2d_max_pool2d", fdfa::conv2d_max_pool2d);     \
-    m.impl("perturb", fdfa::perturb);                         \
-    m.impl("feedback_step", fdfa::feedback_step);             \
-    m.impl("feedback_gradient", fdfa::feedback_gradient);     \
-    m.impl("max_pool2d", fdfa::max_pool2d);                   \
-    m.impl("max_pool2d_end", fdfa::max_pool2d_end);           \
-    m.impl("max_pool2d_backward", fdfa::max_pool2d_backward); \
-    m.impl("batch_norm", fdfa::batch_norm);                   \
-    m.impl("batch_norm_backward", fdfa::batch_norm_backward); \
+#define FDFA_IMPLEMENT(key)                                       \
+  TORCH_LIBRARY_IMPL(fdfa, key, m) {                              \
+    m.impl("next_noise", fdfa::next_noise);                       \
+    m.impl("mm", fdfa::mm);                                       \
+    m.impl("linear", fdfa::linear);                               \
+    m.impl("conv2d", fdfa::conv2d);                               \
+    m.impl("conv2d_max_pool2d", fdfa::conv2d_max_pool2d);         \
+    m.impl("perturb", fdfa::perturb);                             \
+    m.impl("feedback_step", fdfa::feedback_step);                 \
+    m.impl("feedback_gradient", fdfa::feedback_gradient);         \
+    m.impl("max_pool2d", fdfa::max_pool2d);                       \
+    m.impl("max_pool2d_end", fdfa::max_pool2d_end);               \
+    m.impl("max_pool2d_backward", fdfa::max_pool2d_backward);     \
+    m.impl("batch_norm", fdfa::batch_norm);                       \
+    m.impl("batch_norm_max_pool2d", fdfa::batch_norm_max_pool2d); \
+    m.impl("batch_norm_backward", fdfa::batch_norm_backward);     \
   }
 
 FDFA_IMPLEMENT(CPU)
