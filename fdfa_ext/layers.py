@@ -192,9 +192,10 @@ class SideBySide:
         # The dictionaries themselves, since each step looks into all of them.
         self._hooks = [hooks for inner in self._module.modules() for hooks in hooks_of(inner)]
         self._steps = self._steps_of(self._module)
-        last = self._sequences[0][1][-1] if self._sequences else None
-        self.output_layer = last if self._steps and type(last) is nn.Linear else None
-        if self._steps and self.output_layer is not None:
+        outermost = self._sequences[0][1] if self._sequences else []
+        self.output_layer = None
+        if self._steps and type(outermost[-1]) is nn.Linear:
+            self.output_layer = outermost[-1]
             self._steps.pop()
 
     def _steps_of(self, module: Any) -> list[Step] | None:
