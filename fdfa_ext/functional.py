@@ -70,6 +70,13 @@ class DualPass:
     takes_output_layer: bool = False  # whether the method can run a linear output layer itself
     output_layer: nn.Linear | None = None  # one that was left to it
 
+    def use_noise(self) -> Tensor:
+        """The noise state of this pass, for its backward; that of the model moves on."""
+        if self.compiling:  # it has
+            return self.noise_state
+        used: Tensor = fused.next_noise(self.noise_state)
+        return used
+
 
 @dataclass(slots=True)
 class BlockPass:

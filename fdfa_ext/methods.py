@@ -176,7 +176,7 @@ class BlockMethod(Method):
 
     def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
         """The output, tied to all blocks: its backward does the step."""
-        used = fused.next_noise(model.noise_state) if tangent is not None else None
+        used = dual.use_noise() if tangent is not None else None
         return self.tie(model, dual.records, output, tangent, used)
 
     def tie(
@@ -286,6 +286,8 @@ def _perturbation(model: "FDFA", noise_state: Tensor, index: int, gate: Tensor) 
 
 def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) -> None:
     """One step of B along the gradients, by the model's rule. None if a gradient is not finite."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg="FDFA: this method moves its feedback outside the compiled graph")
     matrices = model.feedback.select(names)
     # A sum keeps what is not finite, and is far cheaper than a test of each element.
     finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
@@ -345,7 +347,7 @@ class LocalGreedy(ActivityPerturbation):
                 model.heads[key] = head
 
     def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
-        used = fused.next_noise(model.noise_state)
+        used = dual.use_noise()
         model.local_outputs = []
         for record in dual.records[:-1]:
             head: Any = model.heads[model.feedback.key(record.name)]

@@ -9,6 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
+from fdfa_ext._ops import fused
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
 from fdfa_ext.layers import Block, SideBySide
 from fdfa_ext.memory import keep_freed_memory
@@ -246,6 +247,9 @@ class FDFA(nn.Module):
 
     def _dual_pass(self, noise_state: Tensor) -> DualPass:
         compiling = torch.compiler.is_compiling()
+        if compiling and self.method.tangents != "none":
+            # A compiler may put off what only the backward needs, and perturb once the state has moved.
+            noise_state = fused.next_noise(noise_state)
         return DualPass(
             noise_state, self.noise, BACKENDS[self.backend], compiling, self.method.tangents
         )

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nets import NETS, batch, step
 
 from fdfa_ext import FDFA
 from fdfa_ext.functional import BACKENDS
+from fdfa_ext.methods import METHODS
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -30,6 +32,28 @@ def test_compiled_training_is_the_eager_one(
     for key, value in models[0].state_dict().items():
         torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
     assert models[1].noise_state[1] == 3
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fdfa"])
+def test_every_method_compiles(device: torch.device, method: str) -> None:
+    """Local heads included, and noise that a compiler would like to make in the backward alone."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, y = batch("block_net", device)
+    net = NETS["block_net"][0]().to(device)
+    models = [FDFA(net, method=method, feedback_lr=0.05, example_input=x)]
+    models.append(copy.deepcopy(models[0]))
+    fullgraph = method != "dkp"  # whose feedback moves by torch's fused Adam, in the backward
+    compiled = torch.compile(models[1], fullgraph=fullgraph, dynamic=False, backend="aot_eager")
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
+    for _ in range(3):
+        for model, forward, optimizer in zip(models, (models[0], compiled), optimizers, strict=True):
+            optimizer.zero_grad()
+            outputs = [forward(x), *model.local_outputs]
+            sum(F.cross_entropy(output, y) for output in outputs).backward()
+            optimizer.step()
+    for key, value in models[0].state_dict().items():
+        torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_compiling_without_feedback_matrices_is_refused() -> None:
