@@ -20,7 +20,7 @@ from fdfa_ext.bench.timing import Contender, Spread, take_turns
 _SECONDS = 0.25  # of timing for each operator
 _COLD_BYTES = 2**28  # several times a GPU's L2 cache
 _MOST_COPIES = 64  # of an operator's arguments, to make them so many bytes
-_GEOMETRY = slice(4, 8)  # stride, padding, dilation and groups of fdfa::conv2d
+_GEOMETRY = slice(4, 8)  # stride, padding, dilation and groups of fdfa::conv2d, with a pool or not
 
 
 @dataclass
@@ -146,7 +146,8 @@ def _time(call: OperatorCall, limits: Limits, device: torch.device) -> Iterator[
     if products:
         bare = ms["products"].median
         pass_ms = Spread(*(max(q - bare, 1e-6) for q in ms["itself"]))
-        moved = sum(t.nbytes for t in call()[:2]) * 2  # z and tz are read, y and ty are written
+        # z and tz are read, y and ty, or what is pooled of them, written.
+        moved = sum(t.nbytes for t in products(call)) + sum(map(_held_bytes, call.copy()()))
         yield row(f"{call.name} less its products", pass_ms, moved, 0, None)
 
 
@@ -176,7 +177,16 @@ def _conv2d_products(call: OperatorCall) -> list[Tensor]:
     return [F.conv2d(t, weight, None, *call.args[_GEOMETRY]) for t in (x, tangent) if t is not None]
 
 
-_PRODUCTS = {"fdfa::linear": _linear_products, "fdfa::conv2d": _conv2d_products}
+_PRODUCTS = {
+    "fdfa::linear": _linear_products,
+    "fdfa::conv2d": _conv2d_products,
+    "fdfa::conv2d_max_pool2d": _conv2d_products,
+}
+
+
+def _held_bytes(t: Tensor) -> int:
+    """Of its memory, which is less than its elements' where strides are 0."""
+    return min(t.nbytes, t.untyped_storage().nbytes())
 
 
 def necessary_bytes(call: OperatorCall) -> int:
@@ -196,7 +206,7 @@ def necessary_bytes(call: OperatorCall) -> int:
     results = result if isinstance(result, tuple) else (result,)
     for returned, value in zip(schema.returns, results, strict=False):
         if returned.alias_info is None:
-            total += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in _tensors(value))
+            total += sum(map(_held_bytes, _tensors(value)))
     return total
 
 
@@ -220,6 +230,11 @@ def _(a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 @register_flop_formula(fused.conv2d)
+def _(x: Any, tangent: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return (1 if tangent is None else 2) * conv_flop_count(x, weight, out_shape[0])
+
+
+@register_flop_formula(fused.conv2d_max_pool2d)
 def _(x: Any, tangent: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return (1 if tangent is None else 2) * conv_flop_count(x, weight, out_shape[0])
 
