@@ -16,11 +16,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-Tensor call_mm(const Tensor& a, const Tensor& b) {
-  static const auto op = find<decltype(fdfa::mm)>("fdfa::mm");
-  return op.call(a, b);
-}
-
 struct Linear : torch::autograd::Function<Linear> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                                const Tensor& weight, const OptionalTensor& bias,
@@ -303,10 +298,7 @@ struct Product : torch::autograd::Function<Product> {
                         const OptionalTensor& bias) {
     ctx->save_for_backward({x});
     ctx->saved_data["has_bias"] = bias.has_value();
-    at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y = call_mm(x, weight.t());
-    if (bias) y.add_(*bias);
-    return y;
+    return plain_linear(x, weight, bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {

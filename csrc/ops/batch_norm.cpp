@@ -180,7 +180,7 @@ PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,
   check_arguments(a);
   const PoolShape shape = check_pool(a.op, x, pool_kernel, pool_stride, pool_padding);
   const Prepared p = prepare(a);
-  const auto [pooled, pooled_tangent] = run_pooled(p.epilogue, x, shape);
+  const auto [pooled, pooled_tangent] = run_pooled(p.epilogue, x, shape, /*spare=*/{});
   return {p.y, p.pre, p.mean, p.inverse_std, pooled, pooled_tangent};
 }
 

@@ -208,7 +208,7 @@ Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const T
   const PoolShape shape = check_pool(c.op, y, pool_kernel, pool_stride, pool_padding);
   const Tensor pre = empty_pre(finish, y);
   const auto [pooled, pooled_tangent] =
-      run_pooled(epilogue_params<float>(finish, products, y, pre), y, shape);
+      run_pooled(epilogue_params<float>(finish, products, y, pre), y, shape, /*spare=*/products.tz);
   return {y, pre, pooled, pooled_tangent};
 }
 

@@ -58,11 +58,11 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at
 }
 
 std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
-                                      const PoolShape& shape) {
+                                      const PoolShape& shape, const Tensor& spare) {
   const Tensor pooled = empty_pooled(shape, y), pooled_tangent = at::empty_like(pooled);
   Tensor ty;
   if (!y.is_cpu()) {  // CUDA's epilogue hands it over to the pool in memory
-    ty = at::empty(y.sizes(), y.options(), kOrder);
+    ty = spare.defined() ? spare : at::empty(y.sizes(), y.options(), kOrder);
     epilogue.ty = ty.data_ptr<float>();
   }
   launch(

@@ -1,6 +1,7 @@
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
 #include <optional>
@@ -53,6 +54,19 @@ Tensor mm(const Tensor& a, const Tensor& b) {
   const at::AutoDispatchBelowAutograd guard;
   const c10::List<std::optional<at::Scalar>> no_scalars;
   return onednn_linear()->call(a, b.t(), std::nullopt, "none", no_scalars, std::nullopt);
+}
+
+Tensor call_mm(const Tensor& a, const Tensor& b) {
+  static const auto op = find<decltype(fdfa::mm)>("fdfa::mm");
+  return op.call(a, b);
+}
+
+Tensor plain_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  if (!mm_is_onednn(x, weight.t())) return at::linear(x, weight, bias);
+  Tensor y = call_mm(x, weight.t());
+  if (bias) y.add_(*bias);
+  return y;
 }
 
 }  // namespace fdfa

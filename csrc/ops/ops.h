@@ -32,6 +32,11 @@ Tensor mm(const Tensor& a, const Tensor& b);
 // Whether `mm` would take another library than torch does.
 bool mm_is_onednn(const Tensor& a, const Tensor& b);
 
+// The same through the dispatcher.
+Tensor call_mm(const Tensor& a, const Tensor& b);
+// x Wᵀ + b of matrices without autograd, by the library that `mm` would take.
+Tensor plain_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
+
 // `pre` where it only carries a gradient: zeros in the shape of y, in a single element of memory.
 Tensor gradient_carrier(const Tensor& y);
 
@@ -54,8 +59,8 @@ Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor
                     at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                     const Tensor& noise_state, int64_t block, c10::string_view noise);
 
-using Pooled =
-    std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, pre-activation, its pool, that's tangent
+// y, pre-activation, the pool of y, and that's tangent.
+using Pooled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
                          const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -67,10 +72,10 @@ Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const T
 // The sizes of a pool of images x [N, C, H, W], float32, once they are found to make sense.
 PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                      at::IntArrayRef padding);
-// An epilogue of images like y, and a pool after it: (pooled, its tangent). The epilogue's own ty is
-// none of the result.
+// An epilogue of images like y, and a pool after it: (pooled, its tangent). Where the epilogue's own ty
+// needs memory it takes `spare`, of y's size and order, if that is defined.
 std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
-                                      const PoolShape& shape);
+                                      const PoolShape& shape, const Tensor& spare);
 
 Tensor max_pool2d_backward(const Tensor& delta, const Tensor& x, at::IntArrayRef kernel,
                            at::IntArrayRef stride, at::IntArrayRef padding);

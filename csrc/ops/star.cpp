@@ -1,5 +1,4 @@
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/clone.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -30,11 +29,6 @@ struct Options : torch::CustomClassHolder {
   bool wants_weight = false, wants_bias = false;
 };
 
-Tensor call_mm(const Tensor& a, const Tensor& b) {
-  static const auto op = find<decltype(fdfa::mm)>("fdfa::mm");
-  return op.call(a, b);
-}
-
 struct Star : torch::autograd::Function<Star> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& tangent,
                         const OptionalTensor& weight, const OptionalTensor& bias,
@@ -43,8 +37,8 @@ struct Star : torch::autograd::Function<Star> {
     static const auto next_noise = find<decltype(fdfa::next_noise)>("fdfa::next_noise");
     Tensor output, output_tangent = tangent;
     if (weight) {
+      output = plain_linear(x, *weight, bias);
       const at::AutoDispatchBelowADInplaceOrView guard;
-      output = bias ? at::addmm(*bias, x, weight->t()) : call_mm(x, weight->t());
       output_tangent = call_mm(tangent, weight->t());
     } else {
       output = x.clone();
