@@ -341,10 +341,8 @@ class LocalGreedy(ActivityPerturbation):
         for record in records[:-1]:
             key = model.feedback.key(record.name)
             if key not in model.heads:
-                head = nn.Linear(record.output[0].numel(), outputs, device=record.output.device)
-                nn.init.kaiming_uniform_(head.weight, nonlinearity="relu")
-                nn.init.zeros_(head.bias)
-                model.heads[key] = head
+                features = record.output[0].numel()
+                model.heads[key] = nn.Linear(features, outputs, device=record.output.device)
 
     def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
         used = dual.use_noise()

@@ -9,7 +9,7 @@ import pytest
 import fdfa_ext.experiments.runs as runs
 from fdfa_ext.__main__ import main
 from fdfa_ext.experiments.noise import rank_correlation
-from fdfa_ext.experiments.runs import Job, Options, read_record, run_all
+from fdfa_ext.experiments.runs import Job, Options, paper_config, read_record, run_all
 from fdfa_ext.experiments.tables import TABLES, Cell, markdown, paper_accuracies
 from fdfa_ext.experiments.variance import FIGURES
 from fdfa_ext.methods import METHODS
@@ -64,6 +64,11 @@ def test_the_papers_numbers_cover_its_tables() -> None:
     assert paper["alexnet", "fdfa", "tiny-imagenet"] == (36.47, 0.40)
 
 
+def test_forward_gradients_of_weights_have_the_published_programs_rate() -> None:
+    rates = {method: paper_config(method, hidden=2).lr for method in METHODS}
+    assert rates == {**dict.fromkeys(METHODS, 1e-4), "fg-w": 1e-3}
+
+
 def test_a_cell_of_one_seed_claims_no_deviation() -> None:
     text = markdown([Cell("cnn", "bp", "mnist", 1, 99.0, 0.0, 99.32, 0.03)])
     assert "| cnn | bp | 99.00 | 99.32 ± 0.03 |" in text
@@ -75,7 +80,7 @@ def test_convergence_has_a_point_for_each_epoch(
     name: str, nets: list[str], tmp_path: Path, monkeypatch
 ) -> None:
     # Digits are too small for the convolutional net; an mlp of three layers stands in.
-    monkeypatch.setattr("fdfa_ext.experiments.convergence.Config", _mlp_for_cnn)
+    monkeypatch.setattr("fdfa_ext.experiments.convergence.paper_config", _mlp_for_cnn)
     rows = experiment(name, tmp_path, "--methods", "bp,fdfa")
     assert [row[:2] for row in rows] == [[net, method] for net in nets for method in ("fdfa", "bp")]
     points = list(csv.DictReader((tmp_path / name / "points.csv").open()))
@@ -87,8 +92,8 @@ def test_convergence_has_a_point_for_each_epoch(
     assert (tmp_path / "records").exists() == (name == "figure-3")
 
 
-def _mlp_for_cnn(**fields) -> Config:
-    return Config(**{**fields, "model": "mlp", "hidden": 2 if fields["model"] == "cnn" else None})
+def _mlp_for_cnn(method: str, *, model: str, **settings) -> Config:
+    return paper_config(method, model="mlp", hidden=2 if model == "cnn" else None, **settings)
 
 
 def test_loss_after_an_epoch_rises_with_the_variance(tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from fdfa_ext.experiments.report import band, in_words, mean_and_deviation, write_rows, write_text
-from fdfa_ext.experiments.runs import Job, Options, Record, net_name, run_all
+from fdfa_ext.experiments.runs import Job, Options, Record, net_name, paper_config, run_all
 from fdfa_ext.methods import METHODS
-from fdfa_ext.train.training import Config
 
 _QUANTITIES = {"train_loss": "training loss, nats", "test_accuracy": "test accuracy"}
 
@@ -34,7 +33,7 @@ def convergence(name: str, options: Options, folder: Path) -> str:
     models = ["cnn"] if by_time else ["mlp", "cnn"]
     methods = [m for m in METHODS if m in (options.methods or METHODS)]
     configs = [
-        Config(model=model, method=method, dataset=dataset, epochs=options.epochs)
+        paper_config(method, model=model, dataset=dataset, epochs=options.epochs)
         for model in models
         for method in methods
         if (model, method) != ("mlp", "lg-fg-a")  # one hidden layer: nothing to be greedy

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fdfa_ext.experiments.report import mean_and_deviation, write_rows, write_text
-from fdfa_ext.experiments.runs import Job, Options, net_name, run_all
+from fdfa_ext.experiments.runs import Job, Options, net_name, paper_config, run_all
 from fdfa_ext.methods import METHODS
-from fdfa_ext.train.training import Config
 
 # Test accuracy in percent, mean and deviation of 10 runs; Table 1 is the mlp-4 part of Table B.6.
 _SMALL = ("mnist", "fashion-mnist", "cifar10")
@@ -101,7 +100,7 @@ def table(name: str, options: Options, folder: Path) -> str:
     nets, datasets = TABLES[name]
     kinds = list(_kinds(nets, options.datasets or datasets, options.methods or tuple(METHODS)))
     jobs = [
-        Job(Config(**kind, epochs=options.epochs, seed=seed))
+        Job(paper_config(**kind, epochs=options.epochs, seed=seed))
         for kind in kinds
         for seed in range(options.seeds)
     ]

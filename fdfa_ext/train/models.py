@@ -32,12 +32,10 @@ def build_net(
     - ``alexnet``: torchvision's sizes, with batch normalisation and without dropout, as published; each
       block is perturbed after its pool.
 
-    Biases are zero and W is Kaiming-uniform, but for the nets with batch normalisation, which keep
-    torch.nn's narrower uniform: the scale of W is then meaningless to the output, while Adam's steps
-    have a fixed size, so that smaller weights learn faster. On Fashion-MNIST ``cnn`` is half a point
-    better so after eight epochs, by backpropagation and by FDFA. ``hidden`` and ``width`` count for
-    ``mlp`` alone. With ``weights="zero"``, which direct feedback alone can start from, every W is zero
-    and biases are torch.nn's random ones: without them no ReLU would be open.
+    W and biases keep torch.nn's uniform start, as in the authors' code: Kaiming's with slope √5, so √6
+    times narrower than for ReLU (docs/results.md compares them). ``hidden`` and ``width`` count for
+    ``mlp`` alone. With ``weights="zero"``, which direct feedback alone can start from, every W is zero;
+    the biases then open the ReLUs.
 
     Raises:
         UserError: the model is unknown, or the images are too small for its kernels.
@@ -60,15 +58,8 @@ def build_net(
         net = make(channels, _pooled(model, height), _pooled(model, breadth), n_classes)
     if weights == "zero":
         for parameter in net.parameters():
-            if parameter.dim() > 1:
+            if parameter.dim() > 1:  # the others are biases
                 nn.init.zeros_(parameter)
-        return net
-    for parameter in net.parameters():
-        if model not in NORMALISED and parameter.dim() > 1:  # the others are biases
-            nn.init.kaiming_uniform_(parameter, nonlinearity="relu")
-    for name, parameter in net.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
     return net
 
 
