@@ -1,6 +1,7 @@
 """Tables and figures of the paper come out whole, and with the properties that the paper states."""
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fdfa_ext.methods import METHODS
 from fdfa_ext.train.training import Config, Run
 
 FILES = {"figure.png", "table.md"}
+DOCS = Path(__file__).parents[1] / "docs"
 OPTIONS = Options(jobs=1)
 CONFIG = Config(method="fdfa", epochs=3)
 
@@ -62,6 +64,20 @@ def test_the_papers_numbers_cover_its_tables() -> None:
             assert {(net, m, d) for m in methods for d in datasets} <= paper.keys()
     assert paper["mlp-4", "fg-a", "mnist"] == (83.40, 1.33)
     assert paper["alexnet", "fdfa", "tiny-imagenet"] == (36.47, 0.40)
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"), [("table-b6", ",".join(METHODS)), ("table-2", "dfa,dkp,fg-a")]
+)
+def test_documented_tables_are_what_the_records_beside_them_say(
+    name: str, methods: str, tmp_path: Path
+) -> None:
+    shutil.copytree(DOCS / "records", tmp_path / "records")
+    which = ["--datasets", "fashion-mnist", "--methods", methods, "--seeds", "1"]
+    assert main(["experiment", name, *which, "--output", str(tmp_path)]) == 0
+    lines = (tmp_path / name / "table.md").read_text().splitlines()
+    table = "\n".join(line for line in lines if line.startswith("|"))
+    assert table in (DOCS / "results.md").read_text()
 
 
 def test_forward_gradients_of_weights_have_the_published_programs_rate() -> None:

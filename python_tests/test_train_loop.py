@@ -174,6 +174,7 @@ def test_the_command_line_resumes(tmp_path, capsys):
     [
         ("--model cnn", "needs images of 10 x 10 pixels or more, got a side of 8"),
         ("--model cnn --width 5", "--hidden and --width are for --model mlp"),
+        ("--model cnn --method dfa --weights zero", "--weights zero cannot train cnn: what batch norm"),
         ("--method bp,sgd", "'bp,sgd' is not some of fdfa, dfa, dkp, fg-a, lg-fg-a, fg-w, bp"),
         ("--epochs 0", "'0' is not a whole number of 1 or more"),
         ("--lr nan", "'nan' is not a number above 0"),

@@ -47,6 +47,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.model != "mlp" and (self.hidden, self.width) != (None, None):
             raise UserError(f"--hidden and --width are for --model mlp, not for {self.model}")
+        if self.weights == "zero" and self.model in NORMALISED:
+            raise UserError(
+                f"--weights zero cannot train {self.model}: what batch normalisation makes of it "
+                "is zero for every image, and opens no ReLU"
+            )
 
 
 @dataclass(frozen=True)
