@@ -111,6 +111,18 @@ def test_nets_have_the_papers_shapes_and_initialisation(model, dense_inputs):
     assert 0.99 * bound < linear[0].abs().max() <= bound
 
 
+@pytest.mark.parametrize("model", ["mlp", "cnn-two-pool"])
+def test_random_feedback_moves_every_layer_from_zero_weights(model):
+    images, labels = torch.rand(8, 1, 16, 16), torch.arange(8)
+    run = Run(
+        Config(model=model, method="dfa", weights="zero"), Dataset(images, labels, images, labels)
+    )
+    matrices = [p for p in run.model.module.parameters() if p.dim() > 1]
+    assert not any(w.any() for w in matrices)
+    run.train_epoch()
+    assert all(w.any() for w in matrices)
+
+
 @pytest.mark.parametrize(("model", "least"), [("cnn", 10), ("cnn-two-pool", 16)])
 def test_images_too_small_for_the_kernels_are_refused(model, least):
     build_net(model, (3, least, least), 10)

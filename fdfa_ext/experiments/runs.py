@@ -18,7 +18,7 @@ from fdfa_ext.train.training import Config, Run, read_checkpoint
 
 Record = list[dict[str, float]]  # of a run: a row an epoch, EpochResult's fields and what was watched
 
-# The paper states 1e-4 for every method. At that rate fg-w ends far below its figures, and on them at
+# The paper states 1e-4 for every method. At that rate fg-w ends far below its figures, and near them at
 # the 1e-3 of the program that the authors published for it.
 _LR = {"fg-w": 1e-3}
 _QUICK_IMAGES = {"alexnet": 128}  # of training, and at most as many to test
