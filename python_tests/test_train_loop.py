@@ -130,10 +130,13 @@ def test_images_too_small_for_the_kernels_are_refused(model, least):
         build_net(model, (3, least, least - 1), 10)
 
 
-def test_a_last_batch_of_one_image_is_refused_where_it_cannot_be_normalised():
-    images, labels = torch.rand(9, 1, 16, 16), torch.arange(9)
-    with pytest.raises(UserError, match="--batch-size 4 the last batch has one image"):
-        Run(Config(model="cnn", method="bp", batch_size=4), Dataset(images, labels, images, labels))
+@pytest.mark.parametrize(("model", "side"), [("cnn", 10), ("alexnet", 63)])
+def test_convolutions_alone_are_normalised_so_that_one_image_will_do(model, side):
+    net = build_net(model, (1, side, side), 10).train()
+    kinds = [type(module).__name__ for module in net.modules()]
+    assert kinds.count("BatchNorm2d") == kinds.count("Conv2d") > 0
+    assert "BatchNorm1d" not in kinds
+    assert net(torch.rand(1, 1, side, side)).isfinite().all()
 
 
 def test_alexnet_trains_on_enlarged_images_of_any_number_of_classes():

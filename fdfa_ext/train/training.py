@@ -80,16 +80,11 @@ class Run:
         device: where to train.
 
     Raises:
-        UserError: the model does not fit the images or the batch size.
+        UserError: the model does not fit the images.
     """
 
     def __init__(self, config: Config, data: Dataset, device: torch.device | None = None) -> None:
         device = device or torch.device("cpu")
-        if config.model in NORMALISED and len(data.train_images) % config.batch_size == 1:
-            raise UserError(
-                f"with --batch-size {config.batch_size} the last batch has one image, "
-                "which batch normalisation cannot train on: choose another size"
-            )
         self.config = config
         self.data = data.to(device)
         self.history: list[EpochResult] = []
