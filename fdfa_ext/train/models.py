@@ -9,7 +9,7 @@ from fdfa_ext.train.errors import UserError
 
 MODELS = ("mlp", "cnn", "cnn-two-pool", "alexnet")
 IMAGE_SIDES = {"alexnet": 224}  # in pixels, of nets that the paper trains on enlarged images
-NORMALISED = ("cnn", "alexnet")  # with batch normalisation
+NORMALISED = ("cnn", "alexnet")  # by batch normalisation, behind which zero weights stay zero
 WEIGHTS = ("random", "zero")
 _DENSE = 128  # units of the dense hidden layer of both small convolutional nets
 _SMALLEST = {"cnn": 10, "cnn-two-pool": 16, "alexnet": 63}  # side of an image, in pixels
