@@ -184,7 +184,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = [(x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)]
     y = x.new_empty([*x.shape[:2], *size]).contiguous(memory_format=torch.channels_last)
-    return _dual_outputs(y, "identity")
+    return _dual_outputs(y, "identity", tangent is None and noise == "none")
 
 
 @torch.library.register_fake("fdfa::max_pool2d_backward")
@@ -221,12 +221,14 @@ def _(*_: Any) -> None:
 def _(
     feedback: list[Tensor],
     error: Tensor,
-    tangent: Tensor,
+    tangent: Tensor | None,
     gates: list[Tensor],
-    noise_state: Tensor,
+    outputs: list[Tensor],
+    noise_state: Tensor | None,
     blocks: list[int],
     activations: list[str],
     noise: str,
+    decay: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
     deltas = [
         _delta("feedback_gradient", matrix, error, gate)

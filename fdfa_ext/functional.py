@@ -18,7 +18,7 @@ from fdfa_ext import reference
 from fdfa_ext._ops import fused
 from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, ChainEnd, find_end, norm_arguments
 from fdfa_ext.tangents import (
-    Pair,
+    MaybePair,
     forward_dual,
     make_dual,
     makes_tangent,
@@ -61,14 +61,18 @@ class DualPass:
     """One forward pass of primal and tangent: noise, operators, and the blocks met so far."""
 
     noise_state: Tensor  # int64 [3]: seed, step, index of the batch's first sample
-    noise: str
+    noise: str  # or "none", where nothing is perturbed and there are no tangents
     backend: Any
     compiling: bool  # by torch.compile
-    tangents: str = "network"  # or "block": they end at the next block; or "none", and no noise
+    tangents: str = "network"  # or "block": they end at the next block; or "none"
     records: list[BlockRecord] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # the blocks of the records
     takes_output_layer: bool = False  # whether the method can run a linear output layer itself
     output_layer: nn.Linear | None = None  # one that was left to it
+
+    @property
+    def perturbs(self) -> bool:
+        return self.noise != "none"
 
     def use_noise(self) -> Tensor:
         """The noise state of this pass, for its backward; that of the model moves on."""
@@ -86,37 +90,22 @@ class BlockPass:
     index: int
     dual: DualPass | None = None
 
-    @property
-    def perturbs(self) -> bool:
-        return self.dual is not None and self.dual.tangents != "none"
+    def through_duals(self, x: Tensor, block: Callable[[Tensor, Tensor | None], MaybePair]) -> Tensor:
+        """A dual tensor through a block that takes primal and tangent apart; so is the result.
 
-    @property
-    def product(self) -> Callable[..., Tensor]:
-        """x, weight, bias → x Wᵀ + b, with autograd."""
+        Without a tangent both are plain tensors.
+        """
         assert self.dual is not None
-        operator: Callable[..., Tensor] = self.dual.backend.product
-        return operator
-
-    def plain(self, x: Tensor, module: Callable[[Tensor], Tensor]) -> Tensor:
-        """x [N, *] → module(x), cut off from what made x; the module's own autograd holds f'."""
-        dual = self._enter(x)
-        x = x.detach()
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        y = module(x)
-        order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
-        output = y.detach()
-        self._record(dual, output, y, "identity", order)
-        return output
-
-    def through_duals(self, x: Tensor, block: Callable[[Tensor, Tensor | None], Pair]) -> Tensor:
-        """A dual tensor through a block that takes primal and tangent apart; so is the result."""
+        if not self.dual.perturbs:
+            return block(x, None)[0]
         with without_rules():
-            return make_dual(*block(*unpack_dual(x)))
+            y, ty = block(*unpack_dual(x))
+            assert ty is not None
+            return make_dual(y, ty)
 
     def linear(
         self, x: Tensor, tangent: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
-    ) -> Pair:
+    ) -> MaybePair:
         """x [N, *, in_features] → y, ty [N, *, out_features]. Algorithm 1, lines 10 to 16."""
         dual = self._enter(x)
         if dual.tangents == "block":
@@ -125,7 +114,7 @@ class BlockPass:
             x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
         )
         self._record(dual, y, pre, activation, torch.contiguous_format)
-        return y, ty
+        return y, ty if dual.perturbs else None
 
     def conv2d(
         self,
@@ -139,7 +128,7 @@ class BlockPass:
         groups: int,
         activation: str,
         pool: nn.MaxPool2d | None = None,
-    ) -> Pair:
+    ) -> MaybePair:
         """x [N, C, H, W] → y and its tangent [N, C', H', W'], in channels_last.
 
         With a pool, one that has_fused_pool, these go through it, but it is no part of the block.
@@ -154,10 +143,10 @@ class BlockPass:
                 x, tangent, weight, bias, *geometry, *rest, *pool_geometry(pool)
             )
             self._record(dual, y, pre, activation, torch.channels_last, own_output=True)
-            return pooled[0], pooled[1]
+            return pooled[0], pooled[1] if dual.perturbs else None
         y, ty, pre = dual.backend.conv2d(x, tangent, weight, bias, *geometry, *rest)
         self._record(dual, y, pre, activation, torch.channels_last)
-        return _through_pool(pool, y, ty)
+        return _through_pool(pool, y, ty if dual.perturbs else None)
 
     def chain(
         self,
@@ -165,7 +154,7 @@ class BlockPass:
         tangent: Tensor | None,
         modules: Sequence[nn.Module],
         pool: nn.MaxPool2d | None = None,
-    ) -> Pair:
+    ) -> MaybePair:
         """Torch modules one after the other, perturbed at the end of the last; pool as in conv2d."""
         dual = self._enter(x)
         x = x.detach()
@@ -187,7 +176,8 @@ class BlockPass:
                     "dropped the tangent; it is not differentiable in torch's forward mode"
                 )
         gate = y.detach()
-        ty = dual.backend.perturb(gate, ty, dual.noise_state, self.index, dual.noise)
+        if dual.perturbs:
+            ty = dual.backend.perturb(gate, ty, dual.noise_state, self.index, dual.noise)
         order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
         self._record(dual, gate, y, "identity", order)
         return _through_pool(pool, gate, ty)
@@ -200,7 +190,7 @@ class BlockPass:
         tangent: Tensor | None,
         spare: Tensor | None,
         pool: nn.MaxPool2d | None,
-    ) -> Pair:
+    ) -> MaybePair:
         """spare: memory for the tangent of the result, if it has the right order."""
         module: Any = end.first
         if pool is not None and end.pool is None and x.dim() == 4 and single_precision(x):
@@ -235,13 +225,12 @@ class BlockPass:
                 self.index,
                 dual.noise,
             )
-        assert ty is not None
         self._record(dual, y, pre, end.activation, order)
-        return _through_pool(pool, y, ty)
+        return _through_pool(pool, y, ty if dual.perturbs else None)
 
     def _pooled_end(
         self, dual: DualPass, end: ChainEnd, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d
-    ) -> Pair:
+    ) -> MaybePair:
         """The end of a block of images and the pool after the block."""
         module: Any = end.first
         rest = (dual.noise_state, self.index, end.activation, dual.noise, *pool_geometry(pool))
@@ -255,7 +244,7 @@ class BlockPass:
                 x, tangent, module.weight, module.bias, *geometry, *rest
             )
         self._record(dual, y, pre, end.activation, torch.channels_last, own_output=True)
-        return pooled[0], pooled[1]
+        return pooled[0], pooled[1] if dual.perturbs else None
 
     def _enter(self, x: Tensor) -> DualPass:
         """The pass that runs, once it is clear that it may go through this block."""
@@ -297,12 +286,8 @@ class BlockPass:
         )
 
 
-def _through_pool(pool: nn.MaxPool2d | None, y: Tensor, ty: Tensor) -> Pair:
-    if pool is None:
-        return y, ty
-    pooled, tangent = forward_dual(pool, y, ty)
-    assert tangent is not None
-    return pooled, tangent
+def _through_pool(pool: nn.MaxPool2d | None, y: Tensor, ty: Tensor | None) -> MaybePair:
+    return (y, ty) if pool is None else forward_dual(pool, y, ty)
 
 
 def rows(t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
-from fdfa_ext.tangents import MaybePair, Pair, has_fused_pool, hooks_of, known_way
+from fdfa_ext.tangents import MaybePair, has_fused_pool, hooks_of, known_way
 
 Step = Callable[[Tensor, Tensor | None], MaybePair]
 
@@ -30,10 +30,10 @@ class Block:
 
     block_pass: BlockPass | None = None
 
-    def dual(self, x: Tensor, tangent: Tensor | None) -> Pair:
+    def dual(self, x: Tensor, tangent: Tensor | None) -> MaybePair:
         """The block's output and its tangent, perturbed, for an input with a tangent or none.
 
-        While FDFA makes a training step.
+        While FDFA makes a training step. None in one that perturbs nothing.
         """
         raise NotImplementedError
 
@@ -66,16 +66,14 @@ class FDFALinear(nn.Linear, Block):
     def forward(self, x: Tensor) -> Tensor:
         if (running := self.running_pass) is None:
             return self._plain(x)
-        if not running.perturbs:
-            return running.plain(x, partial(self._plain, linear=running.product))
         return running.through_duals(x, self.dual)
 
-    def dual(self, x: Tensor, tangent: Tensor | None) -> Pair:
+    def dual(self, x: Tensor, tangent: Tensor | None) -> MaybePair:
         assert self.block_pass is not None
         return self.block_pass.linear(x, tangent, self.weight, self.bias, self.activation)
 
-    def _plain(self, x: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
-        return ACTIVATIONS[self.activation](linear(x, self.weight, self.bias))
+    def _plain(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](super().forward(x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -104,11 +102,9 @@ class FDFAConv2d(nn.Conv2d, Block):
     def forward(self, x: Tensor) -> Tensor:
         if (running := self.running_pass) is None:
             return self._plain(x)
-        if not running.perturbs:
-            return running.plain(x, self._plain)
         return running.through_duals(x, self.dual)
 
-    def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> Pair:
+    def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
         """pool: one that comes after the block, to be done with it."""
         assert self.block_pass is not None
         padding = self.padding
@@ -155,11 +151,9 @@ class FDFABlock(nn.Sequential, Block):
     def forward(self, x: Tensor) -> Tensor:
         if (running := self.running_pass) is None:
             return super().forward(x)
-        if not running.perturbs:
-            return running.plain(x, super().forward)
         return running.through_duals(x, self.dual)
 
-    def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> Pair:
+    def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
         """pool: one that comes after the block, to be done with it."""
         assert self.block_pass is not None
         return self.block_pass.chain(x, tangent, list(self), pool)

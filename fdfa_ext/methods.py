@@ -361,7 +361,57 @@ def kaiming_feedback(feedback: Tensor) -> None:
     nn.init.kaiming_uniform_(feedback, nonlinearity="relu")
 
 
-class DirectFeedback(BlockMethod):
+class ProjectedError(BlockMethod):
+    """Base of FDFA, DFA and DKP: δ = e B.
+
+    `delta` and `feedback_gradient` define them, and `forward` has all blocks do the same in one fused
+    operator. Not so for a subclass, whose rules may be others.
+    """
+
+    decay = 1.0  # in ∇B = decay B - G
+
+    def delta(self, block: BlockStep) -> Tensor:
+        return block.error @ block.feedback
+
+    def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
+        if type(self) not in _FUSED:
+            return super().forward(model, *args, **kwargs)
+        dual, output, tangent = model.run_blocks(args, kwargs, takes_output_layer=True)
+        records, layer = dual.records, dual.output_layer
+        weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
+        outputs = output.shape[1] if weight is None else len(weight)
+        if dual.compiling or any([record.gate._version != record.version for record in records]):
+            model.check_blocks(dual, len(output), outputs)
+        names = [record.name for record in records]
+        try:
+            result: Tensor = dual.backend.star(
+                output,
+                tangent,
+                weight,
+                bias,
+                dual.noise_state,
+                [record.handle for record in records],
+                [record.gate for record in records],
+                [record.spare_gate for record in records],
+                [record.output for record in records] if self.reads_output else [],
+                *model.feedback_state(names),
+                model.updates,
+                [record.index for record in records],
+                [record.activation for record in records],
+                model.noise,
+                model.rule if self.feedback == "learned" else "fixed",
+                self.decay,
+                model.feedback_lr,
+                *model.betas,
+                model.eps,
+            )
+        except (RuntimeError, TypeError, ValueError):
+            model.check_blocks(dual, len(output), outputs)  # it calls blocks by their names
+            raise
+        return result
+
+
+class DirectFeedback(ProjectedError):
     """DFA: δ = e B with B random and fixed  (eq. 6; Nøkland 2016).
 
     Args:
@@ -375,9 +425,6 @@ class DirectFeedback(BlockMethod):
 
     def initialize(self, feedback: Tensor) -> None:
         self._initialize(feedback)
-
-    def delta(self, block: BlockStep) -> Tensor:
-        return block.error @ block.feedback
 
 
 class KolenPollack(DirectFeedback):
@@ -398,60 +445,23 @@ class KolenPollack(DirectFeedback):
         self, weight_decay: float = 1e-6, initialize: Callable[[Tensor], Any] = nn.init.zeros_
     ) -> None:
         super().__init__(initialize)
-        self.weight_decay = weight_decay
+        self.decay = weight_decay
 
     def feedback_gradient(self, block: BlockStep) -> Tensor:
-        return torch.addmm(block.feedback, block.error.t(), block.output, beta=self.weight_decay)
+        return torch.addmm(block.feedback, block.error.t(), block.output, beta=self.decay)
 
 
-class ForwardFeedback(BlockMethod):
-    """FDFA: δ = e B, and B follows the mean Jacobian by ∇B = B - dᵀu / N  (eq. 7 to 14; Algorithm 1).
-
-    This is the definition; `forward` has all blocks do the same in one fused operator.
-    """
+class ForwardFeedback(ProjectedError):
+    """FDFA: δ = e B, and B follows the mean Jacobian by ∇B = B - dᵀu / N (eq. 7 to 14, Algorithm 1)."""
 
     tangents = "network"
     feedback = "learned"
 
-    def delta(self, block: BlockStep) -> Tensor:
-        return block.error @ block.feedback
-
     def feedback_gradient(self, block: BlockStep) -> Tensor:
         return block.feedback - block.tangent.t() @ block.perturbation / len(block.error)
 
-    def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
-        dual, output, tangent = model.run_blocks(args, kwargs, takes_output_layer=True)
-        records, layer = dual.records, dual.output_layer
-        weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
-        outputs = output.shape[1] if weight is None else len(weight)
-        if dual.compiling or any([record.gate._version != record.version for record in records]):
-            model.check_blocks(dual, len(output), outputs)
-        names = [record.name for record in records]
-        try:
-            result: Tensor = dual.backend.star(
-                output,
-                tangent,
-                weight,
-                bias,
-                dual.noise_state,
-                [record.handle for record in records],
-                [record.gate for record in records],
-                [record.spare_gate for record in records],
-                *model.feedback_state(names),
-                model.updates,
-                [record.index for record in records],
-                [record.activation for record in records],
-                model.noise,
-                model.rule,
-                model.feedback_lr,
-                *model.betas,
-                model.eps,
-            )
-        except (RuntimeError, TypeError, ValueError):
-            model.check_blocks(dual, len(output), outputs)  # it calls blocks by their names
-            raise
-        return result
 
+_FUSED = (ForwardFeedback, DirectFeedback, KolenPollack)
 
 METHODS: dict[str, Callable[[], Method]] = {
     "fdfa": ForwardFeedback,

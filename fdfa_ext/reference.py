@@ -144,10 +144,6 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
 def dual_linear(
     x: Tensor, tangent: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -328,12 +324,32 @@ def perturb(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, 
     return (u if tangent is None else tangent + u).to(y.dtype)
 
 
-def _target(
-    feedback: Tensor, tangent: Tensor, gate: Tensor, noise_state: Tensor, block: int, noise: str
-) -> Tensor:
-    """G = dᵀu / N, an estimate of the mean of ∂output/∂y over the batch, in feedback's shape."""
-    u = perturbation(noise_state, block, noise, gate.shape, channels_last=not feedback.is_contiguous())
-    return (tangent.float().t() @ u.flatten(1) / gate.shape[0]).view_as(feedback)
+def _targets(
+    feedback: list[Tensor],
+    error: Tensor,
+    tangent: Tensor | None,
+    gates: list[Tensor],
+    outputs: list[Tensor],
+    noise_state: Tensor | None,
+    blocks: list[int],
+    noise: str,
+) -> list[Tensor | None]:
+    """G of each block, in feedback's shape; None for an empty batch, or where B stays.
+
+    dᵀu / N, an estimate of the mean of ∂output/∂y over the batch; or, by the outputs, -eᵀy.
+    """
+    targets: list[Tensor | None] = [None] * len(feedback)
+    for i, (matrix, gate) in enumerate(zip(feedback, gates, strict=True)):
+        if len(gate) == 0:
+            continue
+        if tangent is not None:
+            assert noise_state is not None
+            last = not matrix.is_contiguous()
+            u = perturbation(noise_state, blocks[i], noise, gate.shape, channels_last=last)
+            targets[i] = (tangent.float().t() @ u.flatten(1) / len(gate)).view_as(matrix)
+        elif outputs:
+            targets[i] = -(error.float().t() @ outputs[i].float().flatten(1)).view_as(matrix)
+    return targets
 
 
 def _project(feedback: Tensor, error: Tensor, gate: Tensor, activation: str) -> Tensor:
@@ -348,12 +364,14 @@ def feedback_step(
     exp_avg_sq: list[Tensor],
     updates: Tensor | None,
     error: Tensor,
-    tangent: Tensor,
+    tangent: Tensor | None,
     gates: list[Tensor],
-    noise_state: Tensor,
+    outputs: list[Tensor],
+    noise_state: Tensor | None,
     blocks: list[int],
     activations: list[str],
     noise: str,
+    decay: float,
     lr: float,
     beta1: float,
     beta2: float,
@@ -362,12 +380,12 @@ def feedback_step(
 ) -> None:
     if updates is not None:
         updates.add_(1)
-    for i, (matrix, gate) in enumerate(zip(feedback, gates, strict=True)):
-        if gate.shape[0] > 0:
-            target = _target(matrix, tangent, gate, noise_state, blocks[i], noise)
+    targets = _targets(feedback, error, tangent, gates, outputs, noise_state, blocks, noise)
+    for i, (matrix, gate, target) in enumerate(zip(feedback, gates, targets, strict=True)):
+        if target is not None:
             # Nothing moves where the target is not finite: one batch that overflowed must not spoil B.
             finite = target.isfinite()
-            gradient = matrix - target
+            gradient = decay * matrix - target
             step = lr * gradient
             if updates is not None:
                 m, v = exp_avg[i], exp_avg_sq[i]
@@ -384,20 +402,24 @@ def feedback_step(
 def feedback_gradient(
     feedback: list[Tensor],
     error: Tensor,
-    tangent: Tensor,
+    tangent: Tensor | None,
     gates: list[Tensor],
-    noise_state: Tensor,
+    outputs: list[Tensor],
+    noise_state: Tensor | None,
     blocks: list[int],
     activations: list[str],
     noise: str,
+    decay: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    deltas, gradients = [], []
-    for matrix, gate, block, activation in zip(feedback, gates, blocks, activations, strict=True):
-        gradient = torch.zeros_like(matrix)
-        if gate.shape[0] > 0:
-            gradient = matrix - _target(matrix, tangent, gate, noise_state, block, noise)
-        deltas.append(_project(matrix, error, gate, activation))
-        gradients.append(gradient)
+    targets = _targets(feedback, error, tangent, gates, outputs, noise_state, blocks, noise)
+    gradients = [
+        torch.zeros_like(matrix) if target is None else decay * matrix - target
+        for matrix, target in zip(feedback, targets, strict=True)
+    ]
+    deltas = [
+        _project(matrix, error, gate, activation)
+        for matrix, gate, activation in zip(feedback, gates, activations, strict=True)
+    ]
     return deltas, gradients
 
 
@@ -406,53 +428,56 @@ class _Star(torch.autograd.Function):
     def forward(
         ctx: Any,
         output: Tensor,
-        tangent: Tensor,
-        noise_state: Tensor,
-        rule: tuple[str, float, float, float, float],
+        tangent: Tensor | None,
+        noise_state: Tensor | None,
+        rule: tuple[str, float, float, float, float, float],
         noise: str,
         updates: Tensor,
         blocks: list[int],
         activations: list[str],
+        n_outputs: int,
         *tensors: Tensor,
     ) -> Tensor:
-        """tensors: each block's handle, then each gate, each B, and for Adam their moments."""
+        """tensors: each block's handle, gate, outputs if any, B, and for Adam their moments."""
         n = len(blocks)
-        ctx.save_for_backward(tangent, noise_state, *tensors[n : 2 * n])
+        ctx.save_for_backward(tangent, noise_state, *tensors[n : 2 * n + n_outputs])
         # B and its moments move in place from step to step, so autograd must not watch their versions.
-        ctx.matrices = list(tensors[2 * n :])
+        ctx.matrices = list(tensors[2 * n + n_outputs :])
         ctx.options = rule, noise, updates, blocks, activations
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (error,) = grads
-        tangent, noise_state, *gates = ctx.saved_tensors
-        (rule, lr, beta1, beta2, eps), noise, updates, blocks, activations = ctx.options
+        tangent, noise_state, *saved = ctx.saved_tensors
+        (rule, decay, lr, beta1, beta2, eps), noise, updates, blocks, activations = ctx.options
         n = len(blocks)
+        gates, outputs = saved[:n], saved[n:]
         feedback, exp_avg, exp_avg_sq = (ctx.matrices[i * n : (i + 1) * n] for i in range(3))
-        common = (error, tangent, gates, noise_state, blocks, activations, noise)
+        common = (error, tangent, gates, outputs, noise_state, blocks, activations, noise)
         gradients: list[Tensor | None] = [None] * n
         if rule == "grad":
-            deltas, gradients[:] = feedback_gradient(feedback, *common)
+            deltas, gradients[:] = feedback_gradient(feedback, *common, decay)
         else:
             steps = updates if rule == "adam" else None
             deltas = [torch.empty_like(gate) for gate in gates]
-            numbers = (lr, beta1, beta2, eps)
+            numbers = (decay, lr, beta1, beta2, eps)
             feedback_step(feedback, exp_avg, exp_avg_sq, steps, *common, *numbers, deltas)
-        nothing = [None] * n
+        nothing = [None] * len(saved)
         moments = [None] * (len(ctx.matrices) - n)
-        return (error, *[None] * 7, *deltas, *nothing, *gradients, *moments)
+        return (error, *[None] * 8, *deltas, *nothing, *gradients, *moments)
 
 
 def star(
     x: Tensor,
-    tangent: Tensor,
+    tangent: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     noise_state: Tensor,
     handles: list[Tensor],
     gates: list[Tensor],
     spare_gates: list[bool],
+    outputs: list[Tensor],
     feedback: list[Tensor],
     exp_avg: list[Tensor],
     exp_avg_sq: list[Tensor],
@@ -461,18 +486,20 @@ def star(
     activations: list[str],
     noise: str,
     rule: str,
+    decay: float,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> Tensor:
     if weight is not None:
-        x, tangent = F.linear(x, weight, bias), F.linear(tangent, weight.detach())
+        x = F.linear(x, weight, bias)
+        tangent = None if tangent is None else F.linear(tangent, weight.detach())
     # The operator: a compiler may put off a clone in plain torch until the state has moved.
-    used = fused.next_noise(noise_state)
-    tensors = (*handles, *gates, *feedback, *exp_avg, *exp_avg_sq)
-    options = (rule, lr, beta1, beta2, eps)
+    used = None if tangent is None else fused.next_noise(noise_state)
+    tensors = (*handles, *gates, *outputs, *feedback, *exp_avg, *exp_avg_sq)
+    options = (rule, decay, lr, beta1, beta2, eps)
     result: Tensor = _Star.apply(
-        x, tangent, used, options, noise, updates, blocks, activations, *tensors
+        x, tangent, used, options, noise, updates, blocks, activations, len(outputs), *tensors
     )
     return result

@@ -241,18 +241,18 @@ class FDFA(nn.Module):
         # From the dictionary: nn.Module's attributes cost half a microsecond each.
         modules: dict[str, Any] = self._modules
         feedback = modules["feedback"].select(names)
-        if self.rule != "adam":
+        if self.rule != "adam" or self.method.feedback != "learned":
             return feedback, [], []
         return feedback, modules["exp_avg"].select(names), modules["exp_avg_sq"].select(names)
 
     def _dual_pass(self, noise_state: Tensor) -> DualPass:
         compiling = torch.compiler.is_compiling()
-        if compiling and self.method.tangents != "none":
+        tangents = self.method.tangents
+        if compiling and tangents != "none":
             # A compiler may put off what only the backward needs, and perturb once the state has moved.
             noise_state = fused.next_noise(noise_state)
-        return DualPass(
-            noise_state, self.noise, BACKENDS[self.backend], compiling, self.method.tangents
-        )
+        noise = "none" if tangents == "none" else self.noise
+        return DualPass(noise_state, noise, BACKENDS[self.backend], compiling, tangents)
 
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
@@ -261,8 +261,6 @@ class FDFA(nn.Module):
             if block.block_pass is not block_pass:
                 block.block_pass = block_pass
         try:
-            if dual.tangents == "none":
-                return self._tensor(self.module(*args, **kwargs)), None
             plain = not dual.compiling and len(args) == 1 and not kwargs
             if plain and (steps := self._side_by_side.steps()) is not None:
                 output, tangent = args[0], None
@@ -270,11 +268,14 @@ class FDFA(nn.Module):
                     output, tangent = step(output, tangent)
                 layer = self._side_by_side.output_layer
                 if layer is not None:
-                    if dual.takes_output_layer and _is_simple(layer, output, tangent):
+                    complete = tangent is not None or not dual.perturbs
+                    if dual.takes_output_layer and complete and _is_simple(layer, output):
                         dual.output_layer = layer
                     else:
                         output, tangent = forward_dual(layer, output, tangent)
                 return self._tensor(output), tangent
+            if not dual.perturbs:
+                return self._tensor(self.module(*args, **kwargs)), None
             # For eager steps alone: a compiled one traces torch's own forward mode.
             rules = nullcontext() if dual.compiling else FunctionRules()
             with forward_ad.dual_level(), rules:
@@ -434,11 +435,10 @@ class FDFA(nn.Module):
 Mapping.register(TensorMap)
 
 
-def _is_simple(layer: nn.Linear, x: Tensor, tangent: Tensor | None) -> bool:
+def _is_simple(layer: nn.Linear, x: Tensor) -> bool:
     """Whether it is trained on rows that depend on no parameter, and no autocast stands between."""
     return (
-        tangent is not None
-        and x.dim() == 2
+        x.dim() == 2
         and x.grad_fn is None
         and layer.weight.requires_grad
         and not torch.is_autocast_enabled(x.device.type)

@@ -9,7 +9,7 @@ from nets import NETS, batch, step
 
 from fdfa_ext import FDFA
 from fdfa_ext.functional import BACKENDS
-from fdfa_ext.methods import METHODS
+from fdfa_ext.methods import METHODS, KolenPollack
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -34,16 +34,21 @@ def test_compiled_training_is_the_eager_one(
     assert models[1].noise_state[1] == 3
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "fdfa"])
-def test_every_method_compiles(device: torch.device, method: str) -> None:
+class OwnRule(KolenPollack):
+    """As every learned feedback but those of the fused operator, it moves by torch's fused Adam."""
+
+
+@pytest.mark.parametrize("method", [*(name for name in METHODS if name != "fdfa"), OwnRule])
+def test_every_method_compiles(device: torch.device, method: str | type[OwnRule]) -> None:
     """Local heads included, and noise that a compiler would like to make in the backward alone."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     x, y = batch("block_net", device)
     net = NETS["block_net"][0]().to(device)
-    models = [FDFA(net, method=method, feedback_lr=0.05, example_input=x)]
+    way = method if isinstance(method, str) else method()
+    models = [FDFA(net, method=way, feedback_lr=0.05, example_input=x)]
     models.append(copy.deepcopy(models[0]))
-    fullgraph = method != "dkp"  # whose feedback moves by torch's fused Adam, in the backward
+    fullgraph = isinstance(method, str)  # that Adam is beyond the compiler
     compiled = torch.compile(models[1], fullgraph=fullgraph, dynamic=False, backend="aot_eager")
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
     for _ in range(3):

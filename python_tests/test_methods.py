@@ -196,9 +196,15 @@ def test_bp_is_autograd(name: str) -> None:
 
 
 class Definition(ForwardFeedback):
-    """FDFA by its delta and feedback_gradient, without the operator for both."""
+    """FDFA by its delta and feedback_gradient: a subclass does without the operator for both."""
 
-    forward = BlockMethod.forward
+
+class DirectDefinition(DirectFeedback):
+    pass
+
+
+class KolenPollackDefinition(KolenPollack):
+    pass
 
 
 @pytest.mark.parametrize("output_layer", ["plain", "no bias", "frozen weight", "frozen bias", "normed"])
@@ -226,19 +232,25 @@ def test_the_output_layer_gets_its_exact_gradients(output_layer: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+@pytest.mark.parametrize(
+    ("method", "definition"),
+    [("fdfa", Definition), ("dfa", DirectDefinition), ("dkp", KolenPollackDefinition)],
+)
 @pytest.mark.parametrize("name", NETS)
-def test_the_definition_of_fdfa_in_five_lines_is_its_fused_operator(name: str, rule: str) -> None:
+def test_a_definition_in_a_few_lines_is_its_fused_operator(
+    name: str, method: str, definition: Callable[[], BlockMethod], rule: str
+) -> None:
     options = {"feedback": rule, "feedback_lr": 0.05}
-    models = [make(name, method, **options) for method in ("fdfa", Definition())]
+    models = [make(name, way, **options) for way in (method, definition())]
     for _ in range(3):
         for model, x, y in models:
             model.zero_grad()
             loss_of(model, x, y).backward()
-    (fused, *_), (definition, *_) = models
+    (fused, *_), (defined, *_) = models
     for key, value in fused.state_dict().items():
-        torch.testing.assert_close(definition.state_dict()[key], value, rtol=1e-4, atol=1e-6, msg=key)
+        torch.testing.assert_close(defined.state_dict()[key], value, rtol=1e-4, atol=1e-6, msg=key)
     for key, value in gradients(fused).items():
-        torch.testing.assert_close(gradients(definition)[key], value, rtol=1e-4, atol=1e-6, msg=key)
+        torch.testing.assert_close(gradients(defined)[key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_net"])

@@ -1,6 +1,7 @@
 """Every operator computes what the reference in plain torch defines."""
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -375,24 +376,34 @@ def test_perturb_is_the_reference(
 
 
 def feedback_step(
-    ops: Any, matrices: Sequence[Tensor], updates: Tensor | None, gate: Tensor, *common: Any
+    ops: Any,
+    matrices: Sequence[Tensor],
+    updates: Tensor | None,
+    gate: Tensor,
+    *common: Any,
+    output: Tensor | None = None,
+    decay: float = 1.0,
 ) -> Tensor:
     """δ of one block. matrices: B and its moments, of which only B moves without `updates`.
 
     common: error, tangent, noise_state, block, activation, noise.
     """
     error, tangent, state, block, activation, noise = common
+    outputs = [] if output is None else [output]
     feedback, *moments = [[m] for m in matrices] if updates is not None else [[matrices[0]], [], []]
     order = torch.channels_last if not matrices[0].is_contiguous() else torch.contiguous_format
     delta = torch.empty_like(gate, memory_format=order)
-    numbers = (0.1, 0.9, 0.999, 1e-8)
-    rest = (error, tangent, [gate], state, [block], [activation], noise, *numbers, [delta])
+    numbers = (decay, 0.1, 0.9, 0.999, 1e-8)
+    rest = (error, tangent, [gate], outputs, state, [block], [activation], noise, *numbers, [delta])
     ops.feedback_step(feedback, *moments, updates, *rest)
     return delta
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", ["ema", "adam", "gradient"])
+@pytest.mark.parametrize(
+    ("follows", "rule"),
+    [*product(["tangent", "outputs"], ["ema", "adam", "gradient"]), ("nothing", "fixed")],
+)
 @pytest.mark.parametrize("activation", ["identity", "relu", "sigmoid", "gelu"])
 @pytest.mark.parametrize(
     ("shape", "outputs"),
@@ -409,31 +420,38 @@ def feedback_step(
 def test_feedback_step_is_the_reference(
     device: torch.device,
     dtype: torch.dtype,
+    follows: str,
     rule: str,
     activation: str,
     shape: tuple[int, ...],
     outputs: int,
 ) -> None:
+    """For B as it follows the tangent (FDFA), the blocks' outputs (Kolen-Pollack) or nothing."""
     order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     gate = rand(*shape, dtype=dtype, device=device)
-    error, tangent = torch.randn(2, shape[0], outputs, device=device).unbind()
+    error = torch.randn(shape[0], outputs, device=device)
+    tangent = torch.randn_like(error) if follows == "tangent" else None
+    state = noise_state(device) if follows == "tangent" else None
+    y = rand(*shape, dtype=dtype, device=device) if follows == "outputs" else None
+    decay = 0.3 if follows == "outputs" else 1.0
     feedback = torch.randn(outputs, *shape[1:], device=device).contiguous(memory_format=order)
     exp_avg = torch.randn_like(feedback)
     exp_avg_sq = torch.rand_like(feedback) + 0.1
-    state = noise_state(device)
     results = []
     for ops in (fused, reference):
         matrices = [feedback.clone(), exp_avg.clone(), exp_avg_sq.clone()]
         if rule == "gradient":
-            rest = (error, tangent, [gate], state, [2], [activation], "gaussian")
+            ys = [] if y is None else [y]
+            rest = (error, tangent, [gate], ys, state, [2], [activation], "gaussian", decay)
             (delta,), (gradient,) = ops.feedback_gradient([matrices[0]], *rest)
             assert torch.equal(matrices[0], feedback)
             results.append((delta, gradient))
         else:
             updates = torch.tensor([3], device=device) if rule == "adam" else None
             common = (error, tangent, state, 2, activation, "gaussian")
-            delta = feedback_step(ops, matrices, updates, gate, *common)
+            delta = feedback_step(ops, matrices, updates, gate, *common, output=y, decay=decay)
             assert updates is None or updates == 4
+            assert torch.equal(matrices[0], feedback) == (follows == "nothing" or len(gate) == 0)
             results.append((delta, *matrices))
     (delta, *matrices), (delta2, *matrices2) = results
     for actual, expected in zip(matrices, matrices2, strict=True):
@@ -654,11 +672,13 @@ def test_opcheck(device: torch.device) -> None:
         feedback = torch.randn(3, *gate.shape[1:], device=device).contiguous(memory_format=order)
         moments = ([torch.rand_like(feedback)], [torch.rand_like(feedback)])
         error = torch.randn(4, 3, device=device)
-        common = (error, error, [gate], state, [1], ["relu"], "gaussian")
-        for adam in ((*moments, torch.tensor([1], device=device)), ([], [], None)):
-            args = ([feedback], *adam, *common, 0.1, 0.9, 0.999, 1e-8, [torch.empty_like(gate)])
-            torch.library.opcheck(fused.feedback_step.default, args)
-        torch.library.opcheck(fused.feedback_gradient.default, ([feedback], *common))
+        rest = ([1], ["relu"], "gaussian", 1.0)
+        for follows in ((error, [gate], [], state), (None, [gate], [gate], None)):
+            for adam in ((*moments, torch.tensor([1], device=device)), ([], [], None)):
+                numbers = (0.1, 0.9, 0.999, 1e-8)
+                args = ([feedback], *adam, error, *follows, *rest, *numbers, [torch.empty_like(gate)])
+                torch.library.opcheck(fused.feedback_step.default, args)
+            torch.library.opcheck(fused.feedback_gradient.default, ([feedback], error, *follows, *rest))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -711,13 +731,19 @@ def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
     delta = torch.zeros_like(gate)
     good = {
         "feedback": [feedback, feedback], "exp_avg": [m, m], "exp_avg_sq": [v, v], "updates": updates,
-        "error": error, "tangent": error, "gates": [gate, gate], "noise_state": noise_state(device),
-        "blocks": [0, 1], "activations": ["relu", "relu"], "noise": "gaussian", "lr": 0.5, "beta1": 0.9,
-        "beta2": 0.999, "eps": 1e-8, "deltas": [delta, delta],
+        "error": error, "tangent": error, "gates": [gate, gate], "outputs": [],
+        "noise_state": noise_state(device), "blocks": [0, 1], "activations": ["relu", "relu"],
+        "noise": "gaussian", "decay": 1.0, "lr": 0.5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
+        "deltas": [delta, delta],
     }  # fmt: skip
     before = [t.clone() for t in (feedback, m, v, updates, delta)]
     for change, message in (
         ({"tangent": error[:2]}, "tangent must have shape"),
+        ({"noise_state": None}, "a tangent needs the noise_state"),
+        ({"outputs": [gate, gate]}, "the feedback follows the tangent or the outputs, not both"),
+        ({"tangent": None}, "updates without tangent or outputs"),
+        ({"tangent": None, "outputs": [gate]}, "outputs must have one entry for each of 2 blocks; got 1"),
+        ({"tangent": None, "outputs": [gate, gate[:2]]}, r"output must have shape \[3, 5\]"),
         ({"gates": [gate, gate[:2]]}, r"gate must be \[3, \*features\]; got \[2, 5\]"),
         ({"gates": [gate]}, "gates must have one entry for each of 2 blocks; got 1"),
         ({"feedback": [feedback, feedback[:, :4]]}, r"feedback must have shape \[2, 5\]"),
@@ -748,8 +774,9 @@ def test_blocks_of_several_sizes_and_dtypes_step_as_each_would_alone(device: tor
     ]  # B, exp_avg, exp_avg_sq
     alone = [[t.clone() for t in block] for block in zip(*matrices, strict=True)]
     deltas = [torch.empty_like(gate) for gate in gates]
-    common = (error, tangent, gates, state, [0, 1, 2], activations, "gaussian", 0.1, 0.9, 0.999, 1e-8)
-    fused.feedback_step(*matrices, torch.tensor([6], device=device), *common, deltas)
+    common = (error, tangent, gates, [], state, [0, 1, 2], activations, "gaussian")
+    numbers = (1.0, 0.1, 0.9, 0.999, 1e-8)
+    fused.feedback_step(*matrices, torch.tensor([6], device=device), *common, *numbers, deltas)
     for i, block in enumerate(alone):
         updates = torch.tensor([6], device=device)
         rest = (error, tangent, state, i, activations[i], "gaussian")
@@ -785,6 +812,7 @@ def test_a_transposed_delta_is_the_same() -> None:
     gate, error, tangent = torch.randn(33, 70), *torch.randn(2, 33, 10).unbind()
     deltas = torch.empty(33, 70), torch.empty(70, 33).t()
     for delta in deltas:
-        common = (error, tangent, [gate], noise_state(torch.device("cpu")), [1], ["tanh"], "gaussian")
-        fused.feedback_step([torch.ones(10, 70)], [], [], None, *common, 0.1, 0.9, 0.999, 1e-8, [delta])
+        follows = (tangent, [gate], [], noise_state(torch.device("cpu")))
+        rest = ([1], ["tanh"], "gaussian", 1.0, 0.1, 0.9, 0.999, 1e-8, [delta])
+        fused.feedback_step([torch.ones(10, 70)], [], [], None, error, *follows, *rest)
     assert torch.equal(*deltas)

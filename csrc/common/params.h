@@ -16,7 +16,7 @@ enum class Noise : int { gaussian, rademacher, none };
 constexpr const char* kNoiseNames[] = {"gaussian", "rademacher", "none"};
 constexpr int kNoiseCount = 3;
 
-enum class Rule : int { ema, adam, gradient };
+enum class Rule : int { ema, adam, gradient, fixed };
 
 struct NoiseParams {
   const int64_t* state;  // [3] in device memory: seed, step, global index of the first sample
@@ -140,27 +140,32 @@ struct MaxPoolBackwardParams {
   PoolShape shape;
 };
 
-// G = tangentᵀ u / samples; B is moved by the rule; delta = (error B) ⊙ f'   (Algorithm 1, lines 22,
-// 23)
-//   ema       B ← (1 - lr) B + lr G, then delta from the new B            (eq. 8)
-//   adam      one Adam step on the gradient B - G, delta from the new B     (Appendix A)
-//   gradient  gradient ← B - G, delta from the unchanged B                  (eq. 10)
+// With ∇B = decay B - G and G = scale factorᵀ s, B is moved by the rule, and delta = (error B) ⊙ f':
+//   ema       B ← B - lr ∇B, then delta from the new B
+//   adam      one Adam step on ∇B, delta from the new B
+//   gradient  gradient ← ∇B, delta from the unchanged B
+//   fixed     B stays, there is no G
 // ema and adam leave an element alone where G is not finite: a batch that overflowed must not spoil B.
+// FDFA: s = u, the factor is the output's tangent, scale 1 / samples, decay 1 (eq. 8, 10; Algorithm 1,
+// lines 22, 23). Kolen-Pollack: s = y, the factor is the error, scale -1. Fixed: direct feedback
+// alignment.
 template <class T>
 struct FeedbackParams {
   float* feedback;         // [outputs, features] B
   float* exp_avg;          // [outputs, features] Adam's moments; null for the other rules
   float* exp_avg_sq;       // [outputs, features]
-  float* gradient;         // [outputs, features] for rule gradient, else null
+  float* gradient;         // [outputs, features] ∇B, for rule gradient, else null
   const int64_t* updates;  // [1] in device memory: number of this Adam step, from 1
   const float* error;      // [samples, outputs] gradient of the loss at the network's output
-  const float* tangent;    // [samples, outputs] tangent of the network's output
+  const float* factor;     // [samples, outputs]; null for rule fixed
+  const T* source;         // [samples, features] s where noise is none; null: s = u, or rule fixed
   const T* gate;           // [samples, features] what f' is taken from; null: f' = 1
   T* delta;                // [samples, features]; may be gate itself
   int64_t samples, features, outputs;
   Activation activation;
   NoiseParams noise;
   Rule rule;
+  float scale, decay;
   float lr, beta1, beta2, eps;
   bool transposed;  // delta is [features, samples] instead, for the CPU alone
 };

@@ -66,6 +66,7 @@ constexpr int kRowBlock = 5;
 // The keys of all rounds, in every lane: the same for all samples of a step.
 struct RoundKeys {
   explicit RoundKeys(const NoiseParams& noise) {
+    if (noise.kind == Noise::none) return;
     const NoiseStream any = noise_stream(noise.state, noise.block, 0);
     uint32_t k0 = any.key0, k1 = any.key1;
     for (auto& key : values) {
@@ -298,18 +299,18 @@ void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_r, int64_t 
 // One row of B's tile: `b` becomes what the error is projected through, memory gets the update.
 void update_row(Rule rule, int64_t count, const float* __restrict g, float* __restrict b,
                 float* __restrict memory, float* __restrict exp_avg, float* __restrict exp_avg_sq,
-                float* __restrict gradient, const AdamStep& adam, float lr) {
+                float* __restrict gradient, const AdamStep& adam, float lr, float decay) {
   switch (rule) {
     case Rule::ema:
       for (int64_t i = 0; i < count; ++i) {
-        const float moved = memory[i] + lr * (g[i] - memory[i]);
+        const float moved = memory[i] + lr * (g[i] - decay * memory[i]);
         memory[i] = b[i] = is_finite(g[i]) ? moved : memory[i];
       }
       break;
     case Rule::adam:
       for (int64_t i = 0; i < count; ++i) {
         float m = exp_avg[i], v = exp_avg_sq[i];
-        const float moved = adam_update(adam, memory[i], memory[i] - g[i], m, v);
+        const float moved = adam_update(adam, memory[i], decay * memory[i] - g[i], m, v);
         const bool finite = is_finite(g[i]);
         memory[i] = b[i] = finite ? moved : memory[i];
         exp_avg[i] = finite ? m : exp_avg[i];
@@ -319,8 +320,11 @@ void update_row(Rule rule, int64_t count, const float* __restrict g, float* __re
     case Rule::gradient:
       for (int64_t i = 0; i < count; ++i) {
         b[i] = memory[i];
-        gradient[i] = memory[i] - g[i];
+        gradient[i] = decay * memory[i] - g[i];
       }
+      break;
+    case Rule::fixed:
+      std::copy(memory, memory + count, b);
       break;
   }
 }
@@ -336,13 +340,12 @@ void prefetch_row(const T* row, int64_t count) {
 template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   if (p.samples == 0) return;
-  alignas(64) float noise[kNoiseSamples * kTileColumns], projected[kRowBlock * kTileColumns];
+  alignas(64) float s[kNoiseSamples * kTileColumns], projected[kRowBlock * kTileColumns];
   alignas(64) T turned[kRowBlock][kTileColumns];
   const RoundKeys keys(p.noise);
   std::vector<float> g(p.outputs * kTileColumns), b(p.outputs * kTileColumns, 0.0f);
   const AdamStep adam =
       p.rule == Rule::adam ? adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates) : AdamStep{};
-  const float inverse_samples = 1.0f / static_cast<float>(p.samples);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kTileColumns;
     const int64_t count = std::min(kTileColumns, p.features - first);
@@ -354,19 +357,26 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
         for (int64_t n = 0; n < samples; ++n) {
           if (p.gate) prefetch_row<0>(p.gate + (n0 + n) * p.features + first, count);
           if (!p.transposed) prefetch_row<1>(p.delta + (n0 + n) * p.features + first, count);
-          fill_noise<kind()>(keys, noise_stream(p.noise.state, p.noise.block, n0 + n), first / 4,
-                             (count + 3) / 4, noise + n * kTileColumns);
+          float* row = s + n * kTileColumns;
+          if constexpr (kind() != Noise::none) {
+            fill_noise<kind()>(keys, noise_stream(p.noise.state, p.noise.block, n0 + n), first / 4,
+                               (count + 3) / 4, row);
+          } else if (p.source) {
+            const T* source = p.source + (n0 + n) * p.features + first;
+            for (int64_t i = 0; i < count; ++i) row[i] = to_float(source[i]);
+          }
         }
       });
-      multiply<true>(p.outputs, samples, p.tangent + n0 * p.outputs, p.outputs, 1, noise, g.data());
+      if (p.rule == Rule::fixed) continue;
+      multiply<true>(p.outputs, samples, p.factor + n0 * p.outputs, p.outputs, 1, s, g.data());
     }
-    for (float& value : g) value *= inverse_samples;
+    for (float& value : g) value *= p.scale;
 
     for (int64_t k = 0; k < p.outputs; ++k) {
       const int64_t offset = k * p.features + first;
       update_row(p.rule, count, g.data() + k * kTileColumns, b.data() + k * kTileColumns,
                  p.feedback + offset, at_or_null(p.exp_avg, offset), at_or_null(p.exp_avg_sq, offset),
-                 at_or_null(p.gradient, offset), adam, p.lr);
+                 at_or_null(p.gradient, offset), adam, p.lr, p.decay);
     }
 
     with_activation(p.gate ? p.activation : Activation::identity, [&](auto activation) {

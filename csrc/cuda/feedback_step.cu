@@ -7,9 +7,9 @@
 #include "cuda/kernels.h"
 #include "cuda/tensor_core.h"
 
-// The feedback step of all blocks of the network, in one launch: G = tangentᵀ u / samples, B moved by
-// the rule, delta = (error B) ⊙ f'. B, with its moments, is read from and written to DRAM once; u is
-// made again and never stored; gate is read and delta written once.
+// The feedback step of all blocks of the network, in one launch: G = scale factorᵀ s, B moved by the
+// rule, delta = (error B) ⊙ f'. B, with its moments, is read from and written to DRAM once; where s is
+// noise it is made again and never stored; gate is read and delta written once.
 
 namespace fdfa::cuda {
 namespace {
@@ -20,10 +20,10 @@ constexpr int kColumns = 32;
 constexpr int kGroups = 8;
 constexpr int kThreads = kColumns * kGroups;
 
-// One step over the batch: the 32 x 8 quads of u are one for each thread.
+// One step over the batch: the 32 x 8 quads of s are one for each thread.
 constexpr int kSamples = 32;
 constexpr int kQuads = kColumns / 4;
-static_assert(kSamples * kQuads == kThreads, "each thread makes one quad of u");
+static_assert(kSamples * kQuads == kThreads, "each thread makes one quad of s");
 constexpr int kSamplesPerThread = kSamples / kGroups;
 
 // Outputs at most, a sum of each in the registers of a thread. Output i of group g is g + 8 i, so that
@@ -42,16 +42,31 @@ __device__ void load_tile(const float* matrix, int64_t samples, int64_t outputs,
   }
 }
 
-// tile [32, 32] = u[first_sample.., first_feature..]. What lies outside the batch or the block is noise
-// too, and harmless: the tangent is zero there, or nobody reads the column.
-template <Noise kNoise>
-__device__ void make_noise_tile(const NoiseParams& noise, int64_t first_sample, int64_t first_feature,
-                                float (&tile)[kSamples][kColumns]) {
+// s[sample, 4 quad..]: noise, or what `source` has. Outside the batch or the block the noise goes on,
+// which is harmless, since the factor is zero there or nobody reads the column, and the source is zero.
+template <Noise kNoise, class T>
+__device__ void make_quad(const FeedbackParams<T>& p, int64_t sample, int64_t quad, float (&s)[4]) {
+  if constexpr (kNoise != Noise::none) {
+    const NoiseStream stream = noise_stream(p.noise.state, p.noise.block, sample);
+    noise4<kNoise>(stream, static_cast<uint32_t>(quad), s[0], s[1], s[2], s[3]);
+  } else {
+    for (int i = 0; i < 4; ++i) {
+      const int64_t feature = 4 * quad + i;
+      const bool inside = sample < p.samples && feature < p.features;
+      s[i] = inside ? to_float(p.source[sample * p.features + feature]) : 0.0f;
+    }
+  }
+}
+
+// tile [32, 32] = s[first_sample.., first_feature..].
+template <Noise kNoise, class T>
+__device__ void make_tile(const FeedbackParams<T>& p, int64_t first_sample, int64_t first_feature,
+                          float (&tile)[kSamples][kColumns]) {
   const int thread = threadIdx.y * kColumns + threadIdx.x;
   const int row = thread / kQuads, quad = thread % kQuads;
-  const NoiseStream stream = noise_stream(noise.state, noise.block, first_sample + row);
-  float* u = &tile[row][4 * quad];
-  noise4<kNoise>(stream, static_cast<uint32_t>(first_feature / 4 + quad), u[0], u[1], u[2], u[3]);
+  float s[4];
+  make_quad<kNoise>(p, first_sample + row, first_feature / 4 + quad, s);
+  for (int i = 0; i < 4; ++i) tile[row][4 * quad + i] = s[i];
 }
 
 // Moves element `index` of B by the rule, with g its element of G.
@@ -61,11 +76,11 @@ __device__ void move_feedback(const FeedbackParams<T>& p, const AdamStep& adam, 
   const float b = p.feedback[index];
   if (kRule != Rule::gradient && !is_finite(g)) return;  // B outlives a batch that overflowed
   if constexpr (kRule == Rule::ema) {
-    p.feedback[index] = b + p.lr * (g - b);
+    p.feedback[index] = b + p.lr * (g - p.decay * b);
   } else if constexpr (kRule == Rule::adam) {
-    p.feedback[index] = adam_update(adam, b, b - g, p.exp_avg[index], p.exp_avg_sq[index]);
+    p.feedback[index] = adam_update(adam, b, p.decay * b - g, p.exp_avg[index], p.exp_avg_sq[index]);
   } else {
-    p.gradient[index] = b - g;
+    p.gradient[index] = p.decay * b - g;
   }
 }
 
@@ -110,8 +125,8 @@ struct Group {
 
 template <class T, Noise kNoise, Rule kRule>
 __global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constant__ Group<T> blocks) {
-  __shared__ float u[kSamples][kColumns];
-  __shared__ float rows[kSamples][kOutputs];  // of the tangent, then of the error
+  __shared__ float s[kSamples][kColumns];
+  __shared__ float rows[kSamples][kOutputs];  // of the factor, then of the error
   __shared__ AdamStep adam;
 
   const int member = blocks.own_member();
@@ -129,24 +144,25 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constan
   // Phase 1: G in registers, and B moved towards it.
   float products[kOutputsPerThread] = {};
   const int live = static_cast<int>((p.outputs - group + kGroups - 1) / kGroups);  // of the products
-  for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kSamples) {
-    make_noise_tile<kNoise>(p.noise, first_sample, first_feature, u);
-    load_tile(p.tangent, p.samples, p.outputs, first_sample, rows);
+  for (int64_t first_sample = 0; kRule != Rule::fixed && first_sample < p.samples;
+       first_sample += kSamples) {
+    make_tile<kNoise>(p, first_sample, first_feature, s);
+    load_tile(p.factor, p.samples, p.outputs, first_sample, rows);
     __syncthreads();
     for (int n = 0; n < kSamples; ++n) {
-      const float noise = u[n][column];
+      const float value = s[n][column];
 #pragma unroll
       for (int i = 0; i < kOutputsPerThread; ++i) {
-        if (i < live) products[i] += rows[n][group + kGroups * i] * noise;
+        if (i < live) products[i] += rows[n][group + kGroups * i] * value;
       }
     }
     __syncthreads();
   }
 #pragma unroll
-  for (int i = 0; i < kOutputsPerThread; ++i) {
+  for (int i = 0; kRule != Rule::fixed && i < kOutputsPerThread; ++i) {
     if (inside && i < live) {
       move_feedback<kRule>(p, adam, (group + kGroups * i) * p.features + feature,
-                           products[i] / static_cast<float>(p.samples));
+                           p.scale * products[i]);
     }
   }
   // Phase 2: a thread projects 4 of 32 samples onto its column. All groups read the same rows of B,
@@ -250,31 +266,30 @@ __global__ void __launch_bounds__(kWideThreads)
   }
 
   // Phase 1: G, 128 outputs at a time, and B moved towards it.
-  for (int64_t first_output = 0; first_output < p.outputs; first_output += kProductRows) {
+  for (int64_t first_output = 0; kRule != Rule::fixed && first_output < p.outputs;
+       first_output += kProductRows) {
     float sums[kColumnTiles][4] = {};
     for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kTileRows) {
       __syncthreads();
       for (int i = threadIdx.x; i < kTileRows * kWideColumns / 4; i += kWideThreads) {
         const int row = i / (kWideColumns / 4), quad = i % (kWideColumns / 4);
-        float u[4];
-        noise4<kNoise>(noise_stream(p.noise.state, p.noise.block, first_sample + row),
-                       static_cast<uint32_t>(first_feature / 4 + quad), u[0], u[1], u[2], u[3]);
-        for (int j = 0; j < 4; ++j) put_split(u[j], row, 4 * quad + j, high, low);
+        float s[4];
+        make_quad<kNoise>(p, first_sample + row, first_feature / 4 + quad, s);
+        for (int j = 0; j < 4; ++j) put_split(s[j], row, 4 * quad + j, high, low);
       }
       __syncthreads();
-      const auto tangent = [&](int row, int k) {
+      const auto factor = [&](int row, int k) {
         const int64_t output = first_output + own_row + row, sample = first_sample + k;
         const bool inside = output < p.outputs && sample < p.samples;
-        return inside ? p.tangent[sample * p.outputs + output] : 0.0f;
+        return inside ? p.factor[sample * p.outputs + output] : 0.0f;
       };
-      if (first_output + own_row < p.outputs) multiply_wide(sums, high, low, kTileRows, tangent);
+      if (first_output + own_row < p.outputs) multiply_wide(sums, high, low, kTileRows, factor);
     }
     for (int half = 0; half < kProductRows; half += kTileRows) {
       for_each_element(sums, half, high, [&](int row, int column, float sum) {
         const int64_t output = first_output + row, feature = first_feature + column;
         if (output >= p.outputs || feature >= p.features) return;
-        move_feedback<kRule>(p, adam, output * p.features + feature,
-                             sum / static_cast<float>(p.samples));
+        move_feedback<kRule>(p, adam, output * p.features + feature, p.scale * sum);
       });
     }
   }
@@ -314,6 +329,7 @@ template <class F>
 auto with_rule(Rule value, F&& f) {
   if (value == Rule::ema) return f(std::integral_constant<Rule, Rule::ema>{});
   if (value == Rule::adam) return f(std::integral_constant<Rule, Rule::adam>{});
+  if (value == Rule::fixed) return f(std::integral_constant<Rule, Rule::fixed>{});
   return f(std::integral_constant<Rule, Rule::gradient>{});
 }
 

@@ -13,7 +13,7 @@ struct Motion {
   Rule rule;
   at::TensorList exp_avg, exp_avg_sq, gradients;
   OptionalTensor updates;
-  double lr = 0, beta1 = 0, beta2 = 0, eps = 0;
+  double decay, lr = 0, beta1 = 0, beta2 = 0, eps = 0;
 };
 
 template <class List>
@@ -35,6 +35,8 @@ void check_matrix(const Network& net, const char* argument, const Tensor& t, siz
 
 void check_moments(const Network& net, const Motion& motion) {
   const bool adam = motion.updates.has_value();
+  TORCH_CHECK(!adam || motion.rule != Rule::fixed, "fdfa::", net.op,
+              ": updates without tangent or outputs: the feedback has nothing to follow");
   TORCH_CHECK(adam != motion.exp_avg.empty() && adam != motion.exp_avg_sq.empty(), "fdfa::", net.op,
               ": Adam needs exp_avg, exp_avg_sq and updates; eq. 8 needs none of them");
   if (!adam) return;
@@ -70,7 +72,7 @@ void check_deltas(const Network& net, at::TensorList deltas) {
 
 // The blocks whose gates are of this dtype, in one launch.
 void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion, const Tensor& error,
-                 const Tensor& tangent, at::TensorList deltas) {
+                 const OptionalTensor& tangent, at::TensorList deltas) {
   const auto matrix = [](at::TensorList list, size_t i) {
     return list.empty() ? nullptr : pointer<float>(list[i]);
   };
@@ -78,6 +80,10 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
   with_storage(dtype, [&](auto storage) {
     using T = decltype(storage);
     std::vector<FeedbackParams<T>> launched;
+    const auto features = [&](const Tensor& t, size_t i) {
+      kept.push_back(t.contiguous(feature_order(net.op, net.feedback[i])));
+      return pointer<T>(kept.back());
+    };
     for (size_t i = 0; i < net.feedback.size(); ++i) {
       const Tensor &feedback = net.feedback[i], &gate = net.gates[i];
       if (gate.scalar_type() != dtype) continue;
@@ -89,20 +95,25 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
       p.gradient = matrix(motion.gradients, i);
       p.updates = motion.updates ? motion.updates->const_data_ptr<int64_t>() : nullptr;
       p.error = pointer<float>(error);
-      p.tangent = pointer<float>(tangent);
-      if (f != Activation::identity) {
-        kept.push_back(gate.contiguous(feature_order(net.op, feedback)));
-        p.gate = pointer<T>(kept.back());
+      if (tangent) {
+        p.factor = pointer<float>(*tangent);
+        p.scale = 1.0f / static_cast<float>(gate.size(0));
+      } else if (!net.outputs.empty()) {
+        p.factor = p.error;
+        p.source = features(net.outputs[i], i);
+        p.scale = -1.0f;
       }
+      if (f != Activation::identity) p.gate = features(gate, i);
       p.delta = pointer<T>(deltas[i]);
       p.transposed = is_turned(deltas[i]);
       p.samples = gate.size(0);
       p.features = feedback.numel() / feedback.size(0);
       p.outputs = error.size(1);
       p.activation = f;
-      p.noise = NoiseParams{net.noise_state.const_data_ptr<int64_t>(), net.blocks[i],
-                            parse_noise(net.op, net.noise)};
+      p.noise = NoiseParams{tangent ? net.noise_state->const_data_ptr<int64_t>() : nullptr,
+                            net.blocks[i], tangent ? parse_noise(net.op, net.noise) : Noise::none};
       p.rule = motion.rule;
+      p.decay = static_cast<float>(motion.decay);
       p.lr = static_cast<float>(motion.lr);
       p.beta1 = static_cast<float>(motion.beta1);
       p.beta2 = static_cast<float>(motion.beta2);
@@ -116,7 +127,8 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
 void step(const Network& net, const Motion& motion, at::TensorList deltas) {
   // [N, K] is small beside [N, D] and [K, D]: the kernels take it in float32.
   const Tensor error = net.error.to(at::kFloat).contiguous();
-  const Tensor tangent = net.tangent.to(at::kFloat).contiguous();
+  const auto tangent =
+      net.tangent ? OptionalTensor(net.tangent->to(at::kFloat).contiguous()) : std::nullopt;
   for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
     step_blocks(dtype, net, motion, error, tangent, deltas);
   }
@@ -126,18 +138,25 @@ void step(const Network& net, const Motion& motion, at::TensorList deltas) {
 
 void check_network(const Network& net) {
   const char* op = net.op;
-  const Tensor &error = net.error, &tangent = net.tangent;
+  const Tensor& error = net.error;
   check_count(net, "gates", net.gates);
   check_count(net, "blocks", net.blocks);
   check_count(net, "activations", net.activations);
   TORCH_CHECK(error.dim() == 2 && error.size(1) > 0, "fdfa::", op,
               ": error must be [N, K] with K > 0; got ", error.sizes());
   check_floating(op, "error", error);
-  check_floating(op, "tangent", tangent);
-  check_shape(op, "tangent", tangent, error.sizes());
-  TORCH_CHECK(tangent.device() == error.device(), "fdfa::", op, ": tangent must be on ", error.device(),
-              "; got ", tangent.device());
-  check_counter(op, "noise_state", net.noise_state, 3, error);
+  if (net.tangent) {
+    check_floating(op, "tangent", *net.tangent);
+    check_shape(op, "tangent", *net.tangent, error.sizes());
+    TORCH_CHECK(net.tangent->device() == error.device(), "fdfa::", op, ": tangent must be on ",
+                error.device(), "; got ", net.tangent->device());
+    TORCH_CHECK(net.noise_state, "fdfa::", op, ": a tangent needs the noise_state that it comes from");
+    check_counter(op, "noise_state", *net.noise_state, 3, error);
+    TORCH_CHECK(net.outputs.empty(), "fdfa::", op,
+                ": the feedback follows the tangent or the outputs, not both; give one of them");
+  } else if (!net.outputs.empty()) {
+    check_count(net, "outputs", net.outputs);
+  }
   for (size_t i = 0; i < net.feedback.size(); ++i) {
     const Tensor& gate = net.gates[i];
     check_floating(op, "gate", gate);
@@ -145,6 +164,10 @@ void check_network(const Network& net) {
                 error.size(0), ", *features]; got ", gate.sizes());
     TORCH_CHECK(gate.device() == error.device(), "fdfa::", op, ": gate must be on ", error.device(),
                 "; got ", gate.device());
+    if (!net.outputs.empty()) {
+      check_like(op, "output", net.outputs[i], "gate", gate);
+      check_shape(op, "output", net.outputs[i], gate.sizes());
+    }
     check_matrix(net, "feedback", net.feedback[i], i);
     feature_order(op, net.feedback[i]);
     parse_activation(op, net.activations.get(i));
@@ -162,14 +185,16 @@ Tensor empty_delta(const Tensor& gate, const Tensor& feedback) {
 }
 
 void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
-                   const OptionalTensor& updates, const Tensor& error, const Tensor& tangent,
-                   at::TensorList gates, const Tensor& noise_state, at::IntArrayRef blocks,
-                   const Names& activations, c10::string_view noise, double lr, double beta1,
-                   double beta2, double eps, at::TensorList deltas) {
-  const Network net{"feedback_step", error,  tangent,     noise_state, feedback,
-                    gates,           blocks, activations, noise};
-  const Rule rule = updates ? Rule::adam : Rule::ema;
-  const Motion motion{rule, exp_avg, exp_avg_sq, {}, updates, lr, beta1, beta2, eps};
+                   const OptionalTensor& updates, const Tensor& error, const OptionalTensor& tangent,
+                   at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
+                   at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
+                   double decay, double lr, double beta1, double beta2, double eps,
+                   at::TensorList deltas) {
+  const Network net{"feedback_step", error,   tangent, noise_state, feedback,
+                    gates,           outputs, blocks,  activations, noise};
+  const bool learns = tangent || !outputs.empty();
+  const Rule rule = !learns ? Rule::fixed : updates ? Rule::adam : Rule::ema;
+  const Motion motion{rule, exp_avg, exp_avg_sq, {}, updates, decay, lr, beta1, beta2, eps};
   check_network(net);
   check_moments(net, motion);
   check_deltas(net, deltas);
@@ -178,18 +203,20 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
-    at::TensorList feedback, const Tensor& error, const Tensor& tangent, at::TensorList gates,
-    const Tensor& noise_state, at::IntArrayRef blocks, const Names& activations,
-    c10::string_view noise) {
-  const Network net{"feedback_gradient", error, tangent, noise_state, feedback, gates, blocks,
+    at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent, at::TensorList gates,
+    at::TensorList outputs, const OptionalTensor& noise_state, at::IntArrayRef blocks,
+    const Names& activations, c10::string_view noise, double decay) {
+  const Network net{"feedback_gradient", error, tangent, noise_state, feedback, gates, outputs, blocks,
                     activations,         noise};
   check_network(net);
+  TORCH_CHECK(tangent || !outputs.empty(),
+              "fdfa::feedback_gradient: give the tangent or the outputs that the feedback follows");
   std::vector<Tensor> deltas, gradients;
   for (size_t i = 0; i < feedback.size(); ++i) {
     deltas.push_back(empty_delta(gates[i], feedback[i]));
     gradients.push_back(at::zeros_like(feedback[i]));  // an empty batch teaches nothing
   }
-  step(net, {Rule::gradient, {}, {}, gradients, std::nullopt}, deltas);
+  step(net, {Rule::gradient, {}, {}, gradients, std::nullopt, decay}, deltas);
   return {deltas, gradients};
 }
 

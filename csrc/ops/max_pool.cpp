@@ -82,9 +82,10 @@ Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor
   const char* op = "max_pool2d_end";
   check_shape(op, "handle", handle, x.sizes());
   check_counter(op, "noise_state", noise_state, 3, x);
-  const Noise kind = parse_noise(op, noise);
+  const Noise kind = parse_noise(op, noise, /*may_be_none=*/true);
   // Where there is no tangent its place is filled by x itself, and not looked at.
   auto [y, ty] = pool_both(op, x, tangent ? *tangent : x, kernel, stride, padding);
+  if (!tangent && kind == Noise::none) return {y, gradient_carrier(y), gradient_carrier(y)};
   EpilogueParams<float> p{};
   p.tz = tangent ? ty.data_ptr<float>() : nullptr;
   p.ty = ty.data_ptr<float>();

@@ -103,11 +103,12 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, cons
                                                        const OptionalTensor& weight, const Tensor& mean,
                                                        const Tensor& inverse_std, bool training);
 
-// What a feedback step needs of the network; lists have one entry a block.
+// What a feedback step needs of the network; lists have one entry a block, outputs may have none.
 struct Network {
   const char* op;
-  const Tensor &error, &tangent, &noise_state;
-  at::TensorList feedback, gates;
+  const Tensor& error;
+  const OptionalTensor &tangent, &noise_state;
+  at::TensorList feedback, gates, outputs;
   at::IntArrayRef blocks;
   const Names& activations;
   c10::string_view noise;
@@ -118,14 +119,15 @@ void check_network(const Network& net);
 Tensor empty_delta(const Tensor& gate, const Tensor& feedback);
 
 void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
-                   const OptionalTensor& updates, const Tensor& error, const Tensor& tangent,
-                   at::TensorList gates, const Tensor& noise_state, at::IntArrayRef blocks,
-                   const Names& activations, c10::string_view noise, double lr, double beta1,
-                   double beta2, double eps, at::TensorList deltas);
+                   const OptionalTensor& updates, const Tensor& error, const OptionalTensor& tangent,
+                   at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
+                   at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
+                   double decay, double lr, double beta1, double beta2, double eps,
+                   at::TensorList deltas);
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
-    at::TensorList feedback, const Tensor& error, const Tensor& tangent, at::TensorList gates,
-    const Tensor& noise_state, at::IntArrayRef blocks, const Names& activations,
-    c10::string_view noise);
+    at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent, at::TensorList gates,
+    at::TensorList outputs, const OptionalTensor& noise_state, at::IntArrayRef blocks,
+    const Names& activations, c10::string_view noise, double decay);
 
 }  // namespace fdfa

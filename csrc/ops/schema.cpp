@@ -82,7 +82,7 @@ TORCH_LIBRARY(fdfa, m) {
 
   // The same at the end of a block whose x came from `linear`, `conv2d` or `batch_norm` with noise
   // "none" and whose `handle` is the pre of that: ty = tangent of the winner + u, and δ at pre goes on
-  // to handle.
+  // to handle. With noise "none" too there is no u.
   m.def(
       "max_pool2d_end(Tensor x, Tensor? tangent, Tensor handle, int[2] kernel_size, int[2] stride, "
       "int[2] padding, Tensor noise_state, int block, str noise) -> (Tensor y, Tensor ty, Tensor pre)");
@@ -96,37 +96,39 @@ TORCH_LIBRARY(fdfa, m) {
   // ty = tangent + u for a block's output y [N, *features], in y's shape; images in channels_last.
   m.def("perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise) -> Tensor");
 
-  // For each block of the network: G = tangentᵀ u / N; moves feedback B [K, *features] by eq. 8 (no
-  // exp_avg, no updates) or by a step of Adam on the gradient B - G, where G is finite; `updates`,
-  // int64 [1], counts these steps. Then δ = (error B) ⊙ f'(gate), in gate's shape [N, *features]: y, or
-  // the pre-activation for gelu and silu; error and tangent [N, K]. Each δ is written to `deltas`, in
-  // B's memory order (dense ones on the CPU may be turned over, [D, N]), and not returned, because
-  // torch.compile wants no lists from operators that change their arguments.
+  // For each block of the network: moves feedback B [K, *features] along ∇B = decay B - G, with
+  //   G = tangentᵀ u / N      where tangent [N, K] is given, FDFA with decay 1, or
+  //   G = -errorᵀ outputs     where outputs, each y [N, *features], are: Kolen-Pollack.
+  // B moves by lr ∇B (no exp_avg, no updates; eq. 8) or by a step of Adam, where G is finite;
+  // `updates`, int64 [1], counts these steps. With neither tangent nor outputs B stays. Then δ =
+  // (error B) ⊙ f'(gate), in gate's shape [N, *features]: y, or the pre-activation for gelu and silu;
+  // error [N, K]. Each δ is written to `deltas`, in B's memory order (dense ones on the CPU may be
+  // turned over, [D, N]), and not returned, because torch.compile wants no lists from operators that
+  // change their arguments.
   m.def(
       "feedback_step(Tensor(a!)[] feedback, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-      "Tensor(d!)? updates, Tensor error, Tensor tangent, Tensor[] gates, Tensor noise_state, "
-      "int[] blocks, str[] activations, str noise, float lr, float beta1, float beta2, float eps, "
-      "Tensor(e!)[] deltas) -> ()");
+      "Tensor(d!)? updates, Tensor error, Tensor? tangent, Tensor[] gates, Tensor[] outputs, "
+      "Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, float lr, "
+      "float beta1, float beta2, float eps, Tensor(e!)[] deltas) -> ()");
 
-  // (δ from the feedback as it is, B - G) for each block, for a torch optimizer to move B (eq. 10).
+  // (δ from the feedback as it is, ∇B) for each block, for a torch optimizer to move B (eq. 10).
   m.def(
-      "feedback_gradient(Tensor[] feedback, Tensor error, Tensor tangent, Tensor[] gates, "
-      "Tensor noise_state, int[] blocks, str[] activations, str noise) -> "
-      "(Tensor[] deltas, Tensor[] gradients)");
+      "feedback_gradient(Tensor[] feedback, Tensor error, Tensor? tangent, Tensor[] gates, "
+      "Tensor[] outputs, Tensor? noise_state, int[] blocks, str[] activations, str noise, "
+      "float decay) -> (Tensor[] deltas, Tensor[] gradients)");
 
   // The network's output [N, K], tied to its blocks: the backward of the result hands each handle its δ
-  // by a feedback step (rule "ema" or "adam") or by feedback_gradient ("grad"), and passes the error on
-  // to what made the output. The output is x, with its tangent; or with weight [K, D] and bias [K] it
-  // is x Wᵀ + b of x [N, D], and they get their exact gradients here: a node, two calls and a copy
-  // less. Advances noise_state, of which the backward uses the value before. A gate that is spare,
-  // since nobody else reads it, gives its memory to δ, unless the graph is retained.
+  // by a feedback step (rule "ema", "adam" or, with neither tangent nor outputs, "fixed") or by
+  // feedback_gradient ("grad"), and passes the error on to what made the output. The output is x, with
+  // its tangent; or with weight [K, D] and bias [K] it is x Wᵀ + b of x [N, D], and they get their
+  // exact gradients here: a node, two calls and a copy less. With a tangent it advances noise_state, of
+  // which the backward uses the value before. A gate that is spare, since nobody else reads it, gives
+  // its memory to δ, unless the graph is retained.
   m.def(
-      "star(Tensor x, Tensor tangent, Tensor? weight, Tensor? bias, Tensor(a!) noise_state, Tensor[] "
-      "handles, Tensor[] gates, "
-      "bool[] spare_gates, Tensor[] feedback, Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, "
-      "int[] blocks, "
-      "str[] activations, str noise, str rule, float lr, float beta1, float beta2, float eps) -> "
-      "Tensor");
+      "star(Tensor x, Tensor? tangent, Tensor? weight, Tensor? bias, Tensor(a!) noise_state, "
+      "Tensor[] handles, Tensor[] gates, bool[] spare_gates, Tensor[] outputs, Tensor[] feedback, "
+      "Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, int[] blocks, str[] activations, "
+      "str noise, str rule, float decay, float lr, float beta1, float beta2, float eps) -> Tensor");
 }
 
 #define FDFA_IMPLEMENT(key)                                       \

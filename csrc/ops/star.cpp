@@ -25,31 +25,32 @@ struct Options : torch::CustomClassHolder {
   c10::List<bool> spare_gates;
   Names activations;
   std::string noise, rule;
-  double lr, beta1, beta2, eps;
+  double decay, lr, beta1, beta2, eps;
   bool wants_weight = false, wants_bias = false;
 };
 
 struct Star : torch::autograd::Function<Star> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& tangent,
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                         const OptionalTensor& weight, const OptionalTensor& bias,
                         at::TensorList handles, at::TensorList feedback, const Tensor& noise_state,
-                        at::TensorList gates, c10::intrusive_ptr<Options> options) {
+                        at::TensorList gates, at::TensorList outputs,
+                        c10::intrusive_ptr<Options> options) {
     static const auto next_noise = find<decltype(fdfa::next_noise)>("fdfa::next_noise");
-    Tensor output, output_tangent = tangent;
-    if (weight) {
-      output = plain_linear(x, *weight, bias);
+    OptionalTensor output_tangent = tangent;
+    if (weight && tangent) {
       const at::AutoDispatchBelowADInplaceOrView guard;
-      output_tangent = call_mm(tangent, weight->t());
-    } else {
-      output = x.clone();
+      output_tangent = call_mm(*tangent, weight->t());
     }
-    check_network({"star", output, output_tangent, noise_state, feedback, gates, options->blocks,
-                   options->activations, options->noise});
+    Tensor output = weight ? plain_linear(x, *weight, bias) : x.clone();
+    check_network({"star", output, output_tangent, noise_state, feedback, gates, outputs,
+                   options->blocks, options->activations, options->noise});
     for (size_t i = 0; i < gates.size(); ++i) check_order(feedback[i], gates[i]);
     options->wants_weight = weight && weight->requires_grad();
     options->wants_bias = bias && bias->requires_grad();
-    variable_list saved{output_tangent, next_noise.call(noise_state), weight ? x : Tensor()};
+    variable_list saved{output_tangent.value_or(Tensor()),
+                        tangent ? next_noise.call(noise_state) : Tensor(), weight ? x : Tensor()};
     saved.insert(saved.end(), gates.begin(), gates.end());
+    saved.insert(saved.end(), outputs.begin(), outputs.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["options"] = c10::IValue::make_capsule(std::move(options));
     return output;
@@ -60,15 +61,21 @@ struct Star : torch::autograd::Function<Star> {
     static const auto feedback_gradient =
         find<decltype(fdfa::feedback_gradient)>("fdfa::feedback_gradient");
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &error = grads[0], &tangent = saved[0], &noise_state = saved[1], &x = saved[2];
-    const at::TensorList gates = at::TensorList(saved).slice(3);
     const auto kept = ctx->saved_data["options"].toCapsule();
     const Options& o = static_cast<const Options&>(*kept);
+    const auto optional = [](const Tensor& t) {
+      return t.defined() ? OptionalTensor(t) : std::nullopt;
+    };
+    const Tensor &error = grads[0], &x = saved[2];
+    const OptionalTensor tangent = optional(saved[0]), noise_state = optional(saved[1]);
+    const size_t n = o.blocks.size();
+    const auto gates = at::TensorList(saved).slice(3, n), outputs = at::TensorList(saved).slice(3 + n);
 
     variable_list deltas, gradients(o.feedback.size());
     if (o.rule == "grad") {
-      std::tie(deltas, gradients) = feedback_gradient.call(
-          o.feedback, error, tangent, gates, noise_state, o.blocks, o.activations, o.noise);
+      std::tie(deltas, gradients) =
+          feedback_gradient.call(o.feedback, error, tangent, gates, outputs, noise_state, o.blocks,
+                                 o.activations, o.noise, o.decay);
     } else {
       const bool once = !torch::autograd::get_current_graph_task_keep_graph();
       for (size_t i = 0; i < o.feedback.size(); ++i) {
@@ -76,16 +83,16 @@ struct Star : torch::autograd::Function<Star> {
         deltas.push_back(spare ? gates[i] : empty_delta(gates[i], o.feedback[i]));
       }
       const auto updates = o.rule == "adam" ? OptionalTensor(o.updates) : std::nullopt;
-      feedback_step.call(o.feedback, o.exp_avg, o.exp_avg_sq, updates, error, tangent, gates,
-                         noise_state, o.blocks, o.activations, o.noise, o.lr, o.beta1, o.beta2, o.eps,
-                         deltas);
+      feedback_step.call(o.feedback, o.exp_avg, o.exp_avg_sq, updates, error, tangent, gates, outputs,
+                         noise_state, o.blocks, o.activations, o.noise, o.decay, o.lr, o.beta1, o.beta2,
+                         o.eps, deltas);
     }
     variable_list result{x.defined() ? Tensor() : error, Tensor(),
                          o.wants_weight ? call_mm(error.t(), x) : Tensor(),
                          o.wants_bias ? error.sum(0) : Tensor()};
     result.insert(result.end(), deltas.begin(), deltas.end());
     result.insert(result.end(), gradients.begin(), gradients.end());
-    result.resize(result.size() + 2 + gates.size());  // of what has no gradient
+    result.resize(result.size() + 2 + gates.size() + outputs.size());  // of what has no gradient
     return result;
   }
 
@@ -97,12 +104,13 @@ struct Star : torch::autograd::Function<Star> {
   }
 };
 
-Tensor star(const Tensor& x, const Tensor& tangent, const OptionalTensor& weight,
+Tensor star(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& weight,
             const OptionalTensor& bias, const Tensor& noise_state, at::TensorList handles,
-            at::TensorList gates, const c10::List<bool>& spare_gates, at::TensorList feedback,
-            at::TensorList exp_avg, at::TensorList exp_avg_sq, const Tensor& updates,
-            at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-            c10::string_view rule, double lr, double beta1, double beta2, double eps) {
+            at::TensorList gates, const c10::List<bool>& spare_gates, at::TensorList outputs,
+            at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
+            const Tensor& updates, at::IntArrayRef blocks, const Names& activations,
+            c10::string_view noise, c10::string_view rule, double decay, double lr, double beta1,
+            double beta2, double eps) {
   TORCH_CHECK(!weight || !x.requires_grad(),
               "fdfa::star: x must need no gradient where weight is given");
   auto options = c10::make_intrusive<Options>();
@@ -115,11 +123,12 @@ Tensor star(const Tensor& x, const Tensor& tangent, const OptionalTensor& weight
   options->activations = activations;
   options->noise = noise;
   options->rule = rule;
+  options->decay = decay;
   options->lr = lr;
   options->beta1 = beta1;
   options->beta2 = beta2;
   options->eps = eps;
-  return Star::apply(x, tangent, weight, bias, handles, feedback, noise_state, gates,
+  return Star::apply(x, tangent, weight, bias, handles, feedback, noise_state, gates, outputs,
                      std::move(options));
 }
 

@@ -169,9 +169,9 @@ void test_transposed_epilogue(const Sizes& sizes) {
 struct FeedbackCase {
   int64_t samples, features, outputs, updates;
   Activation activation;
-  Noise noise;
+  Noise noise;  // none: s is an array
   Rule rule;
-  bool has_gate, transposed, in_place;  // in_place: delta is the gate's memory
+  bool has_gate, transposed, in_place;  // in_place: delta, and s if an array, is the gate's memory
 };
 
 template <class T>
@@ -182,22 +182,24 @@ struct FeedbackArrays {
         exp_avg_sq(c.outputs * c.features, 3),
         gradient(c.outputs * c.features, 4),
         error(c.samples * c.outputs, 5),
-        tangent(c.samples * c.outputs, 6),
+        factor(c.samples * c.outputs, 6),
         gate(c.samples * c.features, 7),
         delta(c.samples * c.features, 8),
+        source(c.samples * c.features, 9),
         updates(c.updates) {
     for (int64_t i = 0; i < exp_avg_sq.size(); ++i) exp_avg_sq.data()[i] = 1.0f + exp_avg.data()[i] / 2;
   }
 
   FeedbackParams<T> params(const FeedbackCase& c) {
-    const bool adam = c.rule == Rule::adam;
+    const bool adam = c.rule == Rule::adam, fixed = c.rule == Rule::fixed;
     return {feedback.data(),
             adam ? exp_avg.data() : nullptr,
             adam ? exp_avg_sq.data() : nullptr,
             c.rule == Rule::gradient ? gradient.data() : nullptr,
             adam ? &updates : nullptr,
             error.data(),
-            tangent.data(),
+            fixed ? nullptr : factor.data(),
+            fixed || c.noise != Noise::none ? nullptr : (c.in_place ? gate : source).data(),
             c.has_gate ? gate.data() : nullptr,
             (c.in_place ? gate : delta).data(),
             c.samples,
@@ -206,6 +208,8 @@ struct FeedbackArrays {
             c.activation,
             {kState, 2, c.noise},
             c.rule,
+            0.3f,
+            0.7f,
             0.03f,
             0.9f,
             0.999f,
@@ -213,8 +217,8 @@ struct FeedbackArrays {
             c.transposed};
   }
 
-  Array<float> feedback, exp_avg, exp_avg_sq, gradient, error, tangent;
-  Array<T> gate, delta;
+  Array<float> feedback, exp_avg, exp_avg_sq, gradient, error, factor;
+  Array<T> gate, delta, source;
   int64_t updates;
 };
 
@@ -248,8 +252,8 @@ void test_feedback(const Sizes& sizes, int stride) {
   for (int64_t samples : sizes.samples)
     for (int64_t features : sizes.features)
       for (int64_t outputs : sizes.outputs)
-        for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient})
-          for (Noise noise : {Noise::gaussian, Noise::rademacher})
+        for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient, Rule::fixed})
+          for (Noise noise : {Noise::gaussian, Noise::rademacher, Noise::none})
             for (int64_t updates : {1, 1000})
               for (bool has_gate : {true, false}) {
                 if (!selection.next()) continue;
@@ -265,14 +269,15 @@ void test_transposed_feedback(const Sizes& sizes) {
   for (int64_t samples : sizes.samples)
     for (int64_t features : sizes.features)
       for (int f = 0; f < kActivationCount; ++f)
-        test_feedback_blocks<Backend, T>({{samples, features, 10, 3, static_cast<Activation>(f),
-                                           Noise::gaussian, Rule::adam, true, true, false}});
+        for (Noise noise : {Noise::gaussian, Noise::none})
+          test_feedback_blocks<Backend, T>({{samples, features, 10, 3, static_cast<Activation>(f),
+                                             noise, Rule::adam, true, true, false}});
 }
 
 // More blocks than one launch of the CUDA kernel takes, some of them empty.
 template <class Backend>
 void test_feedback_of_many_blocks() {
-  for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient}) {
+  for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient, Rule::fixed}) {
     std::vector<FeedbackCase> blocks;
     for (int64_t i = 0; i < 19; ++i) {
       const int64_t features = i % 5 == 2 ? 0 : 1 + 37 * i % 101;

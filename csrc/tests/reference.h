@@ -100,15 +100,15 @@ void epilogue(const EpilogueParams<T>& p) {
 // B's new value; moves the moments.
 template <class T>
 double moved(const FeedbackParams<T>& p, int64_t at, double g) {
-  const double b = p.feedback[at];
-  if (p.rule == Rule::ema) return (1 - double{p.lr}) * b + p.lr * g;
+  const double b = p.feedback[at], gradient = double{p.decay} * b - g;
+  if (p.rule == Rule::ema) return b - p.lr * gradient;
   if (p.rule == Rule::gradient) {
-    p.gradient[at] = static_cast<float>(b - g);
+    p.gradient[at] = static_cast<float>(gradient);
     return b;
   }
   const double t = static_cast<double>(*p.updates);
-  const double m = p.beta1 * p.exp_avg[at] + (1 - double{p.beta1}) * (b - g);
-  const double v = p.beta2 * p.exp_avg_sq[at] + (1 - double{p.beta2}) * (b - g) * (b - g);
+  const double m = p.beta1 * p.exp_avg[at] + (1 - double{p.beta1}) * gradient;
+  const double v = p.beta2 * p.exp_avg_sq[at] + (1 - double{p.beta2}) * gradient * gradient;
   p.exp_avg[at] = static_cast<float>(m);
   p.exp_avg_sq[at] = static_cast<float>(v);
   const double mean = m / (1 - std::pow(double{p.beta1}, t));
@@ -119,14 +119,16 @@ double moved(const FeedbackParams<T>& p, int64_t at, double g) {
 template <class T>
 void feedback_step(const FeedbackParams<T>& p) {
   if (p.samples == 0) return;
-  std::vector<double> u(p.samples);
+  std::vector<double> s(p.samples);
   for (int64_t i = 0; i < p.features; ++i) {
-    for (int64_t n = 0; n < p.samples; ++n) u[n] = noise(p.noise, n, i);
-    for (int64_t k = 0; k < p.outputs; ++k) {
+    for (int64_t n = 0; n < p.samples; ++n) {
+      s[n] = p.source ? to_float(p.source[n * p.features + i]) : noise(p.noise, n, i);
+    }
+    for (int64_t k = 0; p.rule != Rule::fixed && k < p.outputs; ++k) {
       double g = 0;
-      for (int64_t n = 0; n < p.samples; ++n) g += p.tangent[n * p.outputs + k] * u[n];
+      for (int64_t n = 0; n < p.samples; ++n) g += p.factor[n * p.outputs + k] * s[n];
       const int64_t at = k * p.features + i;
-      p.feedback[at] = static_cast<float>(moved(p, at, g / static_cast<double>(p.samples)));
+      p.feedback[at] = static_cast<float>(moved(p, at, p.scale * g));
     }
     for (int64_t n = 0; n < p.samples; ++n) {
       double sum = 0;

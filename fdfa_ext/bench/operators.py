@@ -234,17 +234,27 @@ def _(x: Any, tangent: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> 
     return (1 if tangent is None else 2) * conv_flop_count(x, weight, out_shape[0])
 
 
-def _feedback_flops(feedback: Any, error: Any) -> int:
-    return sum(2 * 2 * error[0] * math.prod(matrix) for matrix in feedback)
+def _feedback_flops(feedback: Any, error: Any, tangent: Any, outputs: Any) -> int:
+    products = 1 if tangent is None and not outputs else 2
+    return sum(products * 2 * error[0] * math.prod(matrix) for matrix in feedback)
 
 
 @register_flop_formula(fused.feedback_step)
 def _(
-    feedback: Any, exp_avg: Any, exp_avg_sq: Any, updates: Any, error: Any, *_: Any, **__: Any
+    feedback: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    updates: Any,
+    error: Any,
+    tangent: Any,
+    gates: Any,
+    outputs: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
-    return _feedback_flops(feedback, error)
+    return _feedback_flops(feedback, error, tangent, outputs)
 
 
 @register_flop_formula(fused.feedback_gradient)
-def _(feedback: Any, error: Any, *_: Any, **__: Any) -> int:
-    return _feedback_flops(feedback, error)
+def _(feedback: Any, error: Any, tangent: Any, gates: Any, outputs: Any, *_: Any, **__: Any) -> int:
+    return _feedback_flops(feedback, error, tangent, outputs)

@@ -119,7 +119,7 @@ class Run:
             parameters.append(self.model.feedback_parameters())
         rates = (config.lr, config.feedback_lr)  # the second only counts where B has an optimizer
         # The decay has to be the same on both sides for B to become like the weights.
-        decay = method.weight_decay if isinstance(method, KolenPollack) else 0.0
+        decay = method.decay if isinstance(method, KolenPollack) else 0.0
         self._optimizers = [
             torch.optim.Adam(
                 group, lr=lr, weight_decay=decay if group is parameters[0] else 0, fused=True
