@@ -151,9 +151,9 @@ class BlockMethod(Method):
     """Base of the methods that give every block its own error, straight from the output's.
 
     Attributes for subclasses to set:
-        tangents: "none": no noise, and blocks are the torch layers that they stand for. "network":
-            blocks are perturbed, and tangents run from block to block to the output (Algorithm 1).
-            "block": blocks are perturbed, and a tangent ends where the next block begins.
+        tangents: "none": nothing is perturbed. "network": blocks are perturbed, and tangents run from
+            block to block to the output (Algorithm 1). "block": blocks are perturbed, and a tangent
+            ends where the next block begins.
         feedback: "none", "fixed" or "learned".
         reads_output: whether the blocks' outputs are needed in the backward.
     """
