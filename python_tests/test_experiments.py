@@ -14,6 +14,7 @@ from fdfa_ext.experiments.runs import Job, Options, paper_config, read_record, r
 from fdfa_ext.experiments.tables import TABLES, Cell, markdown, paper_accuracies
 from fdfa_ext.experiments.variance import FIGURES
 from fdfa_ext.methods import METHODS
+from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.training import Config, Run
 
 FILES = {"figure.png", "table.md"}
@@ -67,7 +68,7 @@ def test_the_papers_numbers_cover_its_tables() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "methods"), [("table-b6", ",".join(METHODS)), ("table-2", "fdfa,dfa,dkp,bp")]
+    ("name", "methods"), [("table-b6", ",".join(METHODS)), ("table-2", "fdfa,dfa,dkp,fg-a,lg-fg-a,bp")]
 )
 def test_documented_tables_are_what_the_records_beside_them_say(
     name: str, methods: str, tmp_path: Path
@@ -80,9 +81,12 @@ def test_documented_tables_are_what_the_records_beside_them_say(
     assert table in (DOCS / "results.md").read_text()
 
 
-def test_forward_gradients_of_weights_have_the_published_programs_rate() -> None:
-    rates = {method: paper_config(method, hidden=2).lr for method in METHODS}
-    assert rates == {**dict.fromkeys(METHODS, 1e-4), "fg-w": 1e-3}
+@pytest.mark.parametrize(
+    ("model", "fast"), [("mlp", {"fg-w"}), ("cnn", {"fg-w", "fg-a", "bp"}), ("alexnet", {"fg-w"})]
+)
+def test_the_rate_is_the_stated_one_or_ten_times_that(model: str, fast: set[str]) -> None:
+    rates = {method: paper_config(method, model=model).lr for method in METHODS}
+    assert rates == {method: 1e-3 if method in fast else 1e-4 for method in METHODS}
 
 
 def test_a_cell_of_one_seed_claims_no_deviation() -> None:
@@ -170,6 +174,14 @@ def test_what_is_on_file_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
     assert run_all([Job(replace(CONFIG, epochs=2))], options) == [record[:2]]
     with pytest.raises(TypeError):
         run_all([Job(replace(CONFIG, epochs=4))], options)
+
+
+def test_a_record_of_another_rate_is_refused(tmp_path: Path) -> None:
+    options = replace(OPTIONS, output=tmp_path)
+    (record,) = run_all([Job(CONFIG)], options)
+    with pytest.raises(UserError, match=r"\.csv is of a run at rate 0.0001, where this one has 0.01"):
+        run_all([Job(replace(CONFIG, lr=0.01))], options)
+    assert run_all([Job(CONFIG)], options) == [record]
 
 
 def test_processes_do_what_one_would(tmp_path: Path) -> None:
