@@ -65,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fdfa_ext: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a file or folder that cannot be read or written
+        print(f"fdfa_ext: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0

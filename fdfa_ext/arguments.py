@@ -31,7 +31,7 @@ def positive(text: str) -> float:
 def device(text: str) -> torch.device:
     try:
         found = torch.device(text)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).tolist()  # which a device without memory, as meta, has not
     except (RuntimeError, AssertionError, NotImplementedError):
         raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from None
     return found

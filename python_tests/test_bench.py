@@ -145,6 +145,9 @@ def test_commands_print_tables_and_write_their_files(tmp_path: Path, capsys, mon
             "784-800-10 in bfloat16 on cpu: nothing to time with plain",
         ),
         ("bench --batch-sizes 64,0", "'0' is not a whole number of 1 or more"),
+        ("bench --json .", "--json . is a folder: give a file"),
+        ("bench --plot b.foo", "--plot b.foo must end in one of"),
+        ("profile --trace nowhere/t.json", "--trace nowhere/t.json: there is no folder nowhere"),
         ("bench --plot nowhere/b.png", "--plot nowhere/b.png: there is no folder nowhere"),
     ],
 )

@@ -206,6 +206,12 @@ def test_an_unreadable_record_is_as_none(tmp_path: Path) -> None:
     assert read_record(file) == []
 
 
+def test_a_figure_without_any_of_its_methods_is_refused(tmp_path: Path, capsys) -> None:
+    flags = ["--methods", "bp", "--datasets", "digits", "--output", str(tmp_path)]
+    assert main(["experiment", "figure-8", *flags]) == 2
+    assert "figure-8 is of the methods dfa, dkp, fdfa: give some of them" in capsys.readouterr().err
+
+
 def test_missing_data_are_one_sentence(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("fdfa_ext.train.data._download", lambda *_: False)
     flags = ["--data-dir", str(tmp_path), "--output", str(tmp_path)]

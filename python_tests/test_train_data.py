@@ -105,9 +105,11 @@ def test_a_broken_archive_and_a_label_out_of_range_are_named(tmp_path):
     labels.write_bytes(gzip.compress(idx_bytes(np.array([1, 2, 10, 3]))))
     with pytest.raises(UserError, match=r"t10k-labels.* holds the label 10, outside 0 to 9"):
         load_dataset("mnist", tmp_path)
-    labels.write_bytes(labels.read_bytes()[:-3])
-    with pytest.raises(UserError, match=r"t10k-labels.* cannot be read"):
-        load_dataset("mnist", tmp_path)
+    whole = labels.read_bytes()
+    for broken in (whole[:-3], whole[:10] + b"\xff\xff" + whole[12:]):
+        labels.write_bytes(broken)
+        with pytest.raises(UserError, match=r"t10k-labels.* cannot be read"):
+            load_dataset("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("subfolder", [".", "cifar-10-batches-py"])

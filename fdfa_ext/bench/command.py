@@ -208,11 +208,14 @@ def profile(args: argparse.Namespace) -> None:
 def _set_up(args: argparse.Namespace) -> str:
     """Settings of torch that hold for all contenders; returns the head of the report."""
     plot = getattr(args, "plot", None)
-    for argument, file in (("--json", args.json), ("--plot", plot)):
+    files = {"--json": args.json, "--plot": plot, "--trace": getattr(args, "trace", None)}
+    for argument, file in files.items():
         if file and not file.absolute().parent.is_dir():
             raise UserError(f"{argument} {file}: there is no folder {file.parent}")
-    if plot and not find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib: pip install matplotlib")
+        if file and file.is_dir():
+            raise UserError(f"{argument} {file} is a folder: give a file")
+    if plot:
+        _check_plot(plot)
     if getattr(args, "nvtx", False) and args.device.type != "cuda":
         raise UserError(f"--nvtx is for CUDA devices; got --device {args.device}")
     keep_freed_memory()  # for all contenders, as FDFA has it
@@ -221,6 +224,16 @@ def _set_up(args: argparse.Namespace) -> str:
     torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
     torch.set_float32_matmul_precision("high" if args.dtype == "tf32" else "highest")
     return f"{description(args.device)}, {args.dtype}"
+
+
+def _check_plot(file: Path) -> None:
+    if not find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:] not in known:
+        raise UserError(f"--plot {file} must end in one of {', '.join(f'.{each}' for each in known)}")
 
 
 def _write_json(file: Path, title: str, rows: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from statistics import fmean
 from fdfa_ext.experiments.report import band, in_words, write_rows, write_text
 from fdfa_ext.experiments.runs import Job, Options, Record, run_all
 from fdfa_ext.metrics import gradient_alignment
+from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.training import Config, Run
 
 _METHODS = ("dfa", "dkp", "fdfa")
@@ -38,6 +39,8 @@ def alignment(name: str, options: Options, folder: Path) -> str:
     """Trains by each method; writes points.csv, figure.png, table.md; returns the Markdown."""
     dataset = (options.datasets or ("mnist",))[0]
     methods = [m for m in _METHODS if m in (options.methods or _METHODS)]
+    if not methods:
+        raise UserError(f"{name} is of the methods {', '.join(_METHODS)}: give some of them")
     configs = [
         Config(method=m, dataset=dataset, hidden=_HIDDEN, epochs=options.epochs) for m in methods
     ]

@@ -134,6 +134,8 @@ def train(given: dict[str, Any]) -> None:
         configs = [Config(**settings, method=method) for method in methods or [Config.method]]
     if len(configs) > 1 and "checkpoint" in given:
         raise UserError("--checkpoint holds one run: give one --method")
+    if "checkpoint" in given and given["checkpoint"].is_dir():
+        raise UserError(f"--checkpoint {given['checkpoint']} is a folder: give a file")
 
     first = configs[0]
     trained = "-".join(config.method for config in configs)

@@ -4,6 +4,7 @@ import gzip
 import importlib
 import os
 import pickle
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,7 @@ def _read_idx(file: Path, n_dims: int) -> np.ndarray:
     """An idx file of unsigned bytes: magic number 0x000008 and n_dims, big-endian sizes, the bytes."""
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
     header = 4 * (1 + n_dims)
     magic, expected_magic = content[:4].hex(), f"000008{n_dims:02x}"

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from fdfa_ext import FDFA
-from fdfa_ext.methods import KolenPollack
+from fdfa_ext.methods import METHODS, KolenPollack
 from fdfa_ext.train.data import Dataset, batches
 from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import IMAGE_SIDES, NORMALISED, build_net
 
 LR_DECAY = 0.95  # of the weights' rate, each epoch; the feedback's rate stays (Appendix A)
+_WITH_TANGENTS = [name for name, method in METHODS.items() if method().tangents != "none"]
 EVAL_BATCH = 1000  # fits small memories and is as fast as any larger one
 
 
@@ -52,6 +53,10 @@ class Config:
                 f"--weights zero cannot train {self.model}: what batch normalisation makes of it "
                 "is zero for every image, and opens no ReLU"
             )
+        if self.weights == "zero" and self.method in _WITH_TANGENTS:
+            raise UserError(f"--weights zero is not for {self.method}: no tangent passes such weights")
+        if self.feedback == "ema" and not self.feedback_lr < 1:
+            raise UserError(f"--feedback ema needs a --feedback-lr below 1; got {self.feedback_lr:g}")
 
 
 @dataclass(frozen=True)
