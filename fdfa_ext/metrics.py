@@ -1,17 +1,16 @@
 """How good a method's gradients and feedback are, measured on any model and left without a trace.
 
-Every function puts back what its passes change: feedback and its moments, noise, running statistics and
-the gradients that the parameters have.
+Every function puts back what its passes change: feedback and its moments, noise, running statistics,
+the gradients that the parameters have and torch's random generators.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdfa_ext.functional import rows
 from fdfa_ext.wrapper import FDFA
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -25,6 +24,7 @@ def gradient_alignment(
 
     The estimate is the mean over `draws` of the noise, with the feedback as it stands. One draw will do
     for methods that project the error by B; forward gradients need as many as they have dimensions.
+    Dropout and other random modules do the same in each draw and for the true gradient.
 
     Args:
         model: an FDFA of any method.
@@ -38,10 +38,11 @@ def gradient_alignment(
         ValueError: draws is below 1.
     """
     with _untouched(model):
-        exact = _gradients(model, loss_fn(model.module(batch[0]), batch[1]))
+        with _own_randomness(model):
+            exact = _gradients(model, loss_fn(model.module(batch[0]), batch[1]))
         learning_rate, model.feedback_lr = model.feedback_lr, 0.0
         try:
-            estimates = _estimates(model, batch, loss_fn, draws)
+            estimates = _estimates(model, batch, loss_fn, draws, one_mask=True)
             mean = next(estimates)
             for estimate in estimates:
                 for name, value in estimate.items():
@@ -61,7 +62,8 @@ def estimator_variance(
     """Variance of the estimate over the noise, mean over a parameter's elements  (z₂ of eq. 18).
 
     Every draw starts from the same feedback, which moves by the model's own rule as in training: with
-    rule "ema" this is the variance of Proposition 2. Zero for methods without noise.
+    rule "ema" this is the variance of Proposition 2. Zero for methods without noise, but for what
+    random modules add, such as dropout.
 
     Args:
         model: an FDFA of any method.
@@ -121,9 +123,11 @@ def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
         )
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: object, __: object, output: Tensor) -> None:
-            outputs[name] = output
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(_: object, __: object, output: Tensor) -> Tensor:
+            # Whatever the block's parameters want. A copy goes on, which may be changed in place.
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[name].clone()
 
         return hook
 
@@ -142,18 +146,25 @@ def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
         for hook in hooks:
             hook.remove()
     jacobians = {name: torch.stack([r[i].sum(0) for r in found]) for i, name in enumerate(outputs)}
-    return {name: _angle(rows(model.feedback[name]), rows(j)) for name, j in jacobians.items()}
+    return {name: _angle(model.feedback[name], j) for name, j in jacobians.items()}
 
 
-def _estimates(model: FDFA, batch: Batch, loss_fn: Loss, draws: int) -> Iterator[dict[str, Tensor]]:
-    """The method's gradients from `draws` draws of the noise and always the same feedback."""
+def _estimates(
+    model: FDFA, batch: Batch, loss_fn: Loss, draws: int, one_mask: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """The method's gradients from `draws` draws of the noise and always the same feedback.
+
+    one_mask: random modules do the same in each draw, or torch's generators go on as they do.
+    """
     if draws < 1:
         raise ValueError(f"gradient_alignment: draws must be 1 or more; got {draws}")
     model.training = True
     start = _state(model)
     for _ in range(draws):
-        loss = loss_fn(model(batch[0]), batch[1])
-        yield _gradients(model, sum((loss_fn(o, batch[1]) for o in model.local_outputs), loss))
+        with _own_randomness(model) if one_mask else nullcontext():
+            loss = loss_fn(model(batch[0]), batch[1])
+            found = _gradients(model, sum((loss_fn(o, batch[1]) for o in model.local_outputs), loss))
+        yield found
         _restore(model, start, but="noise_state")
 
 
@@ -165,6 +176,12 @@ def _gradients(model: FDFA, loss: Tensor) -> dict[str, Tensor]:
         for name, p in model.module.named_parameters()
         if p.requires_grad
     }
+
+
+def _own_randomness(model: FDFA) -> AbstractContextManager[None]:
+    """What is drawn from torch's generators within starts from where they are and leaves them there."""
+    device = model.noise_state.device
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type="cuda")
 
 
 def _state(model: FDFA) -> dict[str, Tensor]:
@@ -189,7 +206,7 @@ def _untouched(model: FDFA) -> Iterator[None]:
     gradients = {p: p.grad for p in model.parameters()}
     modes = {module: module.training for module in model.modules()}
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _own_randomness(model):
             yield
     finally:
         _restore(model, state)

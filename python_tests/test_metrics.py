@@ -57,6 +57,35 @@ def test_feedback_equal_to_the_output_weight_is_exact_and_its_negative_opposite(
     assert gradient_alignment(model, data)["0.weight"] > 180 - 1e-2
 
 
+def test_random_modules_draw_the_same_for_estimate_and_truth() -> None:
+    net = nn.Sequential(FDFALinear(6, 40, activation="relu"), nn.Dropout(0.5), nn.Linear(40, 3))
+    data = batch("mlp")
+    model = FDFA(net, method="bp", example_input=data[0])
+    before = torch.get_rng_state()
+    assert max(gradient_alignment(model, data, draws=2).values()) < 1e-3
+    assert min(estimator_variance(model, data, draws=3).values()) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("between", [(), (3,), (2, 2)])
+def test_feedback_is_compared_with_the_jacobian_of_its_block(between: tuple[int, ...]) -> None:
+    """Frozen or not, changed in place by the next module or not, in any dimensions."""
+    torch.manual_seed(0)
+    x = torch.randn(200, *between, 6)
+    units = 8 * torch.Size(between).numel()
+    found = []
+    for frozen, inplace in ((False, False), (True, False), (False, True)):
+        torch.manual_seed(1)
+        layers = [FDFALinear(6, 8), nn.ReLU(inplace=inplace), nn.Flatten(), nn.Linear(units, 3)]
+        net = nn.Sequential(*layers)
+        net[0].requires_grad_(not frozen)
+        model = FDFA(net, feedback="ema", feedback_lr=0.5, example_input=x)
+        for _ in range(3):
+            model(x).sum().backward()
+        found.append(feedback_alignment(model, x)["0"])
+    assert found[0] == found[1] == found[2] < 30
+
+
 def test_forward_gradients_align_with_more_draws() -> None:
     model, data = make("mlp", "fg-a"), batch("mlp")
     few, many = (gradient_alignment(model, data, draws=n)["1.weight"] for n in (1, 1600))
