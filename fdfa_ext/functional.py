@@ -52,7 +52,7 @@ class BlockRecord:
     gate: Tensor  # [N, *features]: what f' is taken from
     activation: str  # f, or "identity" where the block's own autograd holds f'
     order: torch.memory_format  # in which its features are counted: row-major, or (h, w, c)
-    version: int  # of gate: counts changes in place
+    version: int  # of output: counts changes in place
     spare_gate: bool  # no one else reads it: δ may take its memory
 
 
@@ -110,10 +110,16 @@ class BlockPass:
         dual = self._enter(x)
         if dual.tangents == "block":
             tangent = None
+        between = x.shape[1:-1]
+        if len(between) > 1:  # noise and feedback would take four dimensions for images
+            x = x.flatten(1, -2)
+            tangent = None if tangent is None else tangent.flatten(1, -2)
         y, ty, pre = dual.backend.linear(
             x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
         )
         self._record(dual, y, pre, activation, torch.contiguous_format)
+        if len(between) > 1:
+            y, ty = y.unflatten(1, between), ty.unflatten(1, between)
         return y, ty if dual.perturbs else None
 
     def conv2d(
@@ -273,11 +279,13 @@ class BlockPass:
     ) -> None:
         """own_output: no module after the block sees it."""
         has_pre = activation in NEEDS_PRE_ACTIVATION
+        if dual.compiling:
+            # A compiler cannot trace versions. It leaves the copy out if no module changes the output.
+            output = output.clone()
         gate = handle.detach() if has_pre else output
         # For images alone: a dense block's δ has a memory order of its own.
         spare_gate = (own_output or has_pre) and output.dim() == 4 and not dual.compiling
-        # A compiler cannot trace versions; the probe before it has looked at them.
-        version = 0 if dual.compiling else gate._version
+        version = 0 if dual.compiling else output._version
         dual.seen.add(self.index)
         dual.records.append(
             BlockRecord(
@@ -297,7 +305,8 @@ def rows(t: Tensor) -> Tensor:
 
 def unrows(matrix: Tensor, shape: Sequence[int]) -> Tensor:
     """[N, D] → [N, *features], images in channels_last."""
-    if len(shape) < 4:
+    matrix = matrix.contiguous()
+    if len(shape) != 4:
         return matrix.view(*shape)
     n, c, h, w = shape
     return matrix.view(n, h, w, c).permute(0, 3, 1, 2)

@@ -38,6 +38,12 @@ class Block:
         raise NotImplementedError
 
     @property
+    def own_pass(self) -> BlockPass:
+        if self.block_pass is None:
+            raise RuntimeError("FDFA: a block was put in after wrapping; wrap the module again")
+        return self.block_pass
+
+    @property
     def running_pass(self) -> BlockPass | None:
         """The block's pass while FDFA makes a training step, else None."""
         block_pass = self.block_pass
@@ -69,8 +75,7 @@ class FDFALinear(nn.Linear, Block):
         return running.through_duals(x, self.dual)
 
     def dual(self, x: Tensor, tangent: Tensor | None) -> MaybePair:
-        assert self.block_pass is not None
-        return self.block_pass.linear(x, tangent, self.weight, self.bias, self.activation)
+        return self.own_pass.linear(x, tangent, self.weight, self.bias, self.activation)
 
     def _plain(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](super().forward(x))
@@ -106,7 +111,6 @@ class FDFAConv2d(nn.Conv2d, Block):
 
     def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
         """pool: one that comes after the block, to be done with it."""
-        assert self.block_pass is not None
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
             # Padding of its own kind is a linear map before the convolution.
@@ -115,7 +119,7 @@ class FDFAConv2d(nn.Conv2d, Block):
             x = F.pad(x, sides, mode=mode)
             tangent = None if tangent is None else F.pad(tangent, sides, mode=mode)
             padding = (0, 0)
-        return self.block_pass.conv2d(
+        return self.own_pass.conv2d(
             x,
             tangent,
             self.weight,
@@ -155,8 +159,7 @@ class FDFABlock(nn.Sequential, Block):
 
     def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
         """pool: one that comes after the block, to be done with it."""
-        assert self.block_pass is not None
-        return self.block_pass.chain(x, tangent, list(self), pool)
+        return self.own_pass.chain(x, tangent, list(self), pool)
 
 
 class SideBySide:

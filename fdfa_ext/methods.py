@@ -10,7 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -18,7 +17,7 @@ from torch.func import functional_call
 from fdfa_ext._ops import fused
 from fdfa_ext.functional import BlockRecord, DualPass, rows, unrows
 from fdfa_ext.reference import derivative
-from fdfa_ext.tangents import make_dual, unpack_dual
+from fdfa_ext.tangents import forward_mode, make_dual, unpack_dual
 
 if TYPE_CHECKING:
     from fdfa_ext.wrapper import FDFA
@@ -30,6 +29,11 @@ class Method:
     tangents = "none"
     feedback = "none"  # "none", "fixed" or "learned": whether blocks have a matrix B
     reads_output = False
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether no later module may change the outputs of blocks in place."""
+        return self.reads_output
 
     def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
         """Checks the module on an input, and makes what the method needs beside its parameters."""
@@ -61,9 +65,9 @@ class WeightPerturbation(Method):
         named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
         if not named:
             raise RuntimeError("FDFA: fg-w perturbs parameters, but all of the module's are frozen")
-        used = fused.next_noise(model.noise_state)
+        used = model.noise_state.clone()
         directions = _Directions(model.backend_operators, used, model.noise)
-        with forward_ad.dual_level(), torch.no_grad():
+        with forward_mode(), torch.no_grad():
             duals = {
                 name: make_dual(parameter.detach(), directions(index, parameter))
                 for index, (name, parameter) in enumerate(named)
@@ -76,6 +80,7 @@ class WeightPerturbation(Method):
                 )
             model.check_output(output)
             output, tangent = output.detach(), tangent.detach()
+        fused.next_noise(model.noise_state)
         parameters = [parameter for _, parameter in named]
         result: Tensor = _WeightNode.apply(output, tangent, directions, *parameters)
         return result
@@ -336,13 +341,18 @@ class LocalGreedy(ActivityPerturbation):
 
     tangents = "block"
 
+    @property
+    def keeps_output(self) -> bool:  # for the heads, which come after the pass
+        return True
+
     def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
         records, outputs = model.prepare_blocks(*args, **kwargs)
+        like = next(model.module.parameters())
         for record in records[:-1]:
             key = model.feedback.key(record.name)
             if key not in model.heads:
                 features = record.output[0].numel()
-                model.heads[key] = nn.Linear(features, outputs, device=record.output.device)
+                model.heads[key] = nn.Linear(features, outputs, device=like.device, dtype=like.dtype)
 
     def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
         used = dual.use_noise()
@@ -380,7 +390,7 @@ class ProjectedError(BlockMethod):
         records, layer = dual.records, dual.output_layer
         weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
         outputs = output.shape[1] if weight is None else len(weight)
-        if dual.compiling or any([record.gate._version != record.version for record in records]):
+        if dual.compiling or any([record.output._version != record.version for record in records]):
             model.check_blocks(dual, len(output), outputs)
         names = [record.name for record in records]
         try:

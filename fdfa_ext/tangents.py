@@ -13,8 +13,8 @@ On two cores, Conv-BatchNorm-ReLU from [64, 15, 24, 24] to [64, 40, 20, 20] take
 forward mode's time, and the forward pass of 64-128-10 with 32 samples 0.7 of it.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -56,9 +56,35 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
         return module(y), None
     # A net that runs side by side has no level, until someone exchanges one of its modules.
     within = forward_ad._current_level >= 0
-    with nullcontext() if within else forward_ad.dual_level():
+    with nullcontext() if within else forward_mode():
         out, tangent = unpack_dual(module(make_dual(y, ty)))
         return out, None if tangent is None else tangent.detach()
+
+
+def forward_mode() -> AbstractContextManager[Any]:
+    """A level of torch's forward mode, with attention by plain products: fused, it has no such mode."""
+    return forward_ad.dual_level() if torch.compiler.is_compiling() else _plain_attention()
+
+
+# What torch.nn.attention.sdpa_kernel does, in a third of its 40 us.
+_FUSED_ATTENTION = [
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+]
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    enabled = [ask() for ask, _ in _FUSED_ATTENTION]
+    for _, enable in _FUSED_ATTENTION:
+        enable(False)
+    try:
+        with forward_ad.dual_level():
+            yield
+    finally:
+        for (_, enable), was in zip(_FUSED_ATTENTION, enabled, strict=True):
+            enable(was)
 
 
 def known_way(module: nn.Module) -> Callable[[Tensor, Tensor | None], MaybePair] | None:

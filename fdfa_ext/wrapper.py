@@ -1,12 +1,12 @@
 """FDFA: wraps a torch model, runs its passes in training and owns feedback and noise."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from fdfa_ext._ops import fused
@@ -14,7 +14,7 @@ from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPa
 from fdfa_ext.layers import Block, SideBySide
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import METHODS, Method
-from fdfa_ext.tangents import FunctionRules, forward_dual, unpack_dual, without_rules
+from fdfa_ext.tangents import FunctionRules, forward_dual, forward_mode, unpack_dual, without_rules
 
 RULES = ("ema", "adam", "grad")
 
@@ -36,10 +36,8 @@ class TensorMap(nn.Module):
         return name.replace(".", "/")
 
     def put(self, name: str, value: Tensor) -> None:
-        if self._as_parameters:
-            self.register_parameter(self.key(name), nn.Parameter(value))
-        else:
-            self.register_buffer(self.key(name), value)
+        # To the dictionary itself: a block may be called as one of this class's attributes is.
+        self._tensors[self.key(name)] = nn.Parameter(value) if self._as_parameters else value
 
     @property
     def _tensors(self) -> dict[str, Any]:
@@ -105,7 +103,8 @@ class FDFA(nn.Module):
         feedback: mapping from a block's name within `module` to its B, [K, *feature_shape], float32.
         noise_state: int64 [3]: seed (drawn from torch's generator), step, and the global index of the
             batch's first sample: set it to rank * batch size, with equal seeds, to make several
-            processes perturb as one.
+            processes perturb as one. DistributedDataParallel then wants broadcast_buffers=False, or it
+            sets all to the first one's, and feedback="grad", for it averages gradients, not B.
         updates: int64 [1]: number of Adam steps that B has made.
         local_outputs: method "lg-fg-a": outputs [N, K] of the local heads in the last training forward,
             each of which wants the loss too.
@@ -137,14 +136,20 @@ class FDFA(nn.Module):
             raise ValueError(
                 f'FDFA: feedback_lr must be in (0, 1) for feedback="ema"; got {feedback_lr}'
             )
-        if feedback_lr < 0:
-            raise ValueError(f"FDFA: feedback_lr must not be negative; got {feedback_lr}")
+        if not 0 <= feedback_lr < math.inf:
+            raise ValueError(f"FDFA: feedback_lr must be finite and not negative; got {feedback_lr}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"FDFA: betas must be two numbers in [0, 1); got {betas}")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"FDFA: eps must be finite and not negative; got {eps}")
         if isinstance(method, str):
             if method not in METHODS:
                 raise ValueError(
                     f"FDFA: method must be one of {', '.join(METHODS)}, or a Method; got {method!r}"
                 )
             method = METHODS[method]()
+        if not isinstance(method, Method):
+            raise TypeError(f"FDFA: method must be a name or a Method, not its class; got {method!r}")
         self.module = module
         self.method = method
         self.rule = feedback
@@ -186,6 +191,8 @@ class FDFA(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The module's output [N, K]; in training its backward does the whole step of the method."""
+        if self.local_outputs:
+            self.local_outputs = []
         if not (self.training and torch.is_grad_enabled()):
             return self.module(*args, **kwargs)
         if not self._checked:
@@ -274,11 +281,13 @@ class FDFA(nn.Module):
                     else:
                         output, tangent = forward_dual(layer, output, tangent)
                 return self._tensor(output), tangent
+            if not dual.compiling:
+                self._check_places()
             if not dual.perturbs:
                 return self._tensor(self.module(*args, **kwargs)), None
             # For eager steps alone: a compiled one traces torch's own forward mode.
             rules = nullcontext() if dual.compiling else FunctionRules()
-            with forward_ad.dual_level(), rules:
+            with forward_mode(), rules:
                 output = self._tensor(self.module(*args, **kwargs))
                 with without_rules():
                     output, tangent = unpack_dual(output)
@@ -286,6 +295,18 @@ class FDFA(nn.Module):
         finally:
             for block_pass in self._passes:
                 block_pass.dual = None
+
+    def _check_places(self) -> None:
+        """A block that came later would get gradients by backpropagation, without a word."""
+        for name, block in self._blocks.items():
+            if self.module.get_submodule(name) is not block:
+                raise RuntimeError(
+                    f"FDFA: block '{name}' was exchanged after wrapping; wrap the module again"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without the last outputs of local heads, which hold a graph."""
+        return self.__dict__ | {"local_outputs": []}
 
     @staticmethod
     def _tensor(output: Any) -> Tensor:
@@ -304,11 +325,12 @@ class FDFA(nn.Module):
     def check_blocks(self, dual: DualPass, n: int, outputs: int) -> None:
         """Whether the blocks of a pass, of n samples, have what the backward needs, and fit their B."""
         for record in dual.records:
-            needed = record.activation != "identity" or self.method.reads_output
-            if needed and not dual.compiling and record.gate._version != record.version:
+            gates = record.activation != "identity" and record.gate is record.output
+            needed = gates or self.method.keeps_output
+            if needed and not dual.compiling and record.output._version != record.version:
                 raise RuntimeError(
-                    f"FDFA: the activation of block '{record.name}' was changed in place by a module "
-                    "after it, but is needed in the backward; use the module without inplace"
+                    f"FDFA: the output of block '{record.name}' was changed in place by a module "
+                    "after it, but is needed later; use the module without inplace"
                 )
             shape = record.gate.shape
             if shape[0] != n:
@@ -348,10 +370,14 @@ class FDFA(nn.Module):
         modes = {module: module.training for module in self.module.modules()}
         hooks = [watch(name, module) for name, module in self.module.named_modules() if name]
         dual = self._dual_pass(self.noise_state.clone())
+        fast_attention = torch.backends.mha.get_fastpath_enabled()
         try:
+            # In eval mode without gradients it would take a kernel that has no forward mode.
+            torch.backends.mha.set_fastpath_enabled(False)
             self.module.eval()
             output, tangent = self._run(dual, *args, **kwargs)
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast_attention)
             for hook in hooks:
                 hook.remove()
             for module, mode in modes.items():
@@ -410,7 +436,7 @@ class FDFA(nn.Module):
             maps += [self.exp_avg, self.exp_avg_sq]
         for tensors in maps:
             if record.name not in tensors:
-                matrix = torch.zeros(shape, device=record.gate.device)
+                matrix = torch.zeros(shape, dtype=torch.float32, device=record.gate.device)
                 if tensors is self.feedback:
                     self.method.initialize(matrix)
                 tensors.put(record.name, matrix)
@@ -419,7 +445,7 @@ class FDFA(nn.Module):
             matrix.data = matrix.data.contiguous(memory_format=record.order)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Makes room for feedback that a saved model has and this one has not created yet."""
+        """Makes room for feedback and heads that a saved model has and this one has not yet."""
         for tensors, name in (
             (self.feedback, "feedback"),
             (self.exp_avg, "exp_avg"),
@@ -429,6 +455,12 @@ class FDFA(nn.Module):
                 saved = state_dict.get(f"{prefix}{name}.{TensorMap.key(block)}")
                 if saved is not None and block not in tensors:
                     tensors.put(block, torch.zeros_like(saved, device=self.noise_state.device))
+        for key in map(TensorMap.key, self._blocks):
+            saved = state_dict.get(f"{prefix}heads.{key}.weight")
+            if saved is not None and key not in self.heads:
+                outputs, features = saved.shape
+                like = {"device": self.noise_state.device, "dtype": saved.dtype}
+                self.heads[key] = nn.Linear(features, outputs, **like)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

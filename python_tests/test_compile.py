@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import NETS, batch, step
+from torch import nn
 
-from fdfa_ext import FDFA
+from fdfa_ext import FDFA, FDFALinear
 from fdfa_ext.functional import BACKENDS
 from fdfa_ext.methods import METHODS, KolenPollack
 
@@ -59,6 +60,22 @@ def test_every_method_compiles(device: torch.device, method: str | type[OwnRule]
             optimizer.step()
     for key, value in models[0].state_dict().items():
         torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_compiled_step_keeps_outputs_that_a_module_changes_in_place(compiler: str) -> None:
+    """Where an eager one can only say so, and the probe has not: in eval mode dropout does nothing."""
+    torch._dynamo.reset()
+    x = torch.randn(4, 6)
+    block = FDFALinear(6, 8, activation="tanh")
+    model = FDFA(
+        nn.Sequential(block, nn.Dropout(inplace=True), nn.Linear(8, 3)), method="dfa", example_input=x
+    )
+    output = torch.compile(model, fullgraph=True, dynamic=False, backend=compiler)(x)
+    output.square().sum().backward()
+    error = 2 * output.detach() @ model.feedback["0"]
+    expected = (error * (1 - block(x).square())).t() @ x
+    torch.testing.assert_close(block.weight.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_compiling_without_feedback_matrices_is_refused() -> None:

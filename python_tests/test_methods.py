@@ -310,8 +310,95 @@ def test_a_rule_of_ones_own_is_one_class() -> None:
 
 
 def test_rows_and_unrows_are_inverse() -> None:
-    for t in (torch.randn(3, 4), torch.randn(3, 2, 4), torch.randn(3, 2, 4, 5)):
-        assert torch.equal(unrows(rows(t), t.shape), t)
+    for shape in ((3, 4), (3, 2, 4), (3, 2, 4, 5), (3, 2, 4, 5, 2)):
+        t = torch.randn(shape)
+        assert torch.equal(unrows(rows(t), shape), t)
+        assert torch.equal(unrows(rows(t).t().contiguous().t(), shape), t)
+
+
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+def test_a_rule_may_return_a_transposed_matrix(rule: str) -> None:
+    class Transposed(KolenPollack):
+        def delta(self, block: BlockStep) -> Tensor:
+            return (block.feedback.t() @ block.error.t()).t()
+
+        def feedback_gradient(self, block: BlockStep) -> Tensor:
+            return super().feedback_gradient(block).t().contiguous().t()
+
+    found = []
+    for method in (KolenPollackDefinition(), Transposed()):
+        model, x, y = make("conv_net", method, feedback=rule, feedback_lr=0.05)
+        loss_of(model, x, y).backward()
+        found.append([*gradients(model).values(), *model.feedback.values()])
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "activation"),
+    [("fdfa", "gelu"), ("fdfa", "identity"), ("fg-a", "silu"), ("dfa", "gelu")],
+)
+def test_an_output_that_no_one_needs_may_be_changed_in_place(method: str, activation: str) -> None:
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layers = [FDFALinear(6, 8, activation=activation), nn.ReLU(inplace=inplace), nn.Linear(8, 3)]
+        model = FDFA(nn.Sequential(*layers), method=method, example_input=torch.randn(4, 6))
+        loss_of(model, torch.ones(4, 6), torch.tensor([0, 1, 2, 0])).backward()
+        found.append(gradients(model))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value)
+
+
+@pytest.mark.parametrize(("method", "activation"), [("lg-fg-a", "identity"), ("dkp", "gelu")])
+def test_an_output_that_a_method_reads_may_not(method: str, activation: str) -> None:
+    net = nn.Sequential(
+        *(FDFALinear(6, 8, activation=activation), nn.ReLU(inplace=True)),
+        *(FDFALinear(8, 8, activation="tanh"), nn.Linear(8, 3)),
+    )
+    with pytest.raises(RuntimeError, match="output of block '0' was changed in place"):
+        FDFA(net, method=method)(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.bfloat16, "fused"), (torch.float64, "reference")]
+)
+def test_local_heads_have_the_nets_dtype(dtype: torch.dtype, backend: str) -> None:
+    x, y = batch("mlp")
+    net = NETS["mlp"][0]().to(dtype)
+    model = FDFA(net, method="lg-fg-a", backend=backend, example_input=x.to(dtype))
+    loss_of(model, x.to(dtype), y).backward()
+    assert all(p.dtype == p.grad.dtype == dtype for p in model.forward_parameters())
+
+
+def test_local_outputs_are_those_of_the_last_training_forward_alone() -> None:
+    model, x, _ = make("mlp", "lg-fg-a")
+    model(x)
+    assert len(model.local_outputs) == 1
+    copied = copy.deepcopy(model)  # a graph cannot be copied
+    assert copied.local_outputs == []
+    assert len(model.local_outputs) == 1
+    model.eval()(x)
+    assert model.local_outputs == []
+
+
+def test_a_fresh_model_makes_room_for_the_heads_of_a_saved_one() -> None:
+    model, x, _ = make("mlp", "lg-fg-a")
+    fresh = FDFA(NETS["mlp"][0](), method="lg-fg-a")
+    fresh.load_state_dict(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value)
+    fresh(x)
+    assert torch.equal(fresh.heads["0"].weight, model.heads["0"].weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_refused_batch_leaves_the_noise_alone(method: str) -> None:
+    model, _, _ = make("mlp", method)
+    before = model.noise_state.clone()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(4, 5))
+    assert torch.equal(model.noise_state, before)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -346,7 +433,7 @@ def test_what_the_user_gets_wrong_is_said() -> None:
     with pytest.raises(RuntimeError, match="frozen"):
         FDFA(frozen, method="fg-w")(torch.randn(2, 6))
     inplace = nn.Sequential(FDFALinear(6, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
-    with pytest.raises(RuntimeError, match="block '0' was changed in place"):
+    with pytest.raises(RuntimeError, match="output of block '0' was changed in place"):
         FDFA(inplace, method="dkp")(torch.randn(2, 6))
     cut = nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 4), FDFALinear(4, 2), nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match="depends on parameters of a module before it"):

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear, reference
 from fdfa_ext.chains import find_end
 from fdfa_ext.functional import BACKENDS
+from fdfa_ext.methods import ForwardFeedback
 
 
 def make(name: str = "mlp", device: torch.device | str = "cpu", **options: Any) -> FDFA:
@@ -408,10 +410,16 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_residual_and_attention_blocks_learn(backend: str) -> None:
+@pytest.mark.parametrize(
+    "attention",
+    [Attention(8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)],
+    ids=["own", "torch"],
+)
+def test_residual_and_attention_blocks_learn(attention: nn.Module, backend: str) -> None:
+    attention = copy.deepcopy(attention)
     net = nn.Sequential(
         FDFALinear(6, 8, activation="gelu"),
-        FDFABlock(Attention(8), nn.LayerNorm(8)),
+        FDFABlock(attention, nn.LayerNorm(8)),
         nn.Flatten(),
         FDFABlock(Residual(32)),
         nn.Linear(32, 3),
@@ -743,7 +751,7 @@ def test_a_refused_batch_changes_neither_noise_nor_feedback() -> None:
 def test_an_activation_changed_in_place_behind_a_block_is_an_error_not_a_wrong_gradient() -> None:
     net = nn.Sequential(FDFALinear(6, 4, activation="relu"), nn.Dropout(inplace=True), nn.Linear(4, 3))
     model = FDFA(net, example_input=torch.randn(2, 6))
-    with pytest.raises(RuntimeError, match=r"FDFA: the activation of block '0' was changed in place"):
+    with pytest.raises(RuntimeError, match=r"FDFA: the output of block '0' was changed in place"):
         model(torch.randn(2, 6))
 
 
@@ -754,12 +762,86 @@ def test_an_activation_changed_in_place_behind_a_block_is_an_error_not_a_wrong_g
         ({"noise": "cauchy"}, "FDFA: noise must be one of gaussian, rademacher; got 'cauchy'"),
         ({"backend": "triton"}, "FDFA: backend must be one of fused, reference; got 'triton'"),
         ({"feedback": "ema", "feedback_lr": 1.5}, r"FDFA: feedback_lr must be in \(0, 1\)"),
-        ({"feedback_lr": -1.0}, "FDFA: feedback_lr must not be negative"),
+        ({"feedback_lr": -1.0}, "FDFA: feedback_lr must be finite and not negative; got -1.0"),
+        ({"feedback_lr": float("nan")}, "FDFA: feedback_lr must be finite and not negative; got nan"),
+        ({"betas": (1.0, 0.999)}, r"FDFA: betas must be two numbers in \[0, 1\); got \(1.0, 0.999\)"),
+        ({"betas": (0.9,)}, "FDFA: betas must be two numbers"),
+        ({"eps": -1.0}, "FDFA: eps must be finite and not negative; got -1.0"),
+        ({"method": ForwardFeedback}, "FDFA: method must be a name or a Method, not its class"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         FDFA(mlp(), **options)
+
+
+def test_feedback_is_float32_whatever_the_default_is() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = FDFA(mlp(), backend="reference", example_input=torch.randn(2, 6))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model(torch.randn(2, 6, dtype=torch.float64)).sum().backward()
+    assert {b.dtype for b in model.feedback.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["fdfa", "fg-a"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dense_block_takes_any_dimensions_between_batch_and_features(
+    method: str, backend: str
+) -> None:
+    found = []
+    for between in ((12,), (3, 4), (3, 2, 2)):
+        torch.manual_seed(0)
+        x = torch.randn(5, *between, 6)
+        net = nn.Sequential(FDFALinear(6, 8, activation="tanh"), nn.Flatten(), nn.Linear(96, 3))
+        model = FDFA(net, method=method, backend=backend, feedback_lr=0.05, example_input=x)
+        F.cross_entropy(model(x), torch.arange(5) % 3).backward()
+        found.append([p.grad for p in net.parameters()])
+    for other in found[1:]:
+        for actual, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_volumes_train_as_the_reference() -> None:
+    x, y = torch.randn(4, 1, 3, 3, 4), torch.arange(4) % 3
+    net = nn.Sequential(
+        FDFABlock(nn.Conv3d(1, 6, (2, 1, 1)), nn.ReLU()), nn.Flatten(), nn.Linear(144, 3)
+    )
+    for method in ("fdfa", "fg-a"):
+        gradients = []
+        for backend in BACKENDS:
+            torch.manual_seed(0)
+            model = FDFA(copy.deepcopy(net), method=method, backend=backend, example_input=x)
+            F.cross_entropy(model(x), y).backward()
+            gradients.append([p.grad for p in model.module.parameters()])
+        for actual, expected in zip(*gradients, strict=True):
+            assert expected.any()
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["adam", "grad"])
+def test_a_block_may_have_any_name(rule: str) -> None:
+    x = torch.randn(4, 6)
+    names = ["keys", "values", "put"]
+    layers = [(name, FDFALinear(6, 6, activation="tanh")) for name in names]
+    net = nn.Sequential(OrderedDict([*layers, ("out", nn.Linear(6, 3))]))
+    model = FDFA(net, feedback=rule, example_input=x)
+    model(x).sum().backward()
+    assert list(model.feedback) == names
+    assert FDFA(copy.deepcopy(net), feedback=rule).load_state_dict(model.state_dict())
+
+
+def test_a_block_that_came_after_wrapping_is_refused() -> None:
+    x = torch.randn(4, 6)
+    plain = FDFA(mlp(), example_input=x)
+    plain.module[1] = FDFALinear(8, 7)
+    with pytest.raises(RuntimeError, match="a block was put in after wrapping; wrap the module again"):
+        plain(x)
+    custom = FDFA(_Both(FDFALinear(8, 8)), example_input=x)
+    custom.module.second = FDFALinear(8, 8)
+    with pytest.raises(RuntimeError, match="block 'second' was exchanged after wrapping"):
+        custom(x)
 
 
 def test_grad_feedback_without_matrices_says_how_to_get_them() -> None:
