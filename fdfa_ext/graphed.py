@@ -18,7 +18,8 @@ def make_graphed_step(
     """Captures forward, loss, backward and optimizer step; returns step(input, target) → loss.
 
     Each call replays the graph: fresh noise, the same result as the eager step. Making it leaves
-    parameters, feedback, noise and optimizer as they were.
+    parameters, feedback, noise and optimizer as they were. While it is made, no output or loss of an
+    earlier step may be alive: it would tie the capture to that step's stream.
 
     Args:
         model: in training mode, on a CUDA device; FDFA or any other.
@@ -50,16 +51,19 @@ def make_graphed_step(
         return loss.detach()
 
     saved = _saved_state(model, optimizer)
-    # Capture demands that the steps before it ran on a stream of their own.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_STEPS):
-            eager_step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        static_loss = eager_step()
+    device = static[0].device
+    # Streams and graphs belong to the current device, which need not be the model's.
+    with torch.cuda.device(device):
+        # Capture demands that the steps before it ran on a stream of their own.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_STEPS):
+                eager_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static_loss = eager_step()
     _restore_state(model, optimizer, saved)
 
     def step(input: Tensor, target: Tensor) -> Tensor:
@@ -70,7 +74,8 @@ def make_graphed_step(
                     f"got {given.dtype} {list(given.shape)}"
                 )
             mine.copy_(given)
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return static_loss.clone()
 
     return step

@@ -13,6 +13,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 torch.set_num_threads(1)
 # Tolerances are those of float32, which cuDNN's default for convolutions is not.
 torch.backends.cudnn.allow_tf32 = False
+# Of two equal steps both give the same, and sums of 16-bit products are those of float32.
+torch.backends.cudnn.deterministic = True
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 @pytest.fixture(autouse=True)

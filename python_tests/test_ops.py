@@ -340,6 +340,14 @@ def test_batch_norm_backward_is_the_reference(device: torch.device, training: bo
             torch.testing.assert_close(actual.double(), value, rtol=1e-5, atol=2e-5, check_stride=False)
 
 
+def test_batch_norm_backward_of_an_empty_batch_is_zero(device: torch.device) -> None:
+    x, ones = torch.ones(0, 3, device=device), torch.ones(3, device=device)
+    dx, dweight, dbias = fused.batch_norm_backward(x, x, ones, ones, ones, False)
+    assert dx.shape == x.shape
+    assert not dweight.any()
+    assert not dbias.any()
+
+
 def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None:
     state = noise_state(torch.device("cpu"))
 

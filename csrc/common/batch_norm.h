@@ -69,9 +69,8 @@ FDFA_HD void normalize_channel_backward(const NormBackwardParams& p, int64_t c,
   const double product = m.t_product + (m.mean - mu) * m.t_mean;
   const double w = p.weight != nullptr ? p.weight[c] : 1.0;
   set_tangent_map(p.map, c, w, mu, inverse, m.t_mean, product, p.training);
-  const bool empty = p.rows == 0;  // means of nothing are NaN, its sums are zero
-  p.weight_grad[c] = empty ? 0.0f : static_cast<float>(product * inverse * n);
-  p.bias_grad[c] = empty ? 0.0f : static_cast<float>(m.t_mean * n);
+  p.weight_grad[c] = static_cast<float>(product * inverse * n);
+  p.bias_grad[c] = static_cast<float>(m.t_mean * n);
 }
 
 }  // namespace fdfa

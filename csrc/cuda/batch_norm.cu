@@ -13,7 +13,7 @@ namespace {
 constexpr int kChannels = 32;
 constexpr int kRows = 8;           // that a thread block reads at once
 constexpr int64_t kBlocks = 1024;  // of a launch, about: some for each multiprocessor
-constexpr int kFinishThreads = 32;
+constexpr int kFinishThreads = 128;
 
 int64_t channel_tiles(int64_t channels) { return (channels + kChannels - 1) / kChannels; }
 
@@ -68,12 +68,13 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(Params p) {
     }
     shared[i][threadIdx.x] = sum;
   }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  double total[4] = {};
-  for (int i = 0; i < 4; ++i) {
-    for (int thread = 0; thread < kFinishThreads; ++thread) total[i] += shared[i][thread];
+  for (unsigned half = kFinishThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x >= half) continue;
+    for (int i = 0; i < 4; ++i) shared[i][threadIdx.x] += shared[i][threadIdx.x + half];
   }
+  if (threadIdx.x != 0) return;
+  const double total[4] = {shared[0][0], shared[1][0], shared[2][0], shared[3][0]};
   finish_channel(p, channel, total);
 }
 

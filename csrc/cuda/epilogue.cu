@@ -47,10 +47,16 @@ __device__ void store_quad(T* matrix, QuadView view, const float (&values)[4]) {
     for (int i = 0; i < 4; ++i) quad.values[i] = from_float<T>(values[i]);
     *reinterpret_cast<Quad<T>*>(matrix + view.offset) = quad;
   } else {
-    for (int i = 0; i < view.count; ++i) matrix[view.offset + i] = from_float<T>(values[i]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < view.count) matrix[view.offset + i] = from_float<T>(values[i]);
+    }
   }
 }
 
+// Every loop over a quad has four constant steps: with any other index its arrays would lie in memory
+// rather than in registers.
+//
 // One thread per quad, the four features of a sample that share one Philox block. Inputs and outputs
 // may be the same memory, so a thread loads all of its elements before it stores any. `aligned`: every
 // quad of every matrix is whole and lies at a multiple of its size.
@@ -64,14 +70,17 @@ __global__ void __launch_bounds__(kQuadsPerBlock* kSamplesPerBlock)
   const int count = static_cast<int>(p.features - feature < 4 ? p.features - feature : 4);
 
   float bias[4] = {}, scale[4] = {1, 1, 1, 1}, slope[4] = {}, offset[4] = {};
-  for (int i = 0; i < count; ++i) {
-    const int64_t channel = (feature + i) % p.channels;
+  int64_t channel = feature % p.channels;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i >= count) continue;
     if (p.bias != nullptr) bias[i] = to_float(p.bias[channel]);
     if (p.map.scale != nullptr) scale[i] = p.map.scale[channel];
     if (p.map.slope != nullptr) {
       slope[i] = p.map.slope[channel];
       offset[i] = p.map.offset[channel];
     }
+    if (++channel == p.channels) channel = 0;
   }
 
   const int64_t stride = static_cast<int64_t>(gridDim.y) * kSamplesPerBlock;

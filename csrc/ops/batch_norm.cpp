@@ -198,6 +198,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, cons
   const int64_t channels = x.size(1), rows = x.numel() / channels;
 
   const Tensor dx = at::empty_like(x), dweight = at::empty_like(mean), dbias = at::empty_like(mean);
+  if (rows == 0) {  // nothing to take moments of
+    dweight.zero_();
+    dbias.zero_();
+    return {dx, dweight, dbias};
+  }
   const Tensor sums = moments(x, t.const_data_ptr<float>()),
                maps = at::empty({4, channels}, x.options());
   NormBackwardParams n{};

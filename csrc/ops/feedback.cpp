@@ -1,4 +1,5 @@
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "ops/checks.h"
@@ -214,7 +215,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
   std::vector<Tensor> deltas, gradients;
   for (size_t i = 0; i < feedback.size(); ++i) {
     deltas.push_back(empty_delta(gates[i], feedback[i]));
-    gradients.push_back(at::zeros_like(feedback[i]));  // an empty batch teaches nothing
+    // An empty batch teaches nothing, and reaches no kernel.
+    gradients.push_back(gates[i].size(0) == 0 ? at::zeros_like(feedback[i])
+                                              : at::empty_like(feedback[i]));
   }
   step(net, {Rule::gradient, {}, {}, gradients, std::nullopt, decay}, deltas);
   return {deltas, gradients};

@@ -218,6 +218,8 @@ def _set_up(args: argparse.Namespace) -> str:
         _check_plot(plot)
     if getattr(args, "nvtx", False) and args.device.type != "cuda":
         raise UserError(f"--nvtx is for CUDA devices; got --device {args.device}")
+    if args.device.type == "cuda" and args.device.index is not None:
+        torch.cuda.set_device(args.device)  # whose streams, graphs and clocks are meant
     keep_freed_memory()  # for all contenders, as FDFA has it
     if args.threads:
         torch.set_num_threads(args.threads)
