@@ -53,6 +53,8 @@ class Block:
 class FDFALinear(nn.Linear, Block):
     """y = activation(x Wᵀ + b), x [N, *, in_features] → y [N, *, out_features].
 
+    Several dimensions between count as one: B is [K, out_features] or [K, rows, out_features].
+
     Arguments are those of torch.nn.Linear, and activation: "identity", "relu", "leaky_relu", "tanh",
     "sigmoid", "gelu" or "silu". The state_dict has torch.nn.Linear's keys.
     """
