@@ -68,19 +68,19 @@ def test_the_papers_numbers_cover_its_tables() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "nets", "dataset", "methods"),
+    ("name", "nets", "dataset"),
     [
-        ("table-b6", ("mlp-2", "mlp-3", "mlp-4"), "fashion-mnist", ",".join(METHODS)),
-        ("table-b6", ("mlp-2", "mlp-3", "mlp-4"), "mnist", ",".join(METHODS)),
-        ("table-2", ("cnn",), "fashion-mnist", "fdfa,dfa,dkp,fg-a,lg-fg-a,bp"),
+        ("table-b6", ("mlp-2", "mlp-3", "mlp-4"), "fashion-mnist"),
+        ("table-b6", ("mlp-2", "mlp-3", "mlp-4"), "mnist"),
+        ("table-2", ("cnn",), "fashion-mnist"),
     ],
 )
 def test_documented_tables_are_what_the_records_beside_them_say(
-    name: str, nets: tuple[str, ...], dataset: str, methods: str, tmp_path: Path, monkeypatch
+    name: str, nets: tuple[str, ...], dataset: str, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setitem(TABLES, name, (nets, TABLES[name][1]))  # of the nets that are on file
     shutil.copytree(DOCS / "records", tmp_path / "records")
-    which = ["--datasets", dataset, "--methods", methods, "--seeds", "1"]
+    which = ["--datasets", dataset, "--seeds", "1"]
     assert main(["experiment", name, *which, "--output", str(tmp_path)]) == 0
     lines = (tmp_path / name / "table.md").read_text().splitlines()
     table = "\n".join(line for line in lines if line.startswith("|"))
