@@ -53,6 +53,11 @@ def _dual_outputs(
     return y, ty, torch.empty_like(y) if keeps_pre else _carrier(y)
 
 
+def _pooled(y: Tensor, geometry: Any, tangent: Tensor | None, noise: str) -> tuple[Tensor, Tensor]:
+    pooled, pooled_tangent = fused.max_pool2d(y, y, *geometry)
+    return pooled, _carrier(pooled) if tangent is None and noise == "none" else pooled_tangent
+
+
 @torch.library.register_fake("fdfa::next_noise")
 def _(state: Tensor) -> Tensor:
     torch._check(state.shape == (3,), lambda: f"fdfa::next_noise: state must be [3], got {state.shape}")
@@ -115,8 +120,11 @@ def _(
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *convolution, pool_kernel, pool_stride, pool_padding = args
     y, _, pre = fused.conv2d(*convolution)
-    pooled, tangent = fused.max_pool2d(y, y, pool_kernel, pool_stride, pool_padding)
-    return y, pre, pooled, tangent
+    return (
+        y,
+        pre,
+        *_pooled(y, (pool_kernel, pool_stride, pool_padding), convolution[1], convolution[-1]),
+    )
 
 
 @torch.library.register_fake("fdfa::batch_norm")
@@ -145,8 +153,8 @@ def _(
 def _(x: Tensor, tangent: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     *norm, pool_kernel, pool_stride, pool_padding = args
     y, pre, mean, inverse_std = fused.batch_norm(x, tangent, torch.empty_like(x), *norm)
-    pooled, pooled_tangent = fused.max_pool2d(y, y, pool_kernel, pool_stride, pool_padding)
-    return y, pre, mean, inverse_std, pooled, pooled_tangent
+    pooled = _pooled(y, (pool_kernel, pool_stride, pool_padding), tangent, norm[-1])
+    return y, pre, mean, inverse_std, *pooled
 
 
 @torch.library.register_fake("fdfa::batch_norm_backward")

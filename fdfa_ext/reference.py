@@ -86,8 +86,10 @@ def perturbation(
     """u [N, *features] in float32: a function of (seed, step, block, sample, feature) alone.
 
     noise_state: int64 [3], seed, step and index of the batch's first sample. Features are counted in
-    row-major order, or as (h, w, c) with channels_last.
+    row-major order, or as (h, w, c) with channels_last. Zero for noise "none".
     """
+    if noise == "none":
+        return torch.zeros(*shape, device=noise_state.device)
     samples = shape[0]
     features = math.prod(shape[1:])
     seed, step, first_sample = noise_state.unbind()
@@ -128,12 +130,9 @@ def _dual(
     function, derivative = _ACTIVATIONS[activation]
     a = pre.detach()
     y = function(a)
-    if noise == "none":
-        u = torch.zeros_like(y)
-    else:
-        u = perturbation(
-            noise_state, block, noise, y.shape, channels_last=y.dim() == 4 and not y.is_contiguous()
-        )
+    u = perturbation(
+        noise_state, block, noise, y.shape, channels_last=y.dim() == 4 and not y.is_contiguous()
+    )
     if tangent is None:
         return y, u.to(y.dtype), pre
     gate = a if activation in ("gelu", "silu") else y

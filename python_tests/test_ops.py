@@ -190,8 +190,9 @@ def test_max_pool2d_is_the_reference(
     "geometry", [((2, 2), (2, 2), (0, 0)), ((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (0, 1))]
 )
 @pytest.mark.parametrize("with_tangent", [False, True])
+@pytest.mark.parametrize("noise", ["gaussian", "none"])
 def test_max_pool2d_end_is_the_reference(
-    device: torch.device, channels: int, geometry: Any, with_tangent: bool
+    device: torch.device, channels: int, geometry: Any, with_tangent: bool, noise: str
 ) -> None:
     """Also its gradient, which goes to the handle's winners, with equal values among them."""
     x, tangent, handle = torch.randn(3, 3, channels, 9, 8, device=device).unbind()
@@ -199,7 +200,7 @@ def test_max_pool2d_end_is_the_reference(
     results = []
     for ops in (fused, reference):
         leaf = handle.clone().requires_grad_()
-        y, ty, pre = ops.max_pool2d_end(x, tangent, leaf, *geometry, noise_state(device), 2, "gaussian")
+        y, ty, pre = ops.max_pool2d_end(x, tangent, leaf, *geometry, noise_state(device), 2, noise)
         delta = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
         pre.backward(delta)
         results.append((y, ty, leaf.grad, ops.max_pool2d_backward(delta, x, *geometry)))
@@ -217,7 +218,7 @@ def test_batch_norm_max_pool2d_is_batch_norm_and_a_pool(
     for shape in ((2, 15, 9, 8), (5, 3, 6, 7)):
         x, tangent = torch.randn(2, *shape, device=device).unbind()
         x, tangent = (t.contiguous(memory_format=torch.channels_last) for t in (x, tangent))
-        for t in (None, tangent):
+        for t, noise in ((None, "none"), (None, "gaussian"), (tangent, "none"), (tangent, "gaussian")):
             results = []
             for pooled_at_once in (True, False):
                 leaves = [
@@ -225,7 +226,7 @@ def test_batch_norm_max_pool2d_is_batch_norm_and_a_pool(
                     for p in (x, torch.linspace(0.5, 2, shape[1], device=device), x[0, :, 0, 0])
                 ]
                 running = [torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)]
-                rest = (*running, training, 0.1, 1e-5, noise_state(device), 3, activation, "gaussian")
+                rest = (*running, training, 0.1, 1e-5, noise_state(device), 3, activation, noise)
                 if pooled_at_once:
                     y, pre, _, _, *pooled = fused.batch_norm_max_pool2d(
                         leaves[0], t, *leaves[1:], *rest, *pool
@@ -252,15 +253,15 @@ def test_conv2d_max_pool2d_is_the_reference(
             torch.randn(channels, 4, 3, 3, device=device) / 6,
             torch.randn(channels).to(device),
         )
-        rest = ((1, 1), (1, 0), (1, 1), 1, noise_state(device), 3, activation, "gaussian", *pool)
-        for t in (None, tangent):
+        rest = ((1, 1), (1, 0), (1, 1), 1, noise_state(device), 3, activation)
+        for t, noise in ((None, "none"), (None, "gaussian"), (tangent, "none"), (tangent, "gaussian")):
             results = []
             for ops, dtype in ((fused, torch.float32), (reference, torch.float64)):
                 w, b = (p.to(dtype, copy=True).requires_grad_() for p in (weight, bias))
                 given = (x.to(dtype), None if t is None else t.to(dtype))
-                y, pre, pooled, pooled_tangent = ops.conv2d_max_pool2d(*given, w, b, *rest)
+                y, pre, *pooled = ops.conv2d_max_pool2d(*given, w, b, *rest, noise, *pool)
                 pre.backward(torch.ones_like(pre))
-                results.append((y, pooled, pooled_tangent, w.grad, b.grad))
+                results.append((y, *pooled, w.grad, b.grad))
             for actual, expected in zip(*results, strict=True):
                 torch.testing.assert_close(
                     actual.double(), expected, rtol=1e-4, atol=1e-4, check_stride=False
@@ -660,14 +661,16 @@ def test_opcheck(device: torch.device) -> None:
     kernel = torch.randn(6, images.shape[1], 2, 2, device=device)
     for leaf in (kernel, kernel.clone().requires_grad_()):
         for t in (None, images):
-            rest = ((1, 1), (0, 0), (1, 1), 1, state, 0, "gelu", "gaussian", *pool)
+            noise = "none" if t is None else "gaussian"
+            rest = ((1, 1), (0, 0), (1, 1), 1, state, 0, "gelu", noise, *pool)
             torch.library.opcheck(fused.conv2d_max_pool2d.default, (images, t, leaf, None, *rest))
     channels = images.shape[1]
     norm = (torch.ones(channels, device=device), None, zeros.new_zeros(channels))
     ordered = images.contiguous(memory_format=torch.channels_last)
     for leaf in (ordered, ordered.clone().requires_grad_()):
         for t in (None, ordered):
-            rest = (torch.ones(channels, device=device), True, 0.1, 1e-5, state, 0, "gelu", "gaussian")
+            noise = "none" if t is None else "gaussian"
+            rest = (torch.ones(channels, device=device), True, 0.1, 1e-5, state, 0, "gelu", noise)
             args = (leaf, t, *norm, *rest, *pool)
             torch.library.opcheck(fused.batch_norm_max_pool2d.default, args)
     delta = fused.max_pool2d(images, images, *pool)[0]

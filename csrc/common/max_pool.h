@@ -58,6 +58,18 @@ FDFA_HD void pool(const PoolWindow& window, Load load, const float* x, const flo
   }
 }
 
+// The same without a tangent.
+template <class Load, class V>
+FDFA_HD void pool(const PoolWindow& window, Load load, const float* x, V& y) {
+  y = load(x);
+  for (int64_t row = 0; row < window.rows; ++row) {
+    for (int64_t column = 0; column < window.columns; ++column) {
+      const V candidate = load(x + row * window.row_stride + column * window.column_stride);
+      y = (candidate <= y) | (y != y) ? y : candidate;
+    }
+  }
+}
+
 // The winner's place in a window, counted row by row, for one channel or several: a whole number.
 template <class Load, class V>
 FDFA_HD V pool_winner(const PoolWindow& window, Load load, const float* x, V first) {

@@ -117,9 +117,9 @@ struct PoolShape {
 
 struct MaxPoolParams {
   const float* x;   // [samples, height, width, channels]
-  const float* tx;  // the same
+  const float* tx;  // the same, or null: there are no tangents
   float* y;         // [samples, out_height, out_width, channels]
-  float* ty;        // the same
+  float* ty;        // the same; null as tx
   PoolShape shape;
 };
 
@@ -128,7 +128,7 @@ struct MaxPoolParams {
 struct PooledEpilogueParams {
   EpilogueParams<float> epilogue;  // of images, row-major; ty is unused on the CPU, else its memory
   float* pooled;                   // [samples, out_height, out_width, channels]
-  float* pooled_tangent;           // the same
+  float* pooled_tangent;           // the same, or null, and ty null: there are no tangents
   PoolShape shape;
 };
 

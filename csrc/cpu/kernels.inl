@@ -485,24 +485,31 @@ void pool_window_channels(const PoolWindow& window, int64_t channels, const floa
     // At the end once more over some channels rather than one by one; they come out the same.
     const int64_t c = std::min(next, channels - lanes);
     V greatest, tangent;
-    pool(window, LoadVector<V>{}, x + c, tx + c, greatest, tangent);
+    if (tx == nullptr) {
+      pool(window, LoadVector<V>{}, x + c, greatest);
+    } else {
+      pool(window, LoadVector<V>{}, x + c, tx + c, greatest, tangent);
+      std::memcpy(ty + c, &tangent, sizeof tangent);
+    }
     std::memcpy(y + c, &greatest, sizeof greatest);
-    std::memcpy(ty + c, &tangent, sizeof tangent);
   }
 }
 
-// One row of an image's windows; y and ty are those of the row.
+// One row of an image's windows; y and ty are those of the row. tx and ty may be null.
 void pool_row(const PoolShape& s, int64_t row, const float* x, const float* tx, float* y, float* ty) {
-  for (int64_t column = 0; column < s.out_width; ++column, y += s.channels, ty += s.channels) {
+  for (int64_t column = 0; column < s.out_width; ++column) {
     const PoolWindow window = pool_window(s, row, column);
-    const float *first = x + window.first, *first_tangent = tx + window.first;
+    const float *from = x + window.first, *from_tangent = at_or_null(tx, window.first);
+    float *to = y + column * s.channels, *to_tangent = at_or_null(ty, column * s.channels);
     if (s.channels >= kLanes) {
-      pool_window_channels<Vector>(window, s.channels, first, first_tangent, y, ty);
+      pool_window_channels<Vector>(window, s.channels, from, from_tangent, to, to_tangent);
     } else if (s.channels >= kLanes / 2) {  // 15 channels in lanes of 8 take a tenth of one by one
-      pool_window_channels<HalfVector>(window, s.channels, first, first_tangent, y, ty);
+      pool_window_channels<HalfVector>(window, s.channels, from, from_tangent, to, to_tangent);
+    } else if (tx == nullptr) {
+      for (int64_t c = 0; c < s.channels; ++c) pool(window, LoadFloat{}, from + c, to[c]);
     } else {
       for (int64_t c = 0; c < s.channels; ++c) {
-        pool(window, LoadFloat{}, first + c, first_tangent + c, y[c], ty[c]);
+        pool(window, LoadFloat{}, from + c, from_tangent + c, to[c], to_tangent[c]);
       }
     }
   }
@@ -514,7 +521,8 @@ void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / s.out_height * s.height * s.width * s.channels;
     const int64_t to = unit * s.out_width * s.channels;
-    pool_row(s, unit % s.out_height, p.x + image, p.tx + image, p.y + to, p.ty + to);
+    pool_row(s, unit % s.out_height, p.x + image, at_or_null(p.tx, image), p.y + to,
+             at_or_null(p.ty, to));
   }
 }
 
@@ -522,18 +530,20 @@ void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
 void pooled_epilogue(const PooledEpilogueParams& p, int64_t begin, int64_t end) {
   const EpilogueParams<float>& e = p.epilogue;
   const PoolShape& s = p.shape;
-  std::vector<float> tangent(e.features);
+  const bool pools_tangent = p.pooled_tangent != nullptr;
+  // Without, each run writes over that of the one before.
+  std::vector<float> tangent(pools_tangent ? e.features : kEpilogueRun);
   with_epilogue_runs(e, kEpilogueRun, [&](auto& runs) {
     for (int64_t sample = begin; sample < end; ++sample) {
       for (int64_t first = 0; first < e.features; first += kEpilogueRun) {
         const int64_t at = sample * e.features + first;
         runs(sample, first, std::min(kEpilogueRun, e.features - first), e.z + at, at_or_null(e.tz, at),
-             e.y + at, tangent.data() + first, at_or_null(e.pre, at));
+             e.y + at, tangent.data() + (pools_tangent ? first : 0), at_or_null(e.pre, at));
       }
       for (int64_t row = 0; row < s.out_height; ++row) {
         const int64_t to = (sample * s.out_height + row) * s.out_width * s.channels;
-        pool_row(s, row, e.y + sample * e.features, tangent.data(), p.pooled + to,
-                 p.pooled_tangent + to);
+        pool_row(s, row, e.y + sample * e.features, pools_tangent ? tangent.data() : nullptr,
+                 p.pooled + to, at_or_null(p.pooled_tangent, to));
       }
     }
   });

@@ -3,7 +3,8 @@
 #include "common/max_pool.h"
 #include "cuda/kernels.h"
 
-// Max-pooling of an image and its tangent in one pass. Memory bound: reads x and tx, writes y and ty.
+// Max-pooling of an image and its tangent, if it has one, in one pass. Memory bound: reads x and tx,
+// writes y and ty.
 
 namespace fdfa::cuda {
 namespace {
@@ -22,10 +23,11 @@ __global__ void __launch_bounds__(kThreads) max_pool_kernel(MaxPoolParams p) {
   for (int64_t unit = blockIdx.y; unit < s.samples * s.out_height; unit += gridDim.y) {
     const PoolWindow window = pool_window(s, unit, column);
     const int64_t from = window.first + channel, to = unit * row_size + place;
-    float y, ty;
-    pool(window, LoadFloat{}, p.x + from, p.tx + from, y, ty);
-    p.y[to] = y;
-    p.ty[to] = ty;
+    if (p.tx == nullptr) {
+      pool(window, LoadFloat{}, p.x + from, p.y[to]);
+    } else {
+      pool(window, LoadFloat{}, p.x + from, p.tx + from, p.y[to], p.ty[to]);
+    }
   }
 }
 

@@ -15,17 +15,22 @@ Tensor empty_pooled(const PoolShape& shape, const Tensor& x) {
                    kOrder);
 }
 
-std::tuple<Tensor, Tensor> pool_both(const char* op, const Tensor& x, const Tensor& tangent,
+// ty is undefined where there is no tangent.
+std::tuple<Tensor, Tensor> pool_both(const char* op, const Tensor& x, const OptionalTensor& tangent,
                                      at::IntArrayRef kernel, at::IntArrayRef stride,
                                      at::IntArrayRef padding) {
   const PoolShape shape = check_pool(op, x, kernel, stride, padding);
-  check_like(op, "tangent", tangent, "x", x);
-  check_shape(op, "tangent", tangent, x.sizes());
-  const Tensor x_dense = x.contiguous(kOrder), tx_dense = tangent.contiguous(kOrder);
-  const Tensor y = empty_pooled(shape, x);
-  const Tensor ty = at::empty_like(y);
-  launch(MaxPoolParams{x_dense.const_data_ptr<float>(), tx_dense.const_data_ptr<float>(),
-                       y.data_ptr<float>(), ty.data_ptr<float>(), shape},
+  const Tensor x_dense = x.contiguous(kOrder), y = empty_pooled(shape, x);
+  Tensor tx_dense, ty;
+  if (tangent) {
+    check_like(op, "tangent", *tangent, "x", x);
+    check_shape(op, "tangent", *tangent, x.sizes());
+    tx_dense = tangent->contiguous(kOrder);
+    ty = at::empty_like(y);
+  }
+  launch(MaxPoolParams{x_dense.const_data_ptr<float>(),
+                       tangent ? tx_dense.const_data_ptr<float>() : nullptr, y.data_ptr<float>(),
+                       tangent ? ty.data_ptr<float>() : nullptr, shape},
          x.device());
   return {y, ty};
 }
@@ -59,15 +64,17 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at
 
 std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
                                       const PoolShape& shape, const Tensor& spare) {
-  const Tensor pooled = empty_pooled(shape, y), pooled_tangent = at::empty_like(pooled);
+  const bool zero = epilogue.tz == nullptr && epilogue.noise.kind == Noise::none;
+  const Tensor pooled = empty_pooled(shape, y);
+  const Tensor pooled_tangent = zero ? gradient_carrier(pooled) : at::empty_like(pooled);
   Tensor ty;
-  if (!y.is_cpu()) {  // CUDA's epilogue hands it over to the pool in memory
+  if (!y.is_cpu() && !zero) {  // CUDA's epilogue hands it over to the pool in memory
     ty = spare.defined() ? spare : at::empty(y.sizes(), y.options(), kOrder);
     epilogue.ty = ty.data_ptr<float>();
   }
-  launch(
-      PooledEpilogueParams{epilogue, pooled.data_ptr<float>(), pooled_tangent.data_ptr<float>(), shape},
-      y.device());
+  launch(PooledEpilogueParams{epilogue, pooled.data_ptr<float>(),
+                              zero ? nullptr : pooled_tangent.data_ptr<float>(), shape},
+         y.device());
   return {pooled, pooled_tangent};
 }
 
@@ -83,9 +90,11 @@ Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor
   check_shape(op, "handle", handle, x.sizes());
   check_counter(op, "noise_state", noise_state, 3, x);
   const Noise kind = parse_noise(op, noise, /*may_be_none=*/true);
-  // Where there is no tangent its place is filled by x itself, and not looked at.
-  auto [y, ty] = pool_both(op, x, tangent ? *tangent : x, kernel, stride, padding);
-  if (!tangent && kind == Noise::none) return {y, gradient_carrier(y), gradient_carrier(y)};
+  auto [y, ty] = pool_both(op, x, tangent, kernel, stride, padding);
+  if (!tangent) {
+    if (kind == Noise::none) return {y, gradient_carrier(y), gradient_carrier(y)};
+    ty = at::empty_like(y);
+  }
   EpilogueParams<float> p{};
   p.tz = tangent ? ty.data_ptr<float>() : nullptr;
   p.ty = ty.data_ptr<float>();

@@ -1,5 +1,6 @@
 #include "common/max_pool.h"
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -55,6 +56,13 @@ void test_case(const Case& c) {
   p.ty = cuda_ty.data();
   CHECK(cuda::launch_max_pool(p, nullptr) == cudaSuccess);
 
+  std::vector<float> plain_y(y.size(), -99), cuda_plain_y = plain_y;
+  p.tx = p.ty = nullptr;
+  p.y = plain_y.data();
+  cpu::max_pool(p, 0, cpu::max_pool_units(p));
+  p.y = cuda_plain_y.data();
+  CHECK(cuda::launch_max_pool(p, nullptr) == cudaSuccess);
+
   // Whole numbers, whose sums have no rounding.
   std::vector<float> delta(y.size()), dx(size, -99), cuda_dx = dx, expected_dx(size, 0.0f);
   for (size_t i = 0; i < delta.size(); ++i) delta[i] = static_cast<float>(i % 101) - 50;
@@ -81,6 +89,7 @@ void test_case(const Case& c) {
             }
           CHECK(same(y[at], x[best]) && ty[at] == tx[best]);
           CHECK(same(cuda_y[at], x[best]) && cuda_ty[at] == tx[best]);
+          CHECK(same(plain_y[at], x[best]) && same(cuda_plain_y[at], x[best]));
           expected_dx[best] += delta[at];
         }
   CHECK(dx == expected_dx);
@@ -126,6 +135,15 @@ void test_pooled_epilogue(const PoolShape& shape, bool has_tangent, Activation a
   cpu::pooled_epilogue(p, 0, 1);
   cpu::pooled_epilogue(p, 1, cpu::pooled_epilogue_units(p));
   CHECK(y2 == y && pre2 == pre && pooled2 == pooled && pooled_ty2 == pooled_ty);
+
+  // Activations alone, in place again.
+  y2 = z;
+  e.tz = nullptr;
+  e.noise.kind = Noise::none;
+  const PooledEpilogueParams plain{e, pooled2.data(), nullptr, shape};
+  std::fill(pooled2.begin(), pooled2.end(), -99.0f);
+  cpu::pooled_epilogue(plain, 0, cpu::pooled_epilogue_units(plain));
+  CHECK(y2 == y && pooled2 == pooled);
 }
 
 }  // namespace
