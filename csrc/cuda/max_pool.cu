@@ -23,11 +23,14 @@ __global__ void __launch_bounds__(kThreads) max_pool_kernel(MaxPoolParams p) {
   for (int64_t unit = blockIdx.y; unit < s.samples * s.out_height; unit += gridDim.y) {
     const PoolWindow window = pool_window(s, unit, column);
     const int64_t from = window.first + channel, to = unit * row_size + place;
+    float y, ty;  // in registers until the window is done
     if (p.tx == nullptr) {
-      pool(window, LoadFloat{}, p.x + from, p.y[to]);
+      pool(window, LoadFloat{}, p.x + from, y);
     } else {
-      pool(window, LoadFloat{}, p.x + from, p.tx + from, p.y[to], p.ty[to]);
+      pool(window, LoadFloat{}, p.x + from, p.tx + from, y, ty);
+      p.ty[to] = ty;
     }
+    p.y[to] = y;
   }
 }
 
