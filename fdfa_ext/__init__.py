@@ -1,6 +1,6 @@
 """Forward Direct Feedback Alignment for PyTorch: training without backpropagation."""
 
-from fdfa_ext import methods, metrics
+from fdfa_ext import _flops, methods, metrics  # noqa: F401  (_flops registers its formulas)
 from fdfa_ext._ops import build_info
 from fdfa_ext.graphed import make_graphed_step
 from fdfa_ext.layers import FDFABlock, FDFAConv2d, FDFALinear

@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from nets import NETS, batch, block_net, conv_net, mlp, step
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear, reference
 from fdfa_ext.chains import find_end
@@ -531,6 +532,22 @@ def test_accumulated_batches_each_update_the_feedback_with_their_own_noise() -> 
         F.cross_entropy(apart(x), y).backward()
     for name, matrix in together.feedback.items():
         torch.testing.assert_close(apart.feedback[name], matrix)
+
+
+def test_torchs_counter_sees_every_product_of_a_step(device: torch.device) -> None:
+    n, inputs, first, second, k = 4, 20, 32, 16, 10
+    net = nn.Sequential(
+        FDFALinear(inputs, first, activation="relu"),
+        FDFALinear(first, second, activation="relu"),
+        nn.Linear(second, k),
+    )
+    model = FDFA(net.to(device), example_input=torch.randn(n, inputs, device=device))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(n, inputs, device=device)).square().mean().backward()
+    upper = first * second + second * k
+    primal_and_gradients = 2 * (inputs * first + upper)
+    feedback = 2 * k * (first + second)  # G and eB
+    assert counter.get_total_flops() == 2 * n * (primal_and_gradients + upper + feedback)
 
 
 def test_seed_comes_from_torch_and_every_step_has_new_noise() -> None:

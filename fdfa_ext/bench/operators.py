@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
@@ -214,47 +214,3 @@ def _flops(call: OperatorCall) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call.copy()()
     return int(counter.get_total_flops())
-
-
-# The counter gives shapes where the operators take tensors.
-
-
-@register_flop_formula(fused.linear)
-def _(x: Any, tangent: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return (1 if tangent is None else 2) * 2 * math.prod(x) * weight[0]
-
-
-@register_flop_formula(fused.mm)
-def _(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(a) * b[1]
-
-
-@register_flop_formula([fused.conv2d, fused.conv2d_max_pool2d])
-def _(x: Any, tangent: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
-    return (1 if tangent is None else 2) * conv_flop_count(x, weight, out_shape[0])
-
-
-def _feedback_flops(feedback: Any, error: Any, tangent: Any, outputs: Any) -> int:
-    products = 1 if tangent is None and not outputs else 2
-    return sum(products * 2 * error[0] * math.prod(matrix) for matrix in feedback)
-
-
-@register_flop_formula(fused.feedback_step)
-def _(
-    feedback: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    updates: Any,
-    error: Any,
-    tangent: Any,
-    gates: Any,
-    outputs: Any,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return _feedback_flops(feedback, error, tangent, outputs)
-
-
-@register_flop_formula(fused.feedback_gradient)
-def _(feedback: Any, error: Any, tangent: Any, gates: Any, outputs: Any, *_: Any, **__: Any) -> int:
-    return _feedback_flops(feedback, error, tangent, outputs)
