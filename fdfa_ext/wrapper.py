@@ -412,7 +412,8 @@ class FDFA(nn.Module):
         self.check_output(output)
         if tangent is not None and output.shape[0] > 0 and not bool((tangent != 0).any()):
             raise RuntimeError(
-                "FDFA: the tangent of the output is zero: no block can learn its feedback"
+                "FDFA: the tangent of the output is zero, so no block can learn its feedback. Do all "
+                "weights of the output layer start at zero?"
             )
         if droppers:
             warnings.warn(
