@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The extension is built in place: only what is compiled or declared asks for a new build.
 BUILD_INPUTS := $(shell find csrc -type f) setup.py pyproject.toml
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

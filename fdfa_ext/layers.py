@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
-from fdfa_ext.tangents import MaybePair, has_fused_pool, hooks_of, known_way
+from fdfa_ext.tangents import GLOBAL_HOOKS, MaybePair, has_fused_pool, hooks_of, known_way
 
 Step = Callable[[Tensor, Tensor | None], MaybePair]
 
@@ -37,7 +37,6 @@ class Block:
         """
         raise NotImplementedError
 
-    @property
     def own_pass(self) -> BlockPass:
         if self.block_pass is None:
             raise RuntimeError("FDFA: a block was put in after wrapping; wrap the module again")
@@ -77,7 +76,7 @@ class FDFALinear(nn.Linear, Block):
         return running.through_duals(x, self.dual)
 
     def dual(self, x: Tensor, tangent: Tensor | None) -> MaybePair:
-        return self.own_pass.linear(x, tangent, self.weight, self.bias, self.activation)
+        return self.own_pass().linear(x, tangent, self.weight, self.bias, self.activation)
 
     def _plain(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](super().forward(x))
@@ -121,7 +120,7 @@ class FDFAConv2d(nn.Conv2d, Block):
             x = F.pad(x, sides, mode=mode)
             tangent = None if tangent is None else F.pad(tangent, sides, mode=mode)
             padding = (0, 0)
-        return self.own_pass.conv2d(
+        return self.own_pass().conv2d(
             x,
             tangent,
             self.weight,
@@ -161,7 +160,7 @@ class FDFABlock(nn.Sequential, Block):
 
     def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
         """pool: one that comes after the block, to be done with it."""
-        return self.own_pass.chain(x, tangent, list(self), pool)
+        return self.own_pass().chain(x, tangent, list(self), pool)
 
 
 class SideBySide:
@@ -189,7 +188,8 @@ class SideBySide:
     def _plan(self) -> None:
         self._sequences: list[tuple[nn.Module, list[Any]]] = []
         # The dictionaries themselves, since each step looks into all of them.
-        self._hooks = [hooks for inner in self._module.modules() for hooks in hooks_of(inner)]
+        own = [hooks for inner in self._module.modules() for hooks in hooks_of(inner)]
+        self._hooks = [*GLOBAL_HOOKS, *own]
         self._steps = self._steps_of(self._module)
         outermost = self._sequences[0][1] if self._sequences else []
         self.output_layer = None

@@ -65,11 +65,19 @@ class WeightPerturbation(Method):
         named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
         if not named:
             raise RuntimeError("FDFA: fg-w perturbs parameters, but all of the module's are frozen")
-        used = model.noise_state.clone()
-        directions = _Directions(model.backend_operators, used, model.noise)
+        if any(isinstance(t, Tensor) and t.grad_fn is not None for t in (*args, *kwargs.values())):
+            raise RuntimeError(
+                "FDFA: the input depends on parameters outside the module: fg-w gives them no "
+                "gradient. Put what they belong to into the module"
+            )
+        compiling = torch.compiler.is_compiling()
+        # A compiler may read the state again in the backward, so there it moves first.
+        state = fused.next_noise(model.noise_state) if compiling else model.noise_state
+        used = F.pad(state[:2], (0, 1))  # V is one for the batch, whichever sample is its first
+        direction = partial(_direction, model.backend_operators, model.noise)
         with forward_mode(), torch.no_grad():
             duals = {
-                name: make_dual(parameter.detach(), directions(index, parameter))
+                name: make_dual(parameter.detach(), direction(used, index, parameter))
                 for index, (name, parameter) in enumerate(named)
             }
             output, tangent = unpack_dual(functional_call(model.module, duals, args, kwargs))
@@ -80,42 +88,44 @@ class WeightPerturbation(Method):
                 )
             model.check_output(output)
             output, tangent = output.detach(), tangent.detach()
-        fused.next_noise(model.noise_state)
+        if not compiling:
+            fused.next_noise(model.noise_state)
         parameters = [parameter for _, parameter in named]
-        result: Tensor = _WeightNode.apply(output, tangent, directions, *parameters)
+        result: Tensor = _WeightNode.apply(output, tangent, used, direction, *parameters)
         return result
 
 
-@dataclass
-class _Directions:
-    """V of each parameter, a function of the noise state."""
-
-    operators: Any
-    noise_state: Tensor
-    noise: str
-
-    def __call__(self, index: int, parameter: Tensor) -> Tensor:
-        flat = parameter.detach().reshape(1, -1)
-        v = self.operators.perturb(flat, None, self.noise_state, index, self.noise)
-        return torch.empty_like(parameter).copy_(v.view(parameter.shape))
+def _direction(
+    operators: Any, noise: str, noise_state: Tensor, index: int, parameter: Tensor
+) -> Tensor:
+    """V of a parameter, a function of the noise state."""
+    flat = parameter.detach().reshape(1, -1)
+    v = operators.perturb(flat, None, noise_state, index, noise)
+    return torch.empty_like(parameter).copy_(v.view(parameter.shape))
 
 
 class _WeightNode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, tangent: Tensor, directions: _Directions, *parameters: Tensor
+        ctx: Any,
+        output: Tensor,
+        tangent: Tensor,
+        noise_state: Tensor,
+        direction: Callable[[Tensor, int, Tensor], Tensor],
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(tangent, *parameters)
-        ctx.directions = directions
+        # The state with the tangent, so that a checkpoint makes both again or neither.
+        ctx.save_for_backward(tangent, noise_state, *parameters)
+        ctx.direction = direction
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (error,) = grads
-        tangent, *parameters = ctx.saved_tensors
+        tangent, noise_state, *parameters = ctx.saved_tensors
         slope = (error * tangent).sum()
-        directions = (ctx.directions(index, p) for index, p in enumerate(parameters))
-        return None, None, None, *[v.mul_(slope) for v in directions]
+        directions = (ctx.direction(noise_state, index, p) for index, p in enumerate(parameters))
+        return None, None, None, None, *[v.mul_(slope) for v in directions]
 
 
 @dataclass

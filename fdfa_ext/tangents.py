@@ -22,6 +22,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 
 from fdfa_ext import reference
@@ -32,6 +33,13 @@ Pair = tuple[Tensor, Tensor]  # primal and tangent
 MaybePair = tuple[Tensor, Tensor | None]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Those of every module, torch's own dictionaries.
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
 
 
 def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
@@ -113,7 +121,7 @@ def plain_type(module: nn.Module) -> type[nn.Module] | None:
 
     To be compared with exact types: so may a subclass or a parametrization.
     """
-    return None if any(hooks_of(module)) else type(module)
+    return None if any(hooks_of(module)) or any(GLOBAL_HOOKS) else type(module)
 
 
 def _linear(module: Any, y: Tensor, ty: Tensor | None) -> MaybePair:

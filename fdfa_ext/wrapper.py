@@ -69,7 +69,11 @@ class TensorMap(nn.Module):
         return list(zip(self.keys(), self.values(), strict=True))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        return super()._apply(lambda t: t.to(fn(t).device), recurse)
+        def move(t: Tensor) -> Tensor:
+            device = fn(t).device
+            return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
+
+        return super()._apply(move, recurse)
 
 
 class FDFA(nn.Module):
@@ -81,7 +85,8 @@ class FDFA(nn.Module):
     fills `.grad` of the weights. What stands after the last block is trained by its exact gradient. In
     eval mode or under `torch.no_grad()` it is `module`, unperturbed.
 
-    Each backward updates the feedback once, so N accumulated batches are N updates of B.
+    Each backward updates the feedback once, so N accumulated batches are N updates of B. The input gets
+    no gradient. One thread at a time may run a model.
 
     Args:
         module: a model whose output is [N, K], K outputs for each of N samples.
@@ -91,7 +96,8 @@ class FDFA(nn.Module):
         feedback: how B follows the estimate G = dᵀu / N of the mean Jacobian. "adam": Adam on the
             gradient B - G (Appendix A, the paper's tables). "ema": B ← (1 - lr) B + lr G (eq. 8).
             "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer. The same for
-            another method's ∇B in place of B - G.
+            another method's ∇B in place of B - G. Since B - G does not scale with the loss, keep
+            `feedback_parameters()` out of GradScaler and of gradient clipping.
         feedback_lr: α, per step.
         betas, eps: Adam's, for feedback="adam".
         noise: "gaussian" or "rademacher" perturbations, of unit variance.
@@ -170,7 +176,7 @@ class FDFA(nn.Module):
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         if device.type == "cpu":
             keep_freed_memory()
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         self.register_buffer("noise_state", torch.tensor([seed, 0, 0], device=device))
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64, device=device))
         self.noise_state: Tensor

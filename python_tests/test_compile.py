@@ -12,15 +12,15 @@ from fdfa_ext import FDFA, FDFALinear
 from fdfa_ext.functional import BACKENDS
 from fdfa_ext.methods import METHODS, KolenPollack
 
+# inductor compiles slowly: the README's net stands for all.
+COMPILED = [(name, rule, "aot_eager") for name in NETS for rule in ("adam", "ema", "grad")]
+COMPILED += [("conv_net", rule, "inductor") for rule in ("adam", "grad")]
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
-@pytest.mark.parametrize("name", NETS)
+
+@pytest.mark.parametrize(("name", "rule", "compiler"), COMPILED)
 def test_compiled_training_is_the_eager_one(
     device: torch.device, name: str, rule: str, compiler: str
 ) -> None:
-    if compiler == "inductor" and (name != "conv_net" or rule == "ema"):
-        pytest.skip("inductor compiles slowly: the README's net stands for all")
     torch._dynamo.reset()
     x, y = batch(name, device)
     models = [FDFA(NETS[name][0]().to(device), feedback=rule, feedback_lr=0.05, example_input=x)]
@@ -39,9 +39,17 @@ class OwnRule(KolenPollack):
     """As every learned feedback but those of the fused operator, it moves by torch's fused Adam."""
 
 
-@pytest.mark.parametrize("method", [*(name for name in METHODS if name != "fdfa"), OwnRule])
-def test_every_method_compiles(device: torch.device, method: str | type[OwnRule]) -> None:
-    """Local heads included, and noise that a compiler would like to make in the backward alone."""
+@pytest.mark.parametrize(
+    ("method", "compiler"),
+    [
+        *((method, "aot_eager") for method in (*METHODS, OwnRule) if method != "fdfa"),
+        *((method, "inductor") for method in ("fg-w", "fg-a", "lg-fg-a")),
+    ],
+)
+def test_every_method_compiles(
+    device: torch.device, method: str | type[OwnRule], compiler: str
+) -> None:
+    """Local heads included, and noise that a compiler (inductor) would like to make in the backward alone."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     x, y = batch("block_net", device)
@@ -50,7 +58,7 @@ def test_every_method_compiles(device: torch.device, method: str | type[OwnRule]
     models = [FDFA(net, method=way, feedback_lr=0.05, example_input=x)]
     models.append(copy.deepcopy(models[0]))
     fullgraph = isinstance(method, str)  # that Adam is beyond the compiler
-    compiled = torch.compile(models[1], fullgraph=fullgraph, dynamic=False, backend="aot_eager")
+    compiled = torch.compile(models[1], fullgraph=fullgraph, dynamic=False, backend=compiler)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
     for _ in range(3):
         for model, forward, optimizer in zip(models, (models[0], compiled), optimizers, strict=True):

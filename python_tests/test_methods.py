@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from nets import NETS, batch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
+from torch.utils.checkpoint import checkpoint
 
 from fdfa_ext import FDFA, FDFALinear, reference
 from fdfa_ext.functional import BACKENDS, rows, unrows
@@ -415,9 +416,14 @@ def test_a_saved_model_goes_on_as_the_uninterrupted_one(method: str) -> None:
         assert torch.equal(second.state_dict()[key], value)
 
 
+class OwnKolenPollack(KolenPollack):
+    """A subclass does not take the fused operator."""
+
+
+@pytest.mark.parametrize("method", [KolenPollack, OwnKolenPollack])
 @pytest.mark.parametrize("rule", ["adam", "ema"])
-def test_an_error_that_is_not_finite_leaves_the_feedback_alone(rule: str) -> None:
-    model, x, y = make("mlp", "dkp", feedback=rule)
+def test_an_error_that_is_not_finite_leaves_the_feedback_alone(rule: str, method: Any) -> None:
+    model, x, y = make("mlp", method(), feedback=rule)
     loss_of(model, x, y).backward()
     before = [b.clone() for b in (*model.feedback.values(), *model.exp_avg.values())]
     (loss_of(model, x, y) * float("inf")).backward()
@@ -426,9 +432,90 @@ def test_an_error_that_is_not_finite_leaves_the_feedback_alone(rule: str) -> Non
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("method", [ForwardFeedback, KolenPollack, OwnKolenPollack])
+def test_adam_of_the_feedback_takes_its_betas_and_eps(method: Any) -> None:
+    numbers = {"betas": (0.5, 0.8), "eps": 1e-2}
+    adam, x, y = make("mlp", method(), feedback_lr=1e-2, **numbers)
+    grad, *_ = make("mlp", method(), feedback="grad")
+    grad.noise_state.copy_(adam.noise_state)
+    optimizer = torch.optim.Adam(grad.feedback_parameters(), lr=1e-2, **numbers)
+    for _ in range(5):
+        for model in (adam, grad):
+            loss_of(model, x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, matrix in adam.feedback.items():
+        torch.testing.assert_close(grad.feedback[name].detach(), matrix, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fg-a", "fg-w"])
+def test_rademacher_estimates_of_one_sample_differ_in_sign_alone(method: str) -> None:
+    net = nn.Sequential(FDFALinear(6, 8), nn.Linear(8, 3))
+    x = torch.randn(1, 6)
+    model = FDFA(net, method=method, noise="rademacher", example_input=x)
+    model(x).square().sum().backward()
+    sizes = net[0].bias.grad.abs()
+    torch.testing.assert_close(sizes, sizes[:1].expand_as(sizes))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["fdfa", "fg-a"])
+def test_two_processes_with_a_first_sample_each_perturb_as_one(backend: str, method: str) -> None:
+    """What the docstring of FDFA says of data-parallel training."""
+    models = [make("conv_net", method, feedback="grad", backend=backend)[0] for _ in range(3)]
+    x, _ = batch("conv_net", n=6)
+    for model, first in zip(models, (0, 0, 3), strict=True):
+        model.noise_state.copy_(torch.tensor([7, 0, first]))
+    for model, part in zip(models, (x, x[:3], x[3:]), strict=True):
+        model(part).square().mean().backward()
+    whole, *halves = [[p.grad for p in model.parameters()] for model in models]
+    for expected, first_half, second_half in zip(whole, *halves, strict=True):
+        torch.testing.assert_close((first_half + second_half) / 2, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weight_perturbation_has_one_direction_in_all_processes() -> None:
+    models = [make("mlp", "fg-w")[0] for _ in range(2)]
+    x, _ = batch("mlp")
+    for model, first in zip(models, (0, 5), strict=True):
+        model.noise_state.copy_(torch.tensor([7, 0, first]))
+        model(x).sum().backward()
+        assert model.noise_state.tolist() == [7, 1, first]
+    for name, gradient in gradients(models[0]).items():
+        assert torch.equal(gradients(models[1])[name], gradient)
+
+
+def test_a_checkpointed_weight_perturbation_is_along_its_own_directions() -> None:
+    """The tangent made again in the backward is of new noise, and so must the directions be."""
+    net = nn.Sequential(nn.Linear(3, 1, bias=False), FDFALinear(1, 1, bias=False))
+    model = FDFA(net, method="fg-w")
+    x = torch.randn(1, 3)
+    slope = [net[1].weight[0, 0] * x[0], (net[0].weight @ x[0])]
+    weights = list(net.parameters())
+    for _ in range(20):
+        model.zero_grad()
+        checkpoint(model, x, use_reentrant=False).sum().backward()
+        directional = sum((s * p.grad.flatten()).sum() for s, p in zip(slope, weights, strict=True))
+        # (s·V) V projected on s is (s·V)², never negative.
+        assert directional > 0
+
+
+def test_a_step_has_no_second_derivative() -> None:
+    for method in ("fdfa", "dfa", "dkp"):
+        model, x, y = make("mlp", method)
+        before = {name: b.clone() for name, b in model.feedback.items()}
+        with pytest.raises(RuntimeError, match="create_graph=True is not possible"):
+            torch.autograd.grad(
+                loss_of(model, x, y), list(model.module.parameters()), create_graph=True
+            )
+        for name, b in model.feedback.items():
+            assert torch.equal(b, before[name])
+
+
 def test_what_the_user_gets_wrong_is_said() -> None:
     with pytest.raises(ValueError, match=r"method must be one of fdfa, dfa, .* got 'sgd'"):
         FDFA(NETS["mlp"][0](), method="sgd")
+    with pytest.raises(RuntimeError, match="input depends on parameters outside the module: fg-w"):
+        FDFA(NETS["mlp"][0](), method="fg-w")(nn.Linear(2, 6)(torch.randn(2, 2)))
     frozen = NETS["mlp"][0]().requires_grad_(False)
     with pytest.raises(RuntimeError, match="frozen"):
         FDFA(frozen, method="fg-w")(torch.randn(2, 6))

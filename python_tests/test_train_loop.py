@@ -1,14 +1,15 @@
 """Runs: they learn, repeat, continue exactly from a checkpoint; the command line end to end."""
 
+import copy
 import csv
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fdfa_ext
 from fdfa_ext.__main__ import main
@@ -26,15 +27,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """These nets are too small for more, and threads that wait for a busy core are very slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_dataset("digits")
@@ -46,6 +38,53 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_weights_rate_decays_and_the_feedbacks_does_not(digits: Dataset) -> None:
+    run = Run(Config(feedback="grad", lr=1e-3, feedback_lr=2e-4), digits.head(64))
+    for _ in range(2):
+        run.train_epoch()
+    assert [result.lr for result in run.history] == pytest.approx([1e-3, 0.95e-3])
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in run._optimizers]
+    assert rates == pytest.approx([0.95**2 * 1e-3, 2e-4])
+
+
+def test_local_heads_and_every_layer_below_them_learn(digits: Dataset) -> None:
+    run = Run(Config(method="lg-fg-a", hidden=3), digits.head(64))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train_epoch()
+    assert sum(name.startswith("heads.") for name in before) == 4
+    for name, p in run.model.named_parameters():
+        assert not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize(("method", "decay"), [("dkp", 1e-6), ("dfa", 0.0), ("fdfa", 0.0)])
+def test_weights_decay_where_the_method_wants_it(method: str, decay: float, digits: Dataset) -> None:
+    run = Run(Config(method=method), digits.head(64))
+    assert run._optimizers[0].param_groups[0]["weight_decay"] == decay
+
+
+def test_evaluation_neither_uses_nor_moves_batch_statistics() -> None:
+    images, labels = torch.rand(8, 1, 16, 16), torch.arange(8)
+    run = Run(Config(model="cnn"), Dataset(images, labels, images, labels))
+    run.train_epoch()
+    before = copy.deepcopy(run.model.state_dict())
+    loss, _ = run.evaluate()
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    with torch.no_grad():
+        expected = F.cross_entropy(run.model.module.eval()(images), labels)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_settings_reach_the_model() -> None:
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    settings = {"noise": "rademacher", "backend": "reference", "feedback_lr": 0.1}
+    config = Config(dataset="cifar10", feedback="ema", **settings)
+    model = Run(config, Dataset(images, labels, images, labels)).model
+    assert {name: getattr(model, name) for name in settings} == settings
+    assert model.rule == "ema"
+    assert model.module[1].out_features == 1000
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

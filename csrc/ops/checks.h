@@ -13,7 +13,7 @@ Activation parse_activation(const char* op, c10::string_view name);
 // "none" leaves the tangent as it is, for a block that goes on after the operator.
 Noise parse_noise(const char* op, c10::string_view name, bool may_be_none = false);
 
-// float32, bfloat16 or float16, on the CPU or CUDA.
+// float32, bfloat16 or float16.
 void check_floating(const char* op, const char* argument, const at::Tensor& t);
 void check_shape(const char* op, const char* argument, const at::Tensor& t, at::IntArrayRef expected);
 // The other argument's device and dtype.

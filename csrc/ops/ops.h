@@ -59,7 +59,7 @@ Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor
                     at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                     const Tensor& noise_state, int64_t block, c10::string_view noise);
 
-// y, pre-activation, the pool of y, and that's tangent.
+// y, pre-activation, the pool of y, and its tangent.
 using Pooled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
@@ -88,7 +88,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
                       bool training, double momentum, double eps, const Tensor& noise_state,
                       int64_t block, c10::string_view activation, c10::string_view noise);
 
-// Also the pool of y, and that's tangent.
+// Also the pool of y, and its tangent.
 using PooledNorm = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,

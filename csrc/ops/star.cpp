@@ -60,6 +60,8 @@ struct Star : torch::autograd::Function<Star> {
     static const auto feedback_step = find<decltype(fdfa::feedback_step)>("fdfa::feedback_step");
     static const auto feedback_gradient =
         find<decltype(fdfa::feedback_gradient)>("fdfa::feedback_gradient");
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "FDFA: the feedback step has no derivative, so create_graph=True is not possible");
     const variable_list saved = ctx->get_saved_variables();
     const auto kept = ctx->saved_data["options"].toCapsule();
     const Options& o = static_cast<const Options&>(*kept);
