@@ -35,7 +35,7 @@ def gradient_alignment(
         name within the module → angle from 0 to 180; 90 where a gradient is zero.
 
     Raises:
-        ValueError: draws is below 1.
+        ValueError: draws is below 1, or the model has not seen an input yet.
     """
     with _untouched(model):
         with _own_randomness(model):
@@ -76,7 +76,7 @@ def estimator_variance(
         name within the module → variance, unbiased.
 
     Raises:
-        ValueError: draws is below 2.
+        ValueError: draws is below 2, or the model has not seen an input yet.
     """
     if draws < 2:
         raise ValueError(f"estimator_variance: draws must be 2 or more; got {draws}")
@@ -199,8 +199,8 @@ def _restore(model: FDFA, state: dict[str, Tensor], but: str = "") -> None:
 def _untouched(model: FDFA) -> Iterator[None]:
     if not model.prepared:
         raise ValueError(
-            "fdfa_ext.metrics: the model's feedback does not exist yet; pass example_input to FDFA or "
-            "run one training forward"
+            "fdfa_ext.metrics: the model has not seen an input yet; pass example_input to FDFA or run "
+            "one training forward"
         )
     state = _state(model)
     gradients = {p: p.grad for p in model.parameters()}

@@ -1,4 +1,4 @@
-"""Every operator of torch.ops.fdfa in plain torch: its definition, and the path to compare it with.
+"""Every operator with kernels in plain torch: its definition, and the path to compare it with.
 
 Same names, arguments and results as the fused operators (csrc/ops/schema.cpp), on any device torch has
 and in any floating dtype. `FDFA(..., backend="reference")` runs a whole model on it.
@@ -141,12 +141,6 @@ def _dual(
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
-
-
-def dual_linear(
-    x: Tensor, tangent: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return F.linear(x, weight, bias), F.linear(tangent, weight.detach())
 
 
 def linear(

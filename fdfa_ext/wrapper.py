@@ -46,6 +46,9 @@ class TensorMap(nn.Module):
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[self.key(name)]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._tensors.get(self.key(name), default)
+
     def select(self, names: Iterable[str]) -> list[Tensor]:
         tensors: dict[str, Any] = self._parameters if self._as_parameters else self._buffers
         return [tensors[name.replace(".", "/")] for name in names]  # as `key`, without its calls
@@ -114,6 +117,13 @@ class FDFA(nn.Module):
         updates: int64 [1]: number of Adam steps that B has made.
         local_outputs: method "lg-fg-a": outputs [N, K] of the local heads in the last training forward,
             each of which wants the loss too.
+
+    Raises, as its first training forward may:
+        ValueError: an option is unknown or out of range; the module has no block or is one; its output
+            is not [N, K].
+        TypeError: method is a class; the module returns no tensor; a dtype that the backend lacks.
+        RuntimeError: no tangent, or a zero one, reaches the output; a block is unused, used twice,
+            exchanged, or behind parameters that belong to no block.
     """
 
     def __init__(

@@ -207,6 +207,12 @@ def test_an_unreadable_record_is_as_none(tmp_path: Path) -> None:
     assert read_record(file) == []
 
 
+def test_a_figure_of_two_data_sets_is_refused(tmp_path: Path, capsys) -> None:
+    flags = ["--datasets", "digits,mnist", "--output", str(tmp_path)]
+    assert main(["experiment", "figure-5", *flags]) == 2
+    assert "figure-5 is of one data set; got digits, mnist" in capsys.readouterr().err
+
+
 def test_a_figure_without_any_of_its_methods_is_refused(tmp_path: Path, capsys) -> None:
     flags = ["--methods", "bp", "--datasets", "digits", "--output", str(tmp_path)]
     assert main(["experiment", "figure-8", *flags]) == 2

@@ -135,5 +135,5 @@ def test_what_the_user_gets_wrong_is_said() -> None:
         estimator_variance(model, data, draws=1)
     with pytest.raises(ValueError, match="no feedback matrices"):
         feedback_alignment(model, data[0])
-    with pytest.raises(ValueError, match="does not exist yet"):
+    with pytest.raises(ValueError, match="has not seen an input yet"):
         gradient_alignment(FDFA(NETS["mlp"][0]()), data)

@@ -684,6 +684,8 @@ def test_feedback_is_a_mapping_in_the_order_of_the_noise() -> None:
     assert list(model.feedback) == model.feedback.keys() == ["0", "2", "4"]
     assert [tuple(b.shape) for b in model.feedback.values()] == [(3, 4, 10, 10), (3, 6, 5, 5), (3, 8)]
     assert "2" in model.feedback
+    assert model.feedback.get("2") is model.feedback["2"]
+    assert model.feedback.get("1") is None
     assert len(model.feedback) == 3
     assert isinstance(model.feedback, Mapping)
     assert model.feedback["2"].is_contiguous(memory_format=torch.channels_last)

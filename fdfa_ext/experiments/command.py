@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", type=some_of(list(METHODS)), metavar=f"METHOD{words}", help="some of the paper's")
     add("--data-dir", type=Path, metavar="DIR", help="folder of the data sets' files")
     add("--seeds", type=whole, metavar="N", help="how many, from 0 on (default 10; 2 with --quick)")
-    add("--epochs", type=whole, metavar="N", help="of training (default 100; 2 with --quick)")
+    add(
+        "--epochs",
+        type=whole,
+        metavar="N",
+        help="of training, where that is more than one (default 100; 2 with --quick)",
+    )
     add("--quick", action="store_true", help="fewer epochs, seeds and images, in minutes")
     add("--jobs", type=whole, metavar="N", help="runs at a time (default: one a core)")
     add("--device", type=device, help="device, such as cuda (default cpu)")
@@ -52,6 +57,8 @@ def experiment(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"experiments need {error.name}: pip install {error.name}") from None
 
+    if args.name not in TABLES and len(args.datasets or ()) > 1:
+        raise UserError(f"{args.name} is of one data set; got {', '.join(args.datasets)}")
     size = _QUICK if args.quick else _FULL
     options = Options(
         output=args.output,

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from fdfa_ext.arguments import device, positive, seed, some_of, whole
+from fdfa_ext.functional import BACKENDS, NOISES
 from fdfa_ext.methods import METHODS
 from fdfa_ext.train.data import DATASETS, load_dataset
 from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import MODELS, WEIGHTS
 from fdfa_ext.train.training import Config, EpochResult, Run, read_checkpoint
+from fdfa_ext.wrapper import RULES
 
 _CONFIG_FIELDS = [field.name for field in fields(Config)]
 
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--feedback",
         str,
         f"rule that learns the feedback B (default {default.feedback})",
-        choices=("adam", "ema", "grad"),
+        choices=RULES,
     )
     add(
         "--feedback-lr",
@@ -64,12 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"W at the start; zero is for dfa (default {default.weights})",
         choices=WEIGHTS,
     )
-    add("--noise", str, f"perturbation (default {default.noise})", choices=("gaussian", "rademacher"))
+    add("--noise", str, f"perturbation (default {default.noise})", choices=NOISES)
     add(
         "--backend",
         str,
         f"compiled ops or their definition in plain torch (default {default.backend})",
-        choices=("fused", "reference"),
+        choices=list(BACKENDS),
     )
     add(
         "--epochs",
