@@ -952,26 +952,31 @@ def test_missing_or_foreign_extension_says_how_to_rebuild(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
-@pytest.mark.parametrize(("models", "keeps"), [("", False), ("FDFA(net)", True)])
-def test_a_model_on_the_cpu_keeps_freed_memory(models: str, keeps: bool) -> None:
-    """In a process of its own: page faults of 20 steps that take and free 24 MiB in 8 pieces."""
-    program = f"""
+def test_a_model_on_the_cpu_ends_page_faults() -> None:
+    """In a process of its own: page faults of a step that takes and frees 24 MiB, without FDFA and with."""
+    program = """
 import resource, torch
 from torch import nn
 from fdfa_ext import FDFA, FDFALinear
-net = nn.Sequential(FDFALinear(2, 2), nn.Linear(2, 2))
-{models}
+
 def step():
     pieces = [torch.zeros(3 * 2**18) for _ in range(8)]
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    step()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
+
+def faults():
+    for _ in range(3):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
+
+without = faults()
+FDFA(nn.Sequential(FDFALinear(2, 2), nn.Linear(2, 2)))
+print(without, faults())
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
     )
-    assert (float(run.stdout) < 10) == keeps
+    without, with_a_model = map(float, run.stdout.split())
+    assert with_a_model < 1 + without / 4
