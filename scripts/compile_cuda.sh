@@ -14,7 +14,7 @@ fi
 objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
 for source in csrc/cuda/*.cu; do
-  "$nvcc" -std=c++17 -O3 -Icsrc -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
+  "$nvcc" -std=c++20 -O3 -Icsrc -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
     -c "$source" -o "$objects/$(basename "$source").o"
   echo "compiled $source"

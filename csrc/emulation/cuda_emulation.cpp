@@ -51,7 +51,6 @@ class Barrier {
 struct Warp {
   explicit Warp(unsigned threads) : barrier(threads) {}
   Barrier barrier;
-  uint32_t words[kWarpSize] = {};
   uint32_t a[kWarpSize][4] = {}, b[kWarpSize][2] = {};
 };
 
@@ -69,6 +68,8 @@ thread_local Block* current_block;
 unsigned thread_in_block() {
   return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
 }
+
+unsigned lane() { return thread_in_block() % kWarpSize; }
 
 Warp& current_warp() { return current_block->warps[thread_in_block() / kWarpSize]; }
 
@@ -94,19 +95,6 @@ void run_block(dim3 grid, dim3 block, dim3 index, void (*body)(const void*), con
 }  // namespace
 
 void block_barrier() { current_block->barrier.wait(); }
-
-void warp_barrier() { current_warp().barrier.wait(); }
-
-unsigned lane() { return thread_in_block() % kWarpSize; }
-
-uint32_t exchange(uint32_t value, unsigned from) {
-  Warp& warp = current_warp();
-  warp.words[lane()] = value;
-  warp.barrier.wait();
-  const uint32_t result = warp.words[from];
-  warp.barrier.wait();  // all have read before any writes again
-  return result;
-}
 
 void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Warp& warp = current_warp();

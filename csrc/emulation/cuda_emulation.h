@@ -29,12 +29,6 @@ namespace emulation {
 
 // Waits for the threads of the block that have not left the kernel.
 void block_barrier();
-// The same for the calling thread's warp.
-void warp_barrier();
-// Gives `value` to the warp and returns that of `lane`. All threads of the warp must take part.
-uint32_t exchange(uint32_t value, unsigned lane);
-// The calling thread's place in its warp.
-unsigned lane();
 // c += a b for a [16, 8] and b [8, 8], whose elements lie in the threads of the warp as PTX says for
 // mma.m16n8k8 of tf32. All threads of the warp must take part.
 void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -51,32 +45,6 @@ cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStre
   return run_grid(grid, block, [](const void* context) { (*static_cast<Call*>(context))(); }, &call);
 }
 
-template <class T>
-T shuffle(T value, unsigned lane) {
-  static_assert(sizeof(T) == sizeof(uint32_t), "shuffles move words of 32 bits");
-  uint32_t word;
-  __builtin_memcpy(&word, &value, sizeof word);
-  word = exchange(word, lane);
-  __builtin_memcpy(&value, &word, sizeof word);
-  return value;
-}
-
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::block_barrier(); }
-inline void __syncwarp(unsigned = ~0u) { emulation::warp_barrier(); }
-
-// A lane past the end of the warp gives the caller its own value, as in CUDA.
-template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return emulation::shuffle(value, static_cast<unsigned>(lane) % 32);
-}
-template <class T>
-T __shfl_down_sync(unsigned, T value, unsigned delta) {
-  const unsigned lane = emulation::lane();
-  return emulation::shuffle(value, lane + delta < 32 ? lane + delta : lane);
-}
-template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  return emulation::shuffle(value, (emulation::lane() ^ static_cast<unsigned>(mask)) % 32);
-}

@@ -27,16 +27,6 @@ __global__ void leave_early(int* count) {
   for (int i = 0; i < 40; ++i) *count += shared[i];
 }
 
-__global__ void shuffles(float* sums, int* downs, int* broadcasts) {
-  const int i = static_cast<int>(threadIdx.x);
-  float sum = static_cast<float>(i);
-  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-  sums[i] = sum;
-  downs[i] = __shfl_down_sync(~0u, i, 3);
-  __syncwarp();
-  broadcasts[i] = __shfl_sync(~0u, i, 5);
-}
-
 __global__ void indices(unsigned* seen) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
@@ -54,16 +44,6 @@ int main() {
   int count = 0;
   CHECK(emulation::launch(leave_early, 1, kThreads, nullptr, &count) == cudaSuccess);
   CHECK(count == 40);
-
-  float sums[64];
-  int downs[64], broadcasts[64];
-  CHECK(emulation::launch(shuffles, 1, 64, nullptr, &sums[0], &downs[0], &broadcasts[0]) ==
-        cudaSuccess);
-  for (int i = 0; i < 64; ++i) {
-    CHECK(sums[i] == (i < 32 ? 496.0f : 1520.0f));
-    CHECK(downs[i] == (i % 32 < 29 ? i + 3 : i));
-    CHECK(broadcasts[i] == i / 32 * 32 + 5);
-  }
 
   unsigned seen[2 * 3 * 2 * 4 * 2 * 3] = {};
   CHECK(emulation::launch(indices, dim3(2, 3, 2), dim3(4, 2, 3), nullptr, &seen[0]) == cudaSuccess);

@@ -78,6 +78,7 @@ struct EpilogueCase {
   Activation activation;
   Noise noise;
   bool has_product, has_tangent, has_bias, in_place, transposed, mapped;
+  bool has_result_tangent = true;
 };
 
 template <class T>
@@ -100,7 +101,7 @@ struct EpilogueArrays {
             c.has_tangent ? tz.data() : nullptr,
             c.has_bias ? bias.data() : nullptr,
             c.has_product ? (c.in_place ? z : y).data() : nullptr,
-            (in_place_tangent ? tz : ty).data(),
+            !c.has_result_tangent ? nullptr : (in_place_tangent ? tz : ty).data(),
             has_pre ? pre.data() : nullptr,
             c.samples,
             c.features,
@@ -154,6 +155,17 @@ void test_epilogue(const Sizes& sizes, int stride) {
               }
 }
 
+// Without ty, where it would be zero: a layer in evaluation.
+template <class Backend, class T>
+void test_epilogue_without_tangents(const Sizes& sizes) {
+  for (int64_t features : sizes.features)
+    for (int f = 0; f < kActivationCount; ++f)
+      for (bool mapped : {false, true})
+        test_epilogue_case<Backend, T>({sizes.samples.back(), features, features, 0,
+                                        static_cast<Activation>(f), Noise::none, true, false, true,
+                                        false, false, mapped, false});
+}
+
 template <class Backend, class T>
 void test_transposed_epilogue(const Sizes& sizes) {
   for (int64_t samples : sizes.samples)
@@ -172,6 +184,7 @@ struct FeedbackCase {
   Noise noise;  // none: s is an array
   Rule rule;
   bool has_gate, transposed, in_place;  // in_place: delta, and s if an array, is the gate's memory
+  bool overflow = false;                // one element of the factor is infinite, so a row of G too
 };
 
 template <class T>
@@ -188,6 +201,7 @@ struct FeedbackArrays {
         source(c.samples * c.features, 9),
         updates(c.updates) {
     for (int64_t i = 0; i < exp_avg_sq.size(); ++i) exp_avg_sq.data()[i] = 1.0f + exp_avg.data()[i] / 2;
+    if (c.overflow) factor.data()[factor.size() - 1] = INFINITY;
   }
 
   FeedbackParams<T> params(const FeedbackCase& c) {
@@ -274,6 +288,15 @@ void test_transposed_feedback(const Sizes& sizes) {
                                              noise, Rule::adam, true, true, false}});
 }
 
+template <class Backend, class T>
+void test_overflow(const Sizes& sizes) {
+  for (int64_t outputs : sizes.outputs)
+    for (Rule rule : {Rule::ema, Rule::adam})
+      test_feedback_blocks<Backend, T>(
+          {{sizes.samples.back(), sizes.features.back(), outputs, 3, Activation::relu, Noise::gaussian,
+            rule, true, false, false, true}});
+}
+
 // More blocks than one launch of the CUDA kernel takes, some of them empty.
 template <class Backend>
 void test_feedback_of_many_blocks() {
@@ -296,6 +319,8 @@ void test_kernels(const Sizes& sizes, int epilogue_stride, int feedback_stride) 
   test_feedback<Backend, float>(sizes, feedback_stride);
   test_feedback<Backend, bfloat16>(sizes, feedback_stride);
   test_feedback<Backend, float16>(sizes, feedback_stride);
+  test_epilogue_without_tangents<Backend, float>(sizes);
+  test_overflow<Backend, float>(sizes);
   test_feedback_of_many_blocks<Backend>();
 }
 

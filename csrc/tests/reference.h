@@ -92,20 +92,21 @@ void epilogue(const EpilogueParams<T>& p) {
         p.y[at] = from_float<T>(static_cast<float>(activate(p.activation, a)));
         if (p.pre) p.pre[at] = from_float<T>(static_cast<float>(a));
       }
-      p.ty[at] = from_float<T>(static_cast<float>(tangent + noise(p.noise, n, i)));
+      if (p.ty) p.ty[at] = from_float<T>(static_cast<float>(tangent + noise(p.noise, n, i)));
     }
   }
 }
 
-// B's new value; moves the moments.
+// B's new value; moves the moments. A G that is not finite leaves both as they were.
 template <class T>
 double moved(const FeedbackParams<T>& p, int64_t at, double g) {
   const double b = p.feedback[at], gradient = double{p.decay} * b - g;
-  if (p.rule == Rule::ema) return b - p.lr * gradient;
   if (p.rule == Rule::gradient) {
     p.gradient[at] = static_cast<float>(gradient);
     return b;
   }
+  if (!std::isfinite(g)) return b;
+  if (p.rule == Rule::ema) return b - p.lr * gradient;
   const double t = static_cast<double>(*p.updates);
   const double m = p.beta1 * p.exp_avg[at] + (1 - double{p.beta1}) * gradient;
   const double v = p.beta2 * p.exp_avg_sq[at] + (1 - double{p.beta2}) * gradient * gradient;
