@@ -18,7 +18,6 @@ from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.training import Config, Run
 
 FILES = {"figure.png", "table.md"}
-DOCS = Path(__file__).parents[1] / "docs"
 OPTIONS = Options(jobs=1)
 CONFIG = Config(method="fdfa", epochs=3)
 
@@ -65,27 +64,6 @@ def test_the_papers_numbers_cover_its_tables() -> None:
             assert {(net, m, d) for m in methods for d in datasets} <= paper.keys()
     assert paper["mlp-4", "fg-a", "mnist"] == (83.40, 1.33)
     assert paper["alexnet", "fdfa", "tiny-imagenet"] == (36.47, 0.40)
-
-
-@pytest.mark.parametrize(
-    ("name", "nets", "dataset"),
-    [
-        ("table-b6", ("mlp-2", "mlp-3", "mlp-4"), "fashion-mnist"),
-        ("table-b6", ("mlp-2", "mlp-3", "mlp-4"), "mnist"),
-        ("table-2", ("cnn",), "fashion-mnist"),
-        ("table-2", ("cnn",), "mnist"),
-    ],
-)
-def test_documented_tables_are_what_the_records_beside_them_say(
-    name: str, nets: tuple[str, ...], dataset: str, tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setitem(TABLES, name, (nets, TABLES[name][1]))  # of the nets that are on file
-    shutil.copytree(DOCS / "records", tmp_path / "records")
-    which = ["--datasets", dataset, "--seeds", "1"]
-    assert main(["experiment", name, *which, "--output", str(tmp_path)]) == 0
-    lines = (tmp_path / name / "table.md").read_text().splitlines()
-    table = "\n".join(line for line in lines if line.startswith("|"))
-    assert table in (DOCS / "results.md").read_text()
 
 
 @pytest.mark.parametrize(

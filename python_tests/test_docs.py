@@ -1,0 +1,102 @@
+"""What README and docs/ show: their code runs, and their figures are those of the records."""
+
+import copy
+import csv
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fdfa_ext import FDFA, FDFALinear
+from fdfa_ext.__main__ import main
+from fdfa_ext.experiments.tables import TABLES, paper_accuracies
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+METHODS = (ROOT / "docs" / "methods.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
+RECORDS = ROOT / "docs" / "records"
+NETS = {"784-800-10": "mlp-2", "784-800-800-10": "mlp-3", "784-800-800-800-10": "mlp-4", "cnn": "cnn"}
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def images() -> dict[str, Tensor]:
+    return {"x": torch.randn(8, 1, 28, 28), "y": torch.randint(10, (8,))}
+
+
+def test_the_readmes_program_trains_every_weight_and_matrix() -> None:
+    (program,) = python_blocks(README)
+    begin, step = program.split("\nloss =")
+    names: dict[str, Any] = images()
+    exec(begin, names)
+    model = names["model"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):  # in the first, weights have their gradients from a B that has just begun
+        exec("loss =" + step, names)
+    unmoved = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
+    assert not [name for name in unmoved if name.endswith(("weight", "bias", "feedback"))]
+    assert len(model.feedback) == 3
+
+
+def test_the_documented_rule_is_fdfa_and_the_diagnostics_run() -> None:
+    rule, diagnostics = python_blocks(METHODS)
+    net = nn.Sequential(nn.Flatten(), FDFALinear(784, 8, activation="relu"), nn.Linear(8, 10))
+    names: dict[str, Any] = {"net": net, **images()}
+    exec(rule, names)
+    exec(diagnostics, names)
+    documented, fdfa = names["model"], FDFA(copy.deepcopy(net), example_input=names["x"])
+    for model in (documented, fdfa):
+        model.noise_state.copy_(torch.tensor([7, 0, 0]))
+        F.cross_entropy(model(names["x"]), names["y"]).backward()
+    for one, other in zip(documented.parameters(), fdfa.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    torch.testing.assert_close(documented.feedback["1"], fdfa.feedback["1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "nets", "dataset"),
+    [
+        ("table-b6", ("mlp-2", "mlp-3", "mlp-4"), "fashion-mnist"),
+        ("table-b6", ("mlp-2", "mlp-3", "mlp-4"), "mnist"),
+        ("table-2", ("cnn",), "fashion-mnist"),
+        ("table-2", ("cnn",), "mnist"),
+    ],
+)
+def test_documented_tables_are_what_the_records_beside_them_say(
+    name: str, nets: tuple[str, ...], dataset: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(TABLES, name, (nets, TABLES[name][1]))  # of the nets that are on file
+    shutil.copytree(RECORDS, tmp_path / "records")
+    which = ["--datasets", dataset, "--seeds", "1"]
+    assert main(["experiment", name, *which, "--output", str(tmp_path)]) == 0
+    lines = (tmp_path / name / "table.md").read_text().splitlines()
+    table = "\n".join(line for line in lines if line.startswith("|"))
+    assert table in RESULTS
+
+
+def final(dataset: str, net: str, method: str) -> float:
+    """Test accuracy in percent after the last epoch of the run on file."""
+    rows = list(csv.DictReader((RECORDS / f"{dataset}-{net}-{method}-seed0.csv").open()))
+    return 100 * float(rows[-1]["test_accuracy"])
+
+
+def test_the_readmes_accuracies_are_those_of_the_records() -> None:
+    head = README.index("| data | net | epochs |")
+    rows = [re.split(r" *\| *", row)[1:-1] for row in README[head:].split("\n\n")[0].splitlines()[2:]]
+    on_file = [row for row in rows if row[0] != "digits"]
+    assert len(on_file) == 7
+    for data, net, epochs, fdfa, paper, bp, _ in on_file:
+        dataset, net = data.lower(), NETS[net]
+        assert epochs == "100"
+        assert fdfa == f"{final(dataset, net, 'fdfa'):.2f} %"
+        assert bp == f"{final(dataset, net, 'bp'):.2f} %"
+        mean, deviation = paper_accuracies()[net, "fdfa", dataset]
+        assert paper == f"{mean:.2f} ± {deviation:.2f}"
