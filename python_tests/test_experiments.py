@@ -1,7 +1,6 @@
 """Tables and figures of the paper come out whole, and with the properties that the paper states."""
 
 import csv
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
