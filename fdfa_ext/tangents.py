@@ -65,7 +65,12 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
     # A net that runs side by side has no level, until someone exchanges one of its modules.
     within = forward_ad._current_level >= 0
     with nullcontext() if within else forward_mode():
-        out, tangent = unpack_dual(module(make_dual(y, ty)))
+        dual = make_dual(y, ty)
+        if torch.compiler.is_compiling():
+            # A dual is a view, and of modules that change views in place torch 2.11 compiles some
+            # wrongly. The compiled program has no such copy.
+            dual = dual.clone()
+        out, tangent = unpack_dual(module(dual))
         return out, None if tangent is None else tangent.detach()
 
 
