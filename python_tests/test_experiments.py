@@ -58,7 +58,7 @@ def test_a_table_has_every_method_beside_the_papers(tmp_path: Path) -> None:
 def test_the_papers_numbers_cover_its_tables() -> None:
     paper = paper_accuracies()
     for nets, datasets in TABLES.values():
-        for net in nets:
+        for net in set(nets) - {"cnn-unnormalised"}:  # which stands beside the paper's cnn
             methods = [m for m in METHODS if (net, m) != ("mlp-2", "lg-fg-a")]
             assert {(net, m, d) for m in methods for d in datasets} <= paper.keys()
     assert paper["mlp-4", "fg-a", "mnist"] == (83.40, 1.33)

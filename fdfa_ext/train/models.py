@@ -1,5 +1,6 @@
 """The nets of the paper's experiments."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 from torch import nn
@@ -7,12 +8,13 @@ from torch import nn
 from fdfa_ext import FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.train.errors import UserError
 
-MODELS = ("mlp", "cnn", "cnn-two-pool", "alexnet")
+MODELS = ("mlp", "cnn", "cnn-unnormalised", "cnn-two-pool", "alexnet")
 IMAGE_SIDES = {"alexnet": 224}  # in pixels, of nets that the paper trains on enlarged images
 NORMALISED = ("cnn", "alexnet")  # by batch normalisation, behind which zero weights stay zero
 WEIGHTS = ("random", "zero")
 _DENSE = 128  # units of the dense hidden layer of both small convolutional nets
-_SMALLEST = {"cnn": 10, "cnn-two-pool": 16, "alexnet": 63}  # side of an image, in pixels
+# Side of an image, in pixels.
+_SMALLEST = {"cnn": 10, "cnn-unnormalised": 10, "cnn-two-pool": 16, "alexnet": 63}
 
 
 def build_net(
@@ -28,6 +30,7 @@ def build_net(
     - ``mlp``: ``hidden`` dense layers of ``width`` ReLU units.
     - ``cnn``: 15C5-40C5-P2-128 with one pool, as the paper's authors published it; each Conv-BN-ReLU is
       one block, perturbed after the ReLU and before the pool.
+    - ``cnn-unnormalised``: the same without batch normalisation, for ``fg-w`` (docs/results.md).
     - ``cnn-two-pool``: the one that the paper writes, 15C5-P2-40C5-P2-128 without normalisation.
     - ``alexnet``: torchvision's sizes without dropout; each Conv-BN-ReLU-Pool is one block.
 
@@ -56,8 +59,11 @@ def build_net(
     elif model == "alexnet":
         net = _alexnet(channels, n_classes)
     else:
-        make = _cnn if model == "cnn" else _cnn_two_pool
-        net = make(channels, _pooled(model, height), _pooled(model, breadth), n_classes)
+        layers = _CONVOLUTIONS[model](channels)
+        features = 40 * _pooled(model, height) * _pooled(model, breadth)
+        net = nn.Sequential(
+            *layers, nn.Flatten(), _dense(features, _DENSE), nn.Linear(_DENSE, n_classes)
+        )
     if weights == "zero":
         for parameter in net.parameters():
             if parameter.dim() > 1:  # the others are biases
@@ -81,17 +87,6 @@ def _conv_block(before: int, after: int, kernel: int, *then: nn.Module, **geomet
     return FDFABlock(conv, nn.BatchNorm2d(after), nn.ReLU(), *then)
 
 
-def _cnn(channels: int, height: int, breadth: int, n_classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        _conv_block(channels, 15, 5),
-        _conv_block(15, 40, 5),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        _dense(40 * height * breadth, _DENSE),
-        nn.Linear(_DENSE, n_classes),
-    )
-
-
 def _alexnet(channels: int, n_classes: int) -> nn.Sequential:
     def pool() -> nn.Module:
         return nn.MaxPool2d(3, stride=2)
@@ -110,18 +105,22 @@ def _alexnet(channels: int, n_classes: int) -> nn.Sequential:
     )
 
 
-def _cnn_two_pool(channels: int, height: int, breadth: int, n_classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        FDFAConv2d(channels, 15, 5, activation="relu"),
-        nn.MaxPool2d(2),
-        FDFAConv2d(15, 40, 5, activation="relu"),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        _dense(40 * height * breadth, _DENSE),
-        nn.Linear(_DENSE, n_classes),
-    )
+def _conv(before: int, after: int) -> FDFAConv2d:
+    return FDFAConv2d(before, after, 5, activation="relu")
+
+
+def _pool() -> nn.Module:
+    return nn.MaxPool2d(2)
+
+
+# The layers before the dense ones, for so many channels of an image.
+_CONVOLUTIONS: dict[str, Callable[[int], list[nn.Module]]] = {
+    "cnn": lambda c: [_conv_block(c, 15, 5), _conv_block(15, 40, 5), _pool()],
+    "cnn-unnormalised": lambda c: [_conv(c, 15), _conv(15, 40), _pool()],
+    "cnn-two-pool": lambda c: [_conv(c, 15), _pool(), _conv(15, 40), _pool()],
+}
 
 
 def _pooled(model: str, size: int) -> int:
     """Pixels left of ``size`` after the convolutions and pools; each 5-wide kernel takes 4."""
-    return (size - 8) // 2 if model == "cnn" else ((size - 4) // 2 - 4) // 2
+    return ((size - 4) // 2 - 4) // 2 if model == "cnn-two-pool" else (size - 8) // 2
