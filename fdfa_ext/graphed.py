@@ -32,15 +32,15 @@ def make_graphed_step(
         ValueError: a batch is not on a CUDA device or not like the example, the optimizer cannot be
             captured, or the model is not in training mode.
     """
+    if not all(group.get("capturable", True) for group in optimizer.param_groups):
+        raise ValueError(f"make_graphed_step: make {type(optimizer).__name__} with capturable=True")
+    if not model.training:
+        raise ValueError("make_graphed_step: the model must be in training mode")
     for name, tensor in zip(("input", "target"), example_batch, strict=True):
         if not tensor.is_cuda:
             raise ValueError(
                 f"make_graphed_step: the example's {name} must be on a CUDA device; got {tensor.device}"
             )
-    if not all(group.get("capturable", True) for group in optimizer.param_groups):
-        raise ValueError(f"make_graphed_step: make {type(optimizer).__name__} with capturable=True")
-    if not model.training:
-        raise ValueError("make_graphed_step: the model must be in training mode")
     static = tuple(tensor.clone() for tensor in example_batch)
 
     def eager_step() -> Tensor:

@@ -168,6 +168,23 @@ def test_every_method_takes_a_step_in_bfloat16_or_is_left_out(capsys) -> None:
     assert [word for word in METHODS if f"| {word} |" in table] == ["fdfa", "bp", "bp-channels-last"]
 
 
+def test_local_heads_learn_in_what_is_timed(monkeypatch) -> None:
+    made = []
+
+    def remembered(*args, **kwargs) -> FDFA:
+        made.append(FDFA(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr("fdfa_ext.bench.contenders.FDFA", remembered)
+    case = Case.of("mlp4", "digits", 8, None)
+    timed = training_step(case, "lg-fg-a", torch.device("cpu"), "float32")
+    (model,) = made
+    before = {name: head.weight.detach().clone() for name, head in model.heads.items()}
+    timed.run()
+    assert len(before) == 2
+    assert not any(torch.equal(model.heads[name].weight, weight) for name, weight in before.items())
+
+
 def test_alexnet_learns_in_every_block() -> None:
     """On the smallest image that its pools allow: one step reaches each weight and each feedback."""
     net = build_net("alexnet", (3, 63, 63), 3)

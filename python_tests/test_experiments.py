@@ -150,6 +150,33 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
     assert [file.suffix for file in (tmp_path / "stopped" / "records").iterdir()] == [".csv"]
 
 
+def test_a_checkpoint_of_other_settings_is_not_continued(tmp_path: Path) -> None:
+    def stop(run: Run) -> dict[str, float]:
+        if len(run.history) == 2:
+            raise KeyboardInterrupt
+        return {}
+
+    other = replace(CONFIG, feedback_lr=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        run_all([Job(other, watch=stop)], replace(OPTIONS, output=tmp_path / "stopped"))
+    (checkpoint,) = (tmp_path / "stopped" / "records").glob("*.pt")
+    (fresh,) = run_all([Job(CONFIG)], replace(OPTIONS, output=tmp_path / "fresh"))
+    for suffix in (".pt", ".csv"):  # whose names have that of what is watched
+        file = checkpoint.with_suffix(suffix)
+        file.rename(file.with_stem(file.stem.replace("-stop", "")))
+    (run,) = run_all([Job(CONFIG)], replace(OPTIONS, output=tmp_path / "stopped"))
+    assert untimed(run) == untimed(fresh)
+
+
+def test_quick_runs_take_a_part_of_the_images(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(runs, "_QUICK_IMAGES_OTHERWISE", 2 * CONFIG.batch_size)
+    seen = []
+    job = Job(replace(CONFIG, epochs=1), prepare=lambda run: seen.append(run.steps_per_epoch))
+    for quick in (True, False):
+        run_all([job], replace(OPTIONS, output=tmp_path, quick=quick))
+    assert seen[0] == 2 < seen[1]
+
+
 def test_what_is_on_file_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
     options = replace(OPTIONS, output=tmp_path)
     (record,) = run_all([Job(CONFIG)], options)

@@ -66,9 +66,17 @@ def test_what_the_warm_up_changed_is_restored_in_place() -> None:
             )
 
 
-def test_a_batch_on_the_cpu_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("capturable", "training", "message"),
+    [
+        (False, True, "make Adam with capturable=True"),
+        (True, False, "the model must be in training mode"),
+        (True, True, "the example's input must be on a CUDA device; got cpu"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(capturable: bool, training: bool, message: str) -> None:
     x, y = batch("mlp", torch.device("cpu"))
-    model = FDFA(NETS["mlp"][0](), example_input=x)
-    optimizer = torch.optim.Adam(model.parameters(), capturable=False)
-    with pytest.raises(ValueError, match="example's input must be on a CUDA device; got cpu"):
+    model = FDFA(NETS["mlp"][0](), example_input=x).train(training)
+    optimizer = torch.optim.Adam(model.parameters(), capturable=capturable)
+    with pytest.raises(ValueError, match=f"make_graphed_step: {message}"):
         make_graphed_step(model, F.cross_entropy, optimizer, (x, y))

@@ -67,6 +67,15 @@ def test_random_modules_draw_the_same_for_estimate_and_truth() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_feedback_is_compared_with_the_jacobian_that_evaluation_has() -> None:
+    net = nn.Sequential(FDFALinear(6, 40, activation="relu"), nn.Dropout(0.5), nn.Linear(40, 3))
+    x, _ = batch("mlp")
+    model = FDFA(net, example_input=x)
+    model.feedback["0"].copy_(net[2].weight.detach())
+    assert model.module.training
+    assert feedback_alignment(model, x)["0"] < 1e-3
+
+
 @pytest.mark.parametrize("between", [(), (3,), (2, 2)])
 def test_feedback_is_compared_with_the_jacobian_of_its_block(between: tuple[int, ...]) -> None:
     """Frozen or not, changed in place by the next module or not, in any dimensions."""

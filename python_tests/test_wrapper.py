@@ -475,6 +475,38 @@ def test_residual_and_attention_blocks_learn(attention: nn.Module, backend: str)
         assert parameter.grad is not None
 
 
+def test_fused_attention_is_back_after_a_step_and_after_one_that_failed() -> None:
+    """In between it has to give way: it has no forward mode."""
+    cuda = torch.backends.cuda
+    enabled = [cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled]
+    within = []
+
+    class Fails(nn.Module):
+        fails = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            within.append([ask() for ask in enabled])
+            if self.fails:
+                raise ArithmeticError
+            return x
+
+    fails = Fails()
+    net = nn.Sequential(FDFALinear(6, 8), fails, nn.Linear(8, 3))
+    x = torch.randn(4, 6)
+    cuda.enable_cudnn_sdp(False)  # the user's own choice
+    try:
+        model = FDFA(net, example_input=x)
+        model(x).sum().backward()
+        assert [ask() for ask in enabled] == [True, True, False]
+        fails.fails = True
+        with pytest.raises(ArithmeticError):
+            model(x)
+        assert [ask() for ask in enabled] == [True, True, False]
+    finally:
+        cuda.enable_cudnn_sdp(True)
+    assert within[-1] == [False, False, False]
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_trains_with_float32_feedback(
