@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fdfa_ext import build_info
+from fdfa_ext.arguments import UserError
 from fdfa_ext.bench import command as bench
 from fdfa_ext.experiments import command as experiments
 from fdfa_ext.train import command as train
-from fdfa_ext.train.errors import UserError
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,9 +1,16 @@
-"""Types of command-line arguments: each turns a word into a value, or says in a sentence why not."""
+"""What all commands share: the one exception that becomes a sentence, and types of arguments.
+
+Each type turns a word into a value, or says in a sentence why not.
+"""
 
 import argparse
 from collections.abc import Callable, Sequence
 
 import torch
+
+
+class UserError(Exception):
+    """Something that the user can put right: a missing file, a flag that fits nothing. One sentence."""
 
 
 def whole(text: str) -> int:

@@ -11,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdfa_ext.tangents import BATCH_NORMS, has_fused_pool, plain_type, single_precision
+from fdfa_ext.tangents import (
+    ACTIVATION_NAMES,
+    BATCH_NORMS,
+    has_fused_pool,
+    plain_type,
+    single_precision,
+)
 
 NEEDS_PRE_ACTIVATION = ("gelu", "silu")
-_ACTIVATIONS: dict[Any, str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
-}
 
 
 @dataclass(slots=True)
@@ -91,7 +89,7 @@ def _activation(module: Any) -> str | None:
         kind is nn.GELU and module.approximate != "none"
     ):
         return None
-    return _ACTIVATIONS.get(kind)
+    return ACTIVATION_NAMES.get(kind)
 
 
 def norm_arguments(module: Any) -> tuple[Any, ...]:

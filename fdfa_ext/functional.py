@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import reference
@@ -28,15 +27,7 @@ from fdfa_ext.tangents import (
     without_rules,
 )
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda a: a,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
+ACTIVATIONS = {name: function for name, (function, _) in reference.ACTIVATIONS.items()}
 NOISES = ("gaussian", "rademacher")
 BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
 
@@ -204,9 +195,9 @@ class BlockPass:
         # Where a pool follows within the block, it is that which perturbs.
         noise = dual.noise if end.pool is None else "none"
         rest = (dual.noise_state, self.index, end.activation, noise)
+        order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
         ty: Tensor | None
         if end.normalizes:
-            order = torch.channels_last if x.dim() == 4 else torch.contiguous_format
             if tangent is None and noise == "none":
                 spare = None
             elif spare is None or not spare.is_contiguous(memory_format=order):
@@ -215,11 +206,9 @@ class BlockPass:
             y, pre = fused.batch_norm(x, tangent, spare, *norm_arguments(module), *rest)[:2]
             ty = spare
         elif isinstance(module, nn.Linear):
-            order = torch.contiguous_format
             y, ty, pre = fused.linear(x, tangent, module.weight, module.bias, *rest)
         else:
-            order = torch.channels_last
-            geometry = (module.stride, module.padding, module.dilation, module.groups)
+            geometry = _geometry(module)
             y, ty, pre = fused.conv2d(x, tangent, module.weight, module.bias, *geometry, *rest)
         if end.pool is not None:
             y, ty, pre = fused.max_pool2d_end(
@@ -245,9 +234,8 @@ class BlockPass:
             arguments = norm_arguments(module)
             y, pre, _, _, *pooled = fused.batch_norm_max_pool2d(x, tangent, *arguments, *rest)
         else:
-            geometry = (module.stride, module.padding, module.dilation, module.groups)
             y, pre, *pooled = fused.conv2d_max_pool2d(
-                x, tangent, module.weight, module.bias, *geometry, *rest
+                x, tangent, module.weight, module.bias, *_geometry(module), *rest
             )
         self._record(dual, y, pre, end.activation, torch.channels_last, own_output=True)
         return pooled[0], pooled[1] if dual.perturbs else None
@@ -292,6 +280,10 @@ class BlockPass:
                 self.name, self.index, output, handle, gate, activation, order, version, spare_gate
             )
         )
+
+
+def _geometry(convolution: Any) -> tuple[Any, ...]:
+    return (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
 
 
 def _through_pool(pool: nn.MaxPool2d | None, y: Tensor, ty: Tensor | None) -> MaybePair:

@@ -32,7 +32,7 @@ def _silu_derivative(a: Tensor) -> Tensor:
 
 
 # f, and f' as a function of y (of the pre-activation for gelu and silu).
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "identity": (_identity, torch.ones_like),
     "relu": (F.relu, lambda y: (y > 0).to(y.dtype)),
     "leaky_relu": (F.leaky_relu, lambda y: torch.where(y > 0, 1.0, 0.01).to(y.dtype)),
@@ -45,7 +45,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
 
 def derivative(activation: str, gate: Tensor) -> Tensor:
     """f' as a function of y, or of the pre-activation for gelu and silu."""
-    return _ACTIVATIONS[activation][1](gate)
+    return ACTIVATIONS[activation][1](gate)
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ def _dual(
     noise: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(f(a), f'(a) ⊙ tangent + u, a); only a keeps its autograd graph."""
-    function, derivative = _ACTIVATIONS[activation]
+    function, derivative = ACTIVATIONS[activation]
     a = pre.detach()
     y = function(a)
     u = perturbation(
@@ -348,7 +348,7 @@ def _targets(
 def _project(feedback: Tensor, error: Tensor, gate: Tensor, activation: str) -> Tensor:
     """δ = (e B) ⊙ f'."""
     projected = (error.float() @ feedback.flatten(1)).view_as(gate)
-    return (projected * _ACTIVATIONS[activation][1](gate.float())).to(gate.dtype)
+    return (projected * ACTIVATIONS[activation][1](gate.float())).to(gate.dtype)
 
 
 def feedback_step(

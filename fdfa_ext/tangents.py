@@ -33,6 +33,14 @@ Pair = tuple[Tensor, Tensor]  # primal and tangent
 MaybePair = tuple[Tensor, Tensor | None]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+ACTIVATION_NAMES: dict[Any, str] = {  # of the operators
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+}
 # Those of every module, torch's own dictionaries.
 GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
     nn_module._global_forward_hooks,
@@ -200,9 +208,7 @@ _WAYS: dict[type[nn.Module], Way] = {
     **dict.fromkeys(
         (nn.Unflatten, nn.Identity, nn.AvgPool2d, nn.AdaptiveAvgPool2d), _without_parameters
     ),
-    **dict.fromkeys(
-        (*BATCH_NORMS, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU), _symmetric
-    ),
+    **dict.fromkeys((*BATCH_NORMS, *ACTIVATION_NAMES), _symmetric),
     nn.MaxPool2d: _max_pool,
 }
 

@@ -250,7 +250,7 @@ class FDFA(nn.Module):
         dual.takes_output_layer = takes_output_layer
         output, tangent = self._run(dual, *args, **kwargs)
         if tangent is None and dual.tangents != "none":
-            raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
+            raise self._no_tangent(self._probe(*args, **kwargs)[3])
         if dual.output_layer is not None:
             return dual, output, tangent
         self.check_output(output)
@@ -400,13 +400,15 @@ class FDFA(nn.Module):
                 module.training = mode
         return dual, output, tangent, droppers
 
-    def _diagnose(self, *args: Any, **kwargs: Any) -> str:
-        droppers = self._probe(*args, **kwargs)[3]
-        if droppers:
-            return f"Module {droppers[0]} dropped it: it is not differentiable in torch's forward mode"
-        return (
-            "No module dropped it: the output depends on no block, or a function detached it on the way"
+    @staticmethod
+    def _no_tangent(droppers: list[str]) -> RuntimeError:
+        why = (
+            f"Module {droppers[0]} dropped it: it is not differentiable in torch's forward mode"
+            if droppers
+            else "No module dropped it: the output depends on no block, or a function detached it on "
+            "the way"
         )
+        return RuntimeError(f"FDFA: the output has no tangent. {why}")
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         self.method.prepare(self, *args, **kwargs)
@@ -424,7 +426,7 @@ class FDFA(nn.Module):
             )
         dual, output, tangent, droppers = self._probe(*args, **kwargs)
         if tangent is None and dual.tangents != "none":
-            raise RuntimeError("FDFA: the output has no tangent. " + self._diagnose(*args, **kwargs))
+            raise self._no_tangent(droppers)
         self.check_output(output)
         if tangent is not None and output.shape[0] > 0 and not bool((tangent != 0).any()):
             raise RuntimeError(

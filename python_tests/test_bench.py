@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from fdfa_ext import FDFA, reference
 from fdfa_ext.__main__ import main
+from fdfa_ext.arguments import UserError
 from fdfa_ext.bench.contenders import METHODS, Case, training_step
 from fdfa_ext.bench.machine import Limits
 from fdfa_ext.bench.operators import record, time_operators
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
 from fdfa_ext.bench.report import slope
 from fdfa_ext.bench.timing import Contender, peak_memory, take_turns
-from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import build_net
 
 

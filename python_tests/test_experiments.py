@@ -8,12 +8,12 @@ import pytest
 
 import fdfa_ext.experiments.runs as runs
 from fdfa_ext.__main__ import main
+from fdfa_ext.arguments import UserError
 from fdfa_ext.experiments.noise import rank_correlation
 from fdfa_ext.experiments.runs import Job, Options, paper_config, read_record, run_all
 from fdfa_ext.experiments.tables import TABLES, Cell, markdown, paper_accuracies
 from fdfa_ext.experiments.variance import FIGURES
 from fdfa_ext.methods import METHODS
-from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.training import Config, Run
 
 FILES = {"figure.png", "table.md"}

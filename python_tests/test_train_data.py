@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fdfa_ext.arguments import UserError
 from fdfa_ext.train.data import batches, load_dataset
-from fdfa_ext.train.errors import UserError
 
 CIFAR_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 import fdfa_ext
 from fdfa_ext.__main__ import main
+from fdfa_ext.arguments import UserError
 from fdfa_ext.train.data import Dataset, load_dataset
-from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import build_net
 from fdfa_ext.train.training import Config, Run, read_checkpoint
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fdfa_ext.arguments import device, positive, some_of, whole, whole_numbers
+from fdfa_ext.arguments import UserError, device, positive, some_of, whole, whole_numbers
 from fdfa_ext.bench import report
 from fdfa_ext.bench.contenders import (
     DEFAULT,
@@ -28,7 +28,6 @@ from fdfa_ext.bench.machine import description, measure_limits
 from fdfa_ext.bench.operators import record, time_operators
 from fdfa_ext.bench.timing import Contender, peak_memory, take_turns
 from fdfa_ext.memory import keep_freed_memory
-from fdfa_ext.train.errors import UserError
 
 BENCH_DESCRIPTION = (
     "Time whole training steps: forward, cross-entropy, backward, fused Adam on the weights and Adam "

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, make_graphed_step
+from fdfa_ext.arguments import UserError
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
-from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import build_net
 
 HIDDEN = {"mlp2": 1, "mlp4": 3}  # 784-800-10 and 784-800-800-800-10

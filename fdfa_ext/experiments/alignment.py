@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
+from fdfa_ext.arguments import UserError
 from fdfa_ext.experiments.report import band, in_words, write_rows, write_text
 from fdfa_ext.experiments.runs import Job, Options, Record, run_all
 from fdfa_ext.metrics import gradient_alignment
-from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.training import Config, Run
 
 _METHODS = ("dfa", "dkp", "fdfa")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from fdfa_ext.arguments import device, some_of, whole
+from fdfa_ext.arguments import UserError, device, some_of, whole
 from fdfa_ext.experiments.alignment import alignment
 from fdfa_ext.experiments.convergence import convergence
 from fdfa_ext.experiments.noise import variance_and_loss
@@ -13,7 +13,6 @@ from fdfa_ext.experiments.tables import TABLES, table
 from fdfa_ext.experiments.variance import FIGURES, variance_slopes
 from fdfa_ext.methods import METHODS
 from fdfa_ext.train.data import DATASETS
-from fdfa_ext.train.errors import UserError
 
 DESCRIPTION = """Repeat a table or figure of the paper: CSV, plot and a Markdown table. A stopped
 experiment goes on where it was, and experiments share the runs that they have in common."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from fdfa_ext.arguments import UserError
 from fdfa_ext.train.data import Dataset, load_dataset
-from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.training import Config, Run, read_checkpoint
 
 Record = list[dict[str, float]]  # of a run: a row an epoch, EpochResult's fields and what was watched

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from fdfa_ext.arguments import device, positive, seed, some_of, whole
+from fdfa_ext.arguments import UserError, device, positive, seed, some_of, whole
 from fdfa_ext.functional import BACKENDS, NOISES
 from fdfa_ext.methods import METHODS
 from fdfa_ext.train.data import DATASETS, load_dataset
-from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import MODELS, WEIGHTS
 from fdfa_ext.train.training import Config, EpochResult, Run, read_checkpoint
 from fdfa_ext.wrapper import RULES

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdfa_ext.train.errors import UserError
+from fdfa_ext.arguments import UserError
 
 _CLASSES = {  # of each data set
     "digits": 10,

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import nn
 
 from fdfa_ext import FDFABlock, FDFAConv2d, FDFALinear
-from fdfa_ext.train.errors import UserError
+from fdfa_ext.arguments import UserError
 
 MODELS = ("mlp", "cnn", "cnn-unnormalised", "cnn-two-pool", "alexnet")
 IMAGE_SIDES = {"alexnet": 224}  # in pixels, of nets that the paper trains on enlarged images

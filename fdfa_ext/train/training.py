@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from fdfa_ext import FDFA
+from fdfa_ext.arguments import UserError
 from fdfa_ext.methods import METHODS, KolenPollack
 from fdfa_ext.train.data import Dataset, batches
-from fdfa_ext.train.errors import UserError
 from fdfa_ext.train.models import IMAGE_SIDES, NORMALISED, build_net
 
 LR_DECAY = 0.95  # of the weights' rate, each epoch; the feedback's rate stays (Appendix A)
