@@ -118,21 +118,7 @@ def train(given: dict[str, Any]) -> None:
 
     if "threads" in given:
         torch.set_num_threads(given["threads"])
-    settings = {name: value for name, value in given.items() if name in _CONFIG_FIELDS}
-    methods = settings.pop("method", None)
-    checkpoint = None
-    if "resume" in given:
-        base, checkpoint = read_checkpoint(given["resume"])
-        if methods:
-            settings["method"] = ",".join(methods)
-        wanted = replace(base, **settings)
-        changed = [name for name in _CONFIG_FIELDS if getattr(base, name) != getattr(wanted, name)]
-        if changed not in ([], ["epochs"]):
-            names = ", ".join(f"--{name.replace('_', '-')}" for name in changed if name != "epochs")
-            raise UserError(f"{given['resume']} was trained with another {names}, which cannot change")
-        configs = [wanted]
-    else:
-        configs = [Config(**settings, method=method) for method in methods or [Config.method]]
+    configs, checkpoint = _runs(given)
     if len(configs) > 1 and "checkpoint" in given:
         raise UserError("--checkpoint holds one run: give one --method")
     if "checkpoint" in given and given["checkpoint"].is_dir():
@@ -154,6 +140,23 @@ def train(given: dict[str, Any]) -> None:
         histories[config.method] = run.history
     report.plot(histories, title, output / "curves.png")
     print(report.final_table(histories), f"CSV and plot: {output}", sep="\n\n")
+
+
+def _runs(given: dict[str, Any]) -> tuple[list[Config], dict[str, Any] | None]:
+    """The runs that were asked for, and the state in which the first begins, if it is resumed."""
+    settings = {name: value for name, value in given.items() if name in _CONFIG_FIELDS}
+    methods = settings.pop("method", None)
+    if "resume" not in given:
+        return [Config(**settings, method=method) for method in methods or [Config.method]], None
+    base, checkpoint = read_checkpoint(given["resume"])
+    if methods:
+        settings["method"] = ",".join(methods)
+    wanted = replace(base, **settings)
+    changed = [name for name in _CONFIG_FIELDS if getattr(base, name) != getattr(wanted, name)]
+    if changed not in ([], ["epochs"]):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in changed if name != "epochs")
+        raise UserError(f"{given['resume']} was trained with another {names}, which cannot change")
+    return [wanted], checkpoint
 
 
 def _fit(run: Run, csv_file: Path, checkpoint: Path | None) -> None:
