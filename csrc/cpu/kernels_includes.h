@@ -1,7 +1,8 @@
 #pragma once
 
-// What kernels.inl needs, included before the target of an instruction set is set: functions of the
-// standard library must stay at the baseline, since the linker keeps only one copy of each.
+// What kernels.inl and its parts need, included before the target of an instruction set is set:
+// functions of the standard library must stay at the baseline, since the linker keeps only one copy of
+// each.
 
 #include <algorithm>
 #include <cmath>
