@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fdfa_ext.wrapper import FDFA
+
 _WARM_UP_STEPS = 3  # libraries choose their algorithms and optimizers make their state in the first
 
 
@@ -30,12 +32,17 @@ def make_graphed_step(
 
     Raises:
         ValueError: a batch is not on a CUDA device or not like the example, the optimizer cannot be
-            captured, or the model is not in training mode.
+            captured, or the model is not in training mode or has not seen an input yet.
     """
     if not all(group.get("capturable", True) for group in optimizer.param_groups):
         raise ValueError(f"make_graphed_step: make {type(optimizer).__name__} with capturable=True")
     if not model.training:
         raise ValueError("make_graphed_step: the model must be in training mode")
+    if any(isinstance(module, FDFA) and not module.prepared for module in model.modules()):
+        raise ValueError(
+            "make_graphed_step: the feedback does not exist yet; give FDFA example_input, or run one "
+            "training forward before making the optimizer"
+        )
     for name, tensor in zip(("input", "target"), example_batch, strict=True):
         if not tensor.is_cuda:
             raise ValueError(

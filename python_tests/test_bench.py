@@ -18,8 +18,8 @@ from fdfa_ext.bench.contenders import METHODS, Case, training_step
 from fdfa_ext.bench.machine import Limits
 from fdfa_ext.bench.operators import record, time_operators
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
-from fdfa_ext.bench.report import slope
-from fdfa_ext.bench.timing import Contender, peak_memory, take_turns
+from fdfa_ext.bench.report import StepTime, slope, step_table
+from fdfa_ext.bench.timing import Contender, Spread, peak_memory, take_turns
 from fdfa_ext.train.models import build_net
 
 
@@ -107,6 +107,25 @@ def test_roofline_is_the_larger_of_both_limits() -> None:
 def test_slope_is_the_power_of_growth() -> None:
     xs = [1.0, 2.0, 5.0, 10.0]
     assert slope(xs, [3 * x**1.5 for x in xs]) == pytest.approx(1.5)
+
+
+def test_memory_is_compared_with_that_of_a_step_that_has_one() -> None:
+    """A replayed graph allocates nothing, and says nothing of what the step needs."""
+    case = Case.of("mlp2", "digits", 32, None)
+    rows = [
+        StepTime(case, method, Spread(ms, ms, ms), memory)
+        for method, ms, memory in (
+            ("fdfa", 2.0, 3 * 2**20),
+            ("bp", 4.0, 2 * 2**20),
+            ("bp-graphed", 1.0, None),
+        )
+    ]
+    cells = [[c.strip() for c in line.split("|")[4:-1]] for line in step_table(rows).splitlines()[2:]]
+    assert [[c[0], *c[2:]] for c in cells] == [
+        ["fdfa", "2.00", "3", "1.50"],
+        ["bp", "4.00", "2", "1.00"],
+        ["bp-graphed", "1.00", "", ""],
+    ]
 
 
 def test_commands_print_tables_and_write_their_files(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -67,16 +67,19 @@ def test_what_the_warm_up_changed_is_restored_in_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capturable", "training", "message"),
+    ("capturable", "training", "seen", "message"),
     [
-        (False, True, "make Adam with capturable=True"),
-        (True, False, "the model must be in training mode"),
-        (True, True, "the example's input must be on a CUDA device; got cpu"),
+        (False, True, True, "make Adam with capturable=True"),
+        (True, False, True, "the model must be in training mode"),
+        (True, True, False, "the feedback does not exist yet; give FDFA example_input"),
+        (True, True, True, "the example's input must be on a CUDA device; got cpu"),
     ],
 )
-def test_what_cannot_be_captured_is_refused(capturable: bool, training: bool, message: str) -> None:
+def test_what_cannot_be_captured_is_refused(
+    capturable: bool, training: bool, seen: bool, message: str
+) -> None:
     x, y = batch("mlp", torch.device("cpu"))
-    model = FDFA(NETS["mlp"][0](), example_input=x).train(training)
+    model = FDFA(NETS["mlp"][0](), example_input=x if seen else None).train(training)
     optimizer = torch.optim.Adam(model.parameters(), capturable=capturable)
     with pytest.raises(ValueError, match=f"make_graphed_step: {message}"):
         make_graphed_step(model, F.cross_entropy, optimizer, (x, y))

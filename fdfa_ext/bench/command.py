@@ -21,6 +21,7 @@ from fdfa_ext.bench.contenders import (
     METHODS,
     MODELS,
     Case,
+    TrainingStep,
     methods_for,
     training_step,
 )
@@ -156,11 +157,13 @@ def time_steps(
     contenders = [Contender(method, step.run) for method, step in zip(methods, steps, strict=True)]
     take_turns(contenders, seconds, device)
     return [
-        report.StepTime(
-            case, each.name, each.spread, step.resident_bytes + peak_memory(step.run, device)
-        )
+        report.StepTime(case, each.name, each.spread, _memory(each.name, step, device))
         for each, step in zip(contenders, steps, strict=True)
     ]
+
+
+def _memory(method: str, step: TrainingStep, device: torch.device) -> int | None:
+    return None if method in GRAPHED else step.resident_bytes + peak_memory(step.run, device)
 
 
 def _cases(args: argparse.Namespace) -> Iterator[Case]:

@@ -14,12 +14,15 @@ _SMALL = 0.01  # of a step: operators below it share one line
 
 @dataclass(frozen=True)
 class StepTime:
-    """One method on one case. memory: peak bytes, of what outlives a step and of the step itself."""
+    """One method on one case. memory: peak bytes, of what outlives a step and of the step itself.
+
+    None for a CUDA graph, whose memory is kept from one step to the next, so that a peak says nothing.
+    """
 
     case: Case
     method: str
     ms: Spread
-    memory: int
+    memory: int | None
 
 
 def _line(cells: Iterable[object]) -> str:
@@ -42,19 +45,23 @@ def by_case(rows: Sequence[StepTime]) -> dict[Case, list[StepTime]]:
 
 
 def step_table(rows: Sequence[StepTime]) -> str:
-    """Ratios are to the fastest backpropagation of the case, of time and of memory."""
+    """Ratios are to the fastest backpropagation of the case; of memory, to the fastest that has one."""
 
-    def cells(row: StepTime, best: StepTime | None) -> list[object]:
+    def cells(row: StepTime, group: Sequence[StepTime]) -> list[object]:
+        best, leanest = _best_bp(group), _best_bp([each for each in group if each.memory])
+        time_ratio = f"{row.ms.median / best.ms.median:.2f}" if best else ""
+        memory, memory_ratio = "", ""
+        if row.memory:
+            memory = f"{row.memory / 2**20:.3g}"
+            if leanest and leanest.memory:
+                memory_ratio = f"{row.memory / leanest.memory:.2f}"
         case = row.case
-        ratios = ["", ""]
-        if best:
-            ratios = [f"{row.ms.median / best.ms.median:.2f}", f"{row.memory / best.memory:.2f}"]
-        memory = f"{row.memory / 2**20:.3g}"
-        return [case.net, case.shape, case.batch_size, row.method, row.ms, ratios[0], memory, ratios[1]]
+        named = [case.net, case.shape, case.batch_size, row.method]
+        return [*named, row.ms, time_ratio, memory, memory_ratio]
 
     head = ["net", "input", "batch", "method", "ms", "/ best BP", "peak MiB", "/ best BP"]
     groups = by_case(rows).values()
-    return _table(head, [cells(row, _best_bp(group)) for group in groups for row in group])
+    return _table(head, [cells(row, group) for group in groups for row in group])
 
 
 def operator_table(rows: Sequence[OperatorTime], step_ms: float) -> str:
@@ -141,10 +148,10 @@ def plot_sweep(rows: Sequence[StepTime], parameter: str, title: str, file: Path)
     for method in dict.fromkeys(row.method for row in rows):
         mine = [row for row in rows if row.method == method]
         xs = [float(getattr(row.case, parameter)) for row in mine]
-        for axes, ys in (
-            (time_axes, [row.ms.median for row in mine]),
-            (memory_axes, [row.memory / 2**20 for row in mine]),
-        ):
+        curves = [(time_axes, [row.ms.median for row in mine])]
+        if all(row.memory for row in mine):
+            curves.append((memory_axes, [(row.memory or 0) / 2**20 for row in mine]))
+        for axes, ys in curves:
             axes.plot(xs, ys, marker=".", label=f"{method}, slope {slope(xs, ys):.2f}")
     time_axes.set_ylabel("ms a step")
     memory_axes.set_ylabel("peak memory, MiB")
