@@ -19,6 +19,7 @@ from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, ChainEnd, find_end, norm_argum
 from fdfa_ext.tangents import (
     MaybePair,
     forward_dual,
+    has_fused_pool,
     make_dual,
     makes_tangent,
     pool_geometry,
@@ -135,7 +136,7 @@ class BlockPass:
             tangent = None
         geometry = (stride, padding, dilation, groups)
         rest = (dual.noise_state, self.index, activation, dual.noise)
-        if pool is not None and dual.backend is fused and single_precision(x):
+        if pool is not None and dual.backend is fused and single_precision(x) and has_fused_pool(pool):
             y, pre, *pooled = fused.conv2d_max_pool2d(
                 x, tangent, weight, bias, *geometry, *rest, *pool_geometry(pool)
             )
@@ -172,6 +173,8 @@ class BlockPass:
                     f"FDFA: block '{self.name}': its module {position} ({type(module).__name__}) "
                     "dropped the tangent; it is not differentiable in torch's forward mode"
                 )
+        if 0 in y.stride():  # expanded: its elements must be apart to be perturbed
+            y = y.contiguous()
         gate = y.detach()
         if dual.perturbs:
             ty = dual.backend.perturb(gate, ty, dual.noise_state, self.index, dual.noise)
@@ -190,7 +193,8 @@ class BlockPass:
     ) -> MaybePair:
         """spare: memory for the tangent of the result, if it has the right order."""
         module: Any = end.first
-        if pool is not None and end.pool is None and x.dim() == 4 and single_precision(x):
+        images = x.dim() == 4 and single_precision(x)
+        if pool is not None and has_fused_pool(pool) and end.pool is None and images:
             return self._pooled_end(dual, end, x, tangent, pool)
         # Where a pool follows within the block, it is that which perturbs.
         noise = dual.noise if end.pool is None else "none"
@@ -249,7 +253,7 @@ class BlockPass:
                 f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix "
                 "belongs to one place in the network, so use two blocks (they may share a weight)"
             )
-        if x.grad_fn is not None:
+        if x.requires_grad:
             raise RuntimeError(
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
                 "that is no block: they would get no gradient. Put that module into an FDFABlock"

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
-from fdfa_ext.tangents import GLOBAL_HOOKS, MaybePair, has_fused_pool, hooks_of, known_way
+from fdfa_ext.tangents import (
+    GLOBAL_HOOKS,
+    MaybePair,
+    has_fused_pool,
+    has_own_forward,
+    hooks_of,
+    known_way,
+)
 
 Step = Callable[[Tensor, Tensor | None], MaybePair]
 
@@ -183,13 +190,14 @@ class SideBySide:
             if list(sequence._modules.values()) != members:  # someone exchanged a module
                 self._plan()
                 break
-        return None if any(self._hooks) else self._steps
+        changed = any(GLOBAL_HOOKS) or any(self._hooks) or any(map(has_own_forward, self._members))
+        return None if changed else self._steps
 
     def _plan(self) -> None:
         self._sequences: list[tuple[nn.Module, list[Any]]] = []
+        self._members = list(self._module.modules())
         # The dictionaries themselves, since each step looks into all of them.
-        own = [hooks for inner in self._module.modules() for hooks in hooks_of(inner)]
-        self._hooks = [*GLOBAL_HOOKS, *own]
+        self._hooks = [hooks for member in self._members for hooks in hooks_of(member)]
         self._steps = self._steps_of(self._module)
         outermost = self._sequences[0][1] if self._sequences else []
         self.output_layer = None
@@ -206,6 +214,8 @@ class SideBySide:
             return None if way is None else [way]
         members = list(module._modules.values())
         self._sequences.append((module, members))
+        if kind is FDFABlock:  # which asks itself how each of its modules takes a tangent
+            return [module.dual]
         steps: list[Step] = []
         for before, inner in pairwise([None, *members]):
             if _pools(before, inner):
@@ -215,7 +225,7 @@ class SideBySide:
             if inner_steps is None:
                 return None
             steps += inner_steps
-        return [module.dual] if kind is FDFABlock else steps
+        return steps
 
 
 def _pools(before: Any, module: Any) -> bool:

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._ops import fused
 from fdfa_ext.functional import BlockRecord, DualPass, rows, unrows
 from fdfa_ext.reference import derivative
-from fdfa_ext.tangents import forward_mode, make_dual, unpack_dual
+from fdfa_ext.tangents import forward_mode, function_rules, make_dual, unpack_dual
 
 if TYPE_CHECKING:
     from fdfa_ext.wrapper import FDFA
@@ -65,7 +66,7 @@ class WeightPerturbation(Method):
         named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
         if not named:
             raise RuntimeError("FDFA: fg-w perturbs parameters, but all of the module's are frozen")
-        if any(isinstance(t, Tensor) and t.grad_fn is not None for t in (*args, *kwargs.values())):
+        if any(isinstance(t, Tensor) and t.grad_fn is not None for t in tree_leaves((args, kwargs))):
             raise RuntimeError(
                 "FDFA: the input depends on parameters outside the module: fg-w gives them no "
                 "gradient. Put what they belong to into the module"
@@ -75,7 +76,7 @@ class WeightPerturbation(Method):
         state = fused.next_noise(model.noise_state) if compiling else model.noise_state
         used = F.pad(state[:2], (0, 1))  # V is one for the batch, whichever sample is its first
         direction = partial(_direction, model.backend_operators, model.noise)
-        with forward_mode(), torch.no_grad():
+        with forward_mode(), function_rules(), torch.no_grad():
             duals = {
                 name: make_dual(parameter.detach(), direction(used, index, parameter))
                 for index, (name, parameter) in enumerate(named)
@@ -361,7 +362,7 @@ class LocalGreedy(ActivityPerturbation):
         for record in records[:-1]:
             key = model.feedback.key(record.name)
             if key not in model.heads:
-                features = record.output[0].numel()
+                features = record.output.shape[1:].numel()
                 model.heads[key] = nn.Linear(features, outputs, device=like.device, dtype=like.dtype)
 
     def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:

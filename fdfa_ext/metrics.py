@@ -184,13 +184,19 @@ def _own_randomness(model: FDFA) -> AbstractContextManager[None]:
     return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type="cuda")
 
 
+def _tensors(model: FDFA) -> Iterator[tuple[str, Tensor]]:
+    """With the buffers that state_dict leaves out."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
 def _state(model: FDFA) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+    return {name: t.detach().clone() for name, t in _tensors(model)}
 
 
 @torch.no_grad()
 def _restore(model: FDFA, state: dict[str, Tensor], but: str = "") -> None:
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _tensors(model):
         if name != but:
             tensor.copy_(state[name])
 

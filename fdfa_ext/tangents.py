@@ -70,9 +70,9 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
         return way(module, y, ty)
     if ty is None:
         return module(y), None
-    # A net that runs side by side has no level, until someone exchanges one of its modules.
+    # A net that runs side by side has no level.
     within = forward_ad._current_level >= 0
-    with nullcontext() if within else forward_mode():
+    with nullcontext() if within else forward_mode(), function_rules():
         dual = make_dual(y, ty)
         if torch.compiler.is_compiling():
             # A dual is a view, and of modules that change views in place torch 2.11 compiles some
@@ -134,7 +134,13 @@ def plain_type(module: nn.Module) -> type[nn.Module] | None:
 
     To be compared with exact types: so may a subclass or a parametrization.
     """
-    return None if any(hooks_of(module)) or any(GLOBAL_HOOKS) else type(module)
+    changed = any(hooks_of(module)) or any(GLOBAL_HOOKS) or has_own_forward(module)
+    return None if changed else type(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether someone put another function in the place of its type's."""
+    return "forward" in module.__dict__
 
 
 def _linear(module: Any, y: Tensor, ty: Tensor | None) -> MaybePair:
@@ -231,7 +237,8 @@ class FunctionRules(TorchFunctionMode):
 
     That one also multiplies the missing tangents of a linear layer's weight and bias and adds these
     zeros by a detour through Python: for the output layer of 784-800-10, batch 64, a sixth of the whole
-    training step. Max-pooling takes it a pass for the winners and one to gather their tangents.
+    training step. Max-pooling takes it a pass for the winners and one to gather their tangents. Group
+    normalisation it refuses for images in channels_last.
     """
 
     def __torch_function__(
@@ -296,7 +303,18 @@ def _pair(value: int | Sequence[int]) -> list[int]:
     return values * 2 if len(values) == 1 else values
 
 
-_RULES: dict[Any, Any] = {F.linear: _dual_linear, F.max_pool2d: _max_pool2d}
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    x, tangent = unpack_dual(input)
+    if tangent is None or (x.is_contiguous() and tangent.is_contiguous()):
+        return None
+    dual = make_dual(x.contiguous(), tangent.contiguous())
+    return F.group_norm(dual, num_groups, weight, bias, eps)
 
 
 # torch.autograd.forward_ad's functions take three times as long. There is no level but 0 in torch.
@@ -307,6 +325,24 @@ def unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
     return torch._make_dual(primal, tangent, level=0)
+
+
+_RULES: dict[Any, Any] = {
+    F.linear: _dual_linear,
+    F.max_pool2d: _max_pool2d,
+    F.group_norm: _group_norm,
+}
+
+
+@contextmanager
+def function_rules() -> Iterator[None]:
+    """Within it FunctionRules hold, also in the middle of without_rules; for eager steps alone: a
+    compiled one traces torch's own forward mode."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with torch._C._EnableTorchFunction(), FunctionRules():
+        yield
 
 
 def without_rules() -> AbstractContextManager[Any]:

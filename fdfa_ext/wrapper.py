@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPa
 from fdfa_ext.layers import Block, SideBySide
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import METHODS, Method
-from fdfa_ext.tangents import FunctionRules, forward_dual, forward_mode, unpack_dual, without_rules
+from fdfa_ext.tangents import forward_dual, forward_mode, function_rules, unpack_dual, without_rules
 
 RULES = ("ema", "adam", "grad")
 
@@ -179,6 +178,8 @@ class FDFA(nn.Module):
         self.exp_avg_sq = TensorMap()
         self.heads = nn.ModuleDict()
         self.local_outputs: list[Tensor] = []
+        if any(isinstance(inner, FDFA) for inner in module.modules()):
+            raise ValueError("FDFA: the module has an FDFA within it; wrap it once, as a whole")
         self._blocks = dict(_find_blocks(module))
         self._passes = [BlockPass(name, index) for index, name in enumerate(self._blocks)]
         self._side_by_side = SideBySide(module)
@@ -279,6 +280,8 @@ class FDFA(nn.Module):
 
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
+        args = tuple([_without_grad(value) for value in args])
+        kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
         for block, block_pass in zip(self._blocks.values(), self._passes, strict=True):
             block_pass.dual = dual
             if block.block_pass is not block_pass:
@@ -301,9 +304,7 @@ class FDFA(nn.Module):
                 self._check_places()
             if not dual.perturbs:
                 return self._tensor(self.module(*args, **kwargs)), None
-            # For eager steps alone: a compiled one traces torch's own forward mode.
-            rules = nullcontext() if dual.compiling else FunctionRules()
-            with forward_mode(), rules:
+            with forward_mode(), function_rules():
                 output = self._tensor(self.module(*args, **kwargs))
                 with without_rules():
                     output, tangent = unpack_dual(output)
@@ -473,7 +474,9 @@ class FDFA(nn.Module):
             for block in self._blocks:
                 saved = state_dict.get(f"{prefix}{name}.{TensorMap.key(block)}")
                 if saved is not None and block not in tensors:
-                    tensors.put(block, torch.zeros_like(saved, device=self.noise_state.device))
+                    # B and its moments are float32 whatever the saved ones are.
+                    room = torch.zeros_like(saved, dtype=torch.float32, device=self.noise_state.device)
+                    tensors.put(block, room)
         for key in map(TensorMap.key, self._blocks):
             saved = state_dict.get(f"{prefix}heads.{key}.weight")
             if saved is not None and key not in self.heads:
@@ -484,6 +487,14 @@ class FDFA(nn.Module):
 
 
 Mapping.register(TensorMap)
+
+
+def _without_grad(value: Any) -> Any:
+    """An input of the whole model gets no gradient; a parameter, which would want one, is refused by
+    the block that it reaches."""
+    if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+        return value if isinstance(value, nn.Parameter) else value.detach()
+    return value
 
 
 def _is_simple(layer: nn.Linear, x: Tensor) -> bool:

@@ -511,6 +511,30 @@ def test_a_step_has_no_second_derivative() -> None:
             assert torch.equal(b, before[name])
 
 
+def test_fg_w_finds_a_graph_within_a_nested_input() -> None:
+    class OfDictionary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = NETS["mlp"][0]()
+
+        def forward(self, inputs: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+            return self.net(inputs["x"][0])
+
+    model = FDFA(OfDictionary(), method="fg-w")
+    x, _ = batch("mlp")
+    model({"x": [x]}).sum().backward()
+    with pytest.raises(RuntimeError, match="input depends on parameters outside the module: fg-w"):
+        model({"x": [nn.Linear(6, 6)(x)]})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_batch_may_come_first(method: str) -> None:
+    x, y = batch("mlp")
+    model = FDFA(NETS["mlp"][0](), method=method, example_input=x[:0])
+    loss_of(model, x, y).backward()
+    assert all(p.grad is not None for p in model.module.parameters())
+
+
 def test_what_the_user_gets_wrong_is_said() -> None:
     with pytest.raises(ValueError, match=r"method must be one of fdfa, dfa, .* got 'sgd'"):
         FDFA(NETS["mlp"][0](), method="sgd")

@@ -38,6 +38,23 @@ def test_a_measured_model_is_left_as_it_was(name: str, method: str) -> None:
     assert model.feedback_lr == 1e-4
 
 
+def test_buffers_that_are_not_saved_are_put_back_too() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += self.training
+            return x
+
+    counter, data = Counter(), batch("mlp")
+    model = FDFA(nn.Sequential(FDFALinear(6, 8), counter, nn.Linear(8, 3)), example_input=data[0])
+    before = counter.count.clone()
+    gradient_alignment(model, data, draws=2)
+    assert counter.count == before
+
+
 def test_backpropagation_is_aligned_and_has_no_variance() -> None:
     model, data = make("conv_net", "bp"), batch("conv_net")
     assert max(gradient_alignment(model, data).values()) < 1e-3

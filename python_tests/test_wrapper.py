@@ -241,9 +241,11 @@ def test_side_by_side_and_on_dual_tensors_a_step_is_the_same(
         torch.testing.assert_close(side_by_side, dual, rtol=1e-4, atol=1e-6)
 
 
-def test_global_hooks_see_every_module() -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_global_hooks_see_every_module(copied: bool) -> None:
     x, _ = batch("conv_net")
     model = make("conv_net")
+    model = copy.deepcopy(model) if copied else model
     seen: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
     try:
@@ -251,6 +253,131 @@ def test_global_hooks_see_every_module() -> None:
     finally:
         handle.remove()
     assert seen == [*model.module, model.module, model]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_forward_put_in_the_place_of_a_modules_own_is_called(place: int) -> None:
+    """As libraries do that wrap single modules."""
+    x, _ = batch("conv_net")
+    model = make("conv_net", method="dfa")
+    module = model.module[place]
+    own = module.forward
+    module.forward = lambda x: 3 * own(x)
+    output = model(x)
+    torch.testing.assert_close(output, model.eval()(x))
+    del module.forward
+    assert not torch.allclose(output, model(x))
+
+
+def test_a_pool_changed_after_wrapping_does_as_it_is_told() -> None:
+    x, pool = torch.randn(3, 1, 13, 13), nn.MaxPool2d(3, 2)
+    net = nn.Sequential(
+        FDFAConv2d(1, 4, 2, activation="relu"),
+        pool,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    model = FDFA(net, method="dfa", example_input=x)
+    before = model(x)
+    pool.ceil_mode = True
+    output = model(x)
+    assert not torch.allclose(output, before)
+    torch.testing.assert_close(output, model.eval()(x))
+
+
+class WithQuery(nn.Module):
+    """A parameter of its own goes into a block."""
+
+    def __init__(self, query: Tensor) -> None:
+        super().__init__()
+        self.query = nn.Parameter(query)
+        self.block, self.head = FDFALinear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query if self.query.shape == x.shape else self.query.expand_as(x)
+        return self.head(x + self.block(query))
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a", "lg-fg-a"])
+def test_a_parameter_that_goes_into_a_block_is_refused_since_it_would_not_learn(method: str) -> None:
+    for shape in ((5, 6), (6,)):  # a leaf, and one that was made from it
+        with pytest.raises(RuntimeError, match="the input of block 'block' depends on parameters"):
+            FDFA(WithQuery(torch.randn(shape)), method=method)(torch.randn(5, 6))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.ELU()], ids=["side by side", "dual tensors"])
+@pytest.mark.parametrize("first", [[], [nn.Tanh()]], ids=["block", "module"])
+def test_an_input_that_wants_a_gradient_gets_none(between: nn.Module, first: list[nn.Module]) -> None:
+    x = torch.randn(5, 6, requires_grad=True)
+    model = FDFA(nn.Sequential(*first, FDFALinear(6, 5), between, nn.Linear(5, 3)), example_input=x)
+    model(x).sum().backward()
+    assert x.grad is None
+    assert all(p.grad is not None for p in model.parameters())
+
+
+class Residue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(x)
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.GroupNorm(4, 4, affine=False), Residue]
+)
+@pytest.mark.parametrize("method", ["fdfa", "fg-w"])
+def test_group_normalisation_takes_images_in_any_order(norm: Any, method: str) -> None:
+    """In a block and between blocks; torch's forward mode takes rows of contiguous images alone."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        FDFAConv2d(2, 4, 3, activation="tanh"),
+        FDFABlock(nn.Conv2d(4, 4, 3), norm(), nn.SiLU()),
+        nn.GroupNorm(2, 4, affine=False),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+    x = torch.randn(5, 2, 8, 8)
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = FDFA(copy.deepcopy(net), method=method, feedback="ema", feedback_lr=0.5)
+        model.noise_state.copy_(torch.tensor([7, 0, 0]))
+        model(x.contiguous(memory_format=memory_format)).square().sum().backward()
+        results.append([*model.feedback.values(), *[p.grad for p in model.parameters()]])
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 4), Residue])
+def test_the_tangent_of_group_normalisation_is_its_directional_derivative(norm: Any) -> None:
+    from fdfa_ext.tangents import forward_dual
+
+    module = norm().double()
+    for p in module.parameters():
+        nn.init.normal_(p)
+    x, tangent = torch.randn(2, 5, 4, 3, 3, dtype=torch.double).unbind()
+    _, expected = torch.func.jvp(module, (x,), (tangent,))
+    order = torch.channels_last
+    _, ty = forward_dual(
+        module, x.contiguous(memory_format=order), tangent.contiguous(memory_format=order)
+    )
+    torch.testing.assert_close(ty, expected)
+
+
+def test_a_block_may_return_an_expanded_tensor() -> None:
+    class Repeat(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean(1, keepdim=True).expand(-1, 4, -1)
+
+    net = nn.Sequential(FDFABlock(nn.Linear(6, 6), Repeat()), nn.Flatten(), nn.Linear(24, 3))
+    x, y = torch.randn(16, 5, 6), torch.randint(3, (16,))
+    model = FDFA(net, feedback="ema", feedback_lr=0.05, example_input=x)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = [step(model, optimizer, x, y) for _ in range(100)]
+    assert losses[-1] < 0.8 * losses[0]
+    torch.testing.assert_close(model(x), model.eval()(x))
 
 
 def test_a_net_that_was_never_wrapped_can_be_traced() -> None:
@@ -698,6 +825,22 @@ def test_feedback_keeps_dtype_and_memory_order_when_the_model_moves(device: torc
     model(x.to(torch.bfloat16)).sum().backward()
 
 
+def test_feedback_saved_in_another_dtype_is_float32_again() -> None:
+    x, _ = batch("mlp")
+    model, fresh = make("mlp"), FDFA(NETS["mlp"][0]())
+    model(x).sum().backward()
+    fresh.load_state_dict(
+        model.half().state_dict() | {k: b.half() for k, b in _feedback(model).items()}
+    )
+    fresh(x).sum().backward()
+    assert {t.dtype for t in _feedback(fresh).values()} == {torch.float32}
+
+
+def _feedback(model: FDFA) -> dict[str, Tensor]:
+    names = ("feedback.", "exp_avg.", "exp_avg_sq.")
+    return {key: t for key, t in model.state_dict().items() if key.startswith(names)}
+
+
 def test_feedback_saved_in_another_layout_is_put_in_order() -> None:
     trained = make("conv_net", feedback="ema", feedback_lr=0.1)
     x, _ = batch("conv_net")
@@ -778,6 +921,11 @@ class Unused(Twice):
             "FDFA: the module has no block; use FDFALinear, FDFAConv2d or FDFABlock",
         ),
         (FDFALinear(6, 3), ValueError, r"FDFA: the module is itself a block \(FDFALinear\)"),
+        (
+            FDFA(nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 3))),
+            ValueError,
+            "FDFA: the module has an FDFA within it; wrap it once",
+        ),
         (Twice(), RuntimeError, "FDFA: block 'block' was used twice in one forward pass"),
         (Unused(), RuntimeError, "FDFA: the output has no tangent. No module dropped it"),
         (
