@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFALinear
 from fdfa_ext.__main__ import main
+from fdfa_ext.experiments.report import mean_and_deviation
 from fdfa_ext.experiments.tables import paper_accuracies
 
 ROOT = Path(__file__).parents[1]
@@ -74,9 +75,9 @@ def test_documented_tables_are_what_the_records_beside_them_say(
     assert table in RESULTS
 
 
-def final(dataset: str, net: str, method: str) -> float:
+def final(dataset: str, net: str, method: str, seed: int = 0) -> float:
     """Test accuracy in percent after the last epoch of the run on file."""
-    rows = list(csv.DictReader((RECORDS / f"{dataset}-{net}-{method}-seed0.csv").open()))
+    rows = list(csv.DictReader((RECORDS / f"{dataset}-{net}-{method}-seed{seed}.csv").open()))
     return 100 * float(rows[-1]["test_accuracy"])
 
 
@@ -92,3 +93,14 @@ def test_the_readmes_accuracies_are_those_of_the_records() -> None:
         assert bp == f"{final(dataset, net, 'bp'):.2f} %"
         mean, deviation = paper_accuracies()[net, "fdfa", dataset]
         assert paper == f"{mean:.2f} ± {deviation:.2f}"
+
+
+def test_the_documented_means_of_three_seeds_are_those_of_the_records() -> None:
+    head = RESULTS.index("| method | three seeds | mean | paper |")
+    rows = [re.split(r" *\| *", row)[1:-1] for row in RESULTS[head:].split("\n\n")[0].splitlines()[2:]]
+    assert len(rows) == 6
+    for method, each, mean, paper in rows:
+        accuracies = [final("fashion-mnist", "mlp-2", method, seed) for seed in range(3)]
+        assert each == ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
+        assert mean == "{:.2f} ± {:.2f}".format(*mean_and_deviation(accuracies))
+        assert paper == "{:.2f} ± {:.2f}".format(*paper_accuracies()["mlp-2", method, "fashion-mnist"])
