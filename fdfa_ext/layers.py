@@ -183,8 +183,8 @@ class SideBySide:
     def steps(self) -> list[Step] | None:
         """The calls, each to be given what the one before returned.
 
-        None where the net needs dual tensors: for a hook, which may do anything, or for a module whose
-        way with a tangent is not known.
+        None where the net needs dual tensors: for a hook or another forward put on a module, which may
+        do anything, or for a module between blocks whose way with a tangent is not known.
         """
         for sequence, members in self._sequences:
             if list(sequence._modules.values()) != members:  # someone exchanged a module

@@ -121,12 +121,11 @@ run_tests tests-cuda 110 "cuda or graphed"
 sanitize() {
   local tool=$1
   shift
-  step "$tool" 60 sanitizer_summary env "$@" "$sanitizer" --tool "$tool" --launch-timeout 60 \
-    --kernel-name kns=fdfa --error-exitcode 9 ${report[@]+"${report[@]}"} "$python" scripts/every_kernel.py
+  step "$tool" 60 sanitizer_summary "$sanitizer" --tool "$tool" --launch-timeout 60 "$@" \
+    --kernel-name kns=fdfa --error-exitcode 9 "$python" scripts/every_kernel.py
 }
-report=(--report-api-errors no)  # torch itself provokes some that harm no one
-sanitize memcheck PYTORCH_NO_CUDA_MEMORY_CACHING=1
-report=()
+# torch itself provokes errors of the API that harm no one
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck --report-api-errors no
 sanitize racecheck
 sanitize synccheck
 
