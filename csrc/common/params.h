@@ -167,6 +167,7 @@ struct FeedbackParams {
   Rule rule;
   float scale, decay;
   float lr, beta1, beta2, eps;
+  bool tf32;        // the products may round their factors to tf32; for CUDA alone
   bool transposed;  // delta is [features, samples] instead, for the CPU alone
 };
 

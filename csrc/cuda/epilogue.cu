@@ -1,140 +1,126 @@
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "common/activation.h"
 #include "common/dtype.h"
 #include "common/noise.h"
 #include "cuda/kernels.h"
+#include "cuda/vectors.h"
 
-// The pass after a block's matrix product: y = f(z + bias), ty = f'(z + bias) * tz + u. Memory bound:
-// reads z and tz and writes y and ty once, 4 * samples * features elements.
+// The pass after a block's matrix product, for N samples of D features: y = f(a) and ty = f'(a) ta + u,
+// with a and ta from the products z and tz as EpilogueParams says. Memory bound: z and tz are read
+// once, y and ty, and the pre-activation where f' needs it, written once, 16 N D bytes in float. The
+// noise u is made from the sample's and the feature's number.
 
 namespace fdfa::cuda {
 namespace {
 
-// A thread block covers 32 quads of features in 8 samples, so that a warp touches 128 neighbouring
-// features of one sample.
-constexpr int kQuadsPerBlock = 32;
-constexpr int kSamplesPerBlock = 8;
-constexpr int64_t kMaxGridY = 65535;
+// A warp has 128 neighbouring features of a sample, a thread the four that share one Philox block. A
+// thread block has that many features of 8 samples at a time, and goes on to later samples.
+constexpr int kQuads = 32;
+constexpr int kSamples = 8;
+constexpr int kThreads = kQuads * kSamples;
+constexpr int kBlocksPerSm = 4;             // 64 registers a thread
+constexpr int64_t kMostFeatures = 1 << 30;  // of a sample, which int counts
 
-template <class T>
-struct alignas(4 * sizeof(T)) Quad {
-  T values[4];
-};
-
-// What a thread of the kernel sees of a matrix [samples, features].
-struct QuadView {
-  int64_t offset;  // of the quad's first element
-  int count;       // its features: 4, or fewer at the end of a row
-  bool aligned;    // one vector access for all four
-};
-
-template <class T>
-__device__ void load_quad(const T* matrix, QuadView view, float (&values)[4]) {
-  if (view.aligned) {
-    const Quad<T> quad = *reinterpret_cast<const Quad<T>*>(matrix + view.offset);
-    for (int i = 0; i < 4; ++i) values[i] = to_float(quad.values[i]);
-  } else {
-    for (int i = 0; i < 4; ++i) values[i] = i < view.count ? to_float(matrix[view.offset + i]) : 0.0f;
-  }
-}
-
-// By one instruction, where the compiler would store a Quad<T> element by element.
-template <class T>
-__device__ void store_whole_quad(T* to, const float (&values)[4]) {
-#if defined(FDFA_EMULATE_CUDA)
-  Quad<T> quad;
-  for (int i = 0; i < 4; ++i) quad.values[i] = from_float<T>(values[i]);
-  *reinterpret_cast<Quad<T>*>(to) = quad;
-#else
-  const size_t address = __cvta_generic_to_global(to);
-  if constexpr (std::is_same_v<T, float>) {
-    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(values[0]),
-                 "f"(values[1]), "f"(values[2]), "f"(values[3])
-                 : "memory");
-  } else {
-    const auto word = [&](int i) {
-      return from_float<T>(values[i]).bits | uint32_t{from_float<T>(values[i + 1]).bits} << 16;
-    };
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word(0)), "r"(word(2))
-                 : "memory");
-  }
-#endif
-}
-
-template <class T>
-__device__ void store_quad(T* matrix, QuadView view, const float (&values)[4]) {
-  if (view.aligned) {
-    store_whole_quad(matrix + view.offset, values);
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i < view.count) matrix[view.offset + i] = from_float<T>(values[i]);
-    }
-  }
-}
-
-// Every loop over a quad has four constant steps: with any other index its arrays would lie in memory
-// rather than in registers.
-//
-// One thread per quad, the four features of a sample that share one Philox block. Inputs and outputs
-// may be the same memory, so a thread loads all of its elements before it stores any. `aligned`: every
-// quad of every matrix is whole and lies at a multiple of its size.
-template <class T, Activation kActivation, Noise kNoise>
-__global__ void __launch_bounds__(kQuadsPerBlock* kSamplesPerBlock)
-    epilogue_kernel(EpilogueParams<T> p, bool aligned) {
-  constexpr bool kSlopeFromPre = derivative_needs_pre_activation(kActivation);
-  const int64_t quad = static_cast<int64_t>(blockIdx.x) * kQuadsPerBlock + threadIdx.x;
-  const int64_t feature = 4 * quad;
-  if (feature >= p.features) return;
-  const int count = static_cast<int>(p.features - feature < 4 ? p.features - feature : 4);
-
+// What the samples have in common at a thread's four features.
+struct Channels {
   float bias[4] = {}, scale[4] = {1, 1, 1, 1}, slope[4] = {}, offset[4] = {};
-  int64_t channel = feature % p.channels;
+};
+
+template <class T>
+__device__ Channels own_channels(const EpilogueParams<T>& p, int feature) {
+  Channels own;
+  const int channels = static_cast<int>(p.channels);
+  int channel = feature % channels;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (i >= count) continue;
-    if (p.bias != nullptr) bias[i] = to_float(p.bias[channel]);
-    if (p.map.scale != nullptr) scale[i] = p.map.scale[channel];
+    if (feature + i >= p.features) break;
+    if (p.bias != nullptr) own.bias[i] = to_float(p.bias[channel]);
+    if (p.map.scale != nullptr) own.scale[i] = p.map.scale[channel];
     if (p.map.slope != nullptr) {
-      slope[i] = p.map.slope[channel];
-      offset[i] = p.map.offset[channel];
+      own.slope[i] = p.map.slope[channel];
+      own.offset[i] = p.map.offset[channel];
     }
-    if (++channel == p.channels) channel = 0;
+    if (++channel == channels) channel = 0;
   }
+  return own;
+}
 
-  const int64_t stride = static_cast<int64_t>(gridDim.y) * kSamplesPerBlock;
-  int64_t sample = static_cast<int64_t>(blockIdx.y) * kSamplesPerBlock + threadIdx.y;
-  for (; sample < p.samples; sample += stride) {
-    const QuadView view{sample * p.features + feature, count, aligned};
+// kWhole: all four features exist in every row, and every row is aligned for vectors.
+template <bool kWhole, class T>
+__device__ void load_quad(const T* from, int count, float (&values)[4]) {
+  if constexpr (kWhole) {
+    load_vector(from, values);
+  } else {
+    load_some(from, count, values);
+  }
+}
+
+template <bool kWhole, class T>
+__device__ void store_quad(T* to, int count, const float (&values)[4]) {
+  if constexpr (kWhole) {
+    store_vector(to, values);
+  } else {
+    store_some(to, count, values);
+  }
+}
+
+// Every gridDim.y-th group of samples of the thread's features. Results may be written over what they
+// are made from, so a thread loads all of a quad before it stores any.
+template <bool kWhole, Activation kActivation, Noise kNoise, class T>
+__device__ void pass_over_samples(const EpilogueParams<T>& p, int feature) {
+  constexpr bool kSlopeFromPre = derivative_needs_pre_activation(kActivation);
+  const Channels own = own_channels(p, feature);
+  const int count = static_cast<int>(p.features) - feature;
+  NoiseStream stream{};
+  if constexpr (kNoise != Noise::none) stream = noise_stream(p.noise.state, p.noise.block, 0);
+  const uint32_t first_sample = stream.sample;
+#pragma unroll 1
+  for (int64_t sample = blockIdx.y * kSamples + threadIdx.y; sample < p.samples;
+       sample += gridDim.y * kSamples) {
+    const int64_t at = sample * p.features + feature;
     float z[4], tangent[4] = {}, u[4];
-    if (p.tz != nullptr) load_quad(p.tz, view, tangent);
+    if (p.z != nullptr) load_quad<kWhole>(p.z + at, count, z);
+    if (p.tz != nullptr) load_quad<kWhole>(p.tz + at, count, tangent);
+    // Ahead of what needs the loads, so that it hides them.
+    stream.sample = first_sample + static_cast<uint32_t>(sample);
+    noise4<kNoise>(stream, static_cast<uint32_t>(feature) / 4, u[0], u[1], u[2], u[3]);
     if (p.z != nullptr) {
-      load_quad(p.z, view, z);
       float y[4];
+#pragma unroll
       for (int i = 0; i < 4; ++i) {
-        tangent[i] = scale[i] * tangent[i] + (slope[i] * z[i] + offset[i]);
-        z[i] = scale[i] * z[i] + bias[i];
+        tangent[i] = own.scale[i] * tangent[i] + (own.slope[i] * z[i] + own.offset[i]);
+        z[i] = own.scale[i] * z[i] + own.bias[i];
         y[i] = to_float(from_float<T>(activate<kActivation>(z[i])));  // as stored, and read by f' later
         tangent[i] *= derivative<kActivation>(kSlopeFromPre ? z[i] : y[i]);
       }
-      store_quad(p.y, view, y);
-      if (p.pre != nullptr) store_quad(p.pre, view, z);
+      store_quad<kWhole>(p.y + at, count, y);
+      if (p.pre != nullptr) store_quad<kWhole>(p.pre + at, count, z);
     }
-    noise4<kNoise>(noise_stream(p.noise.state, p.noise.block, sample), static_cast<uint32_t>(quad),
-                   u[0], u[1], u[2], u[3]);
+#pragma unroll
     for (int i = 0; i < 4; ++i) tangent[i] += u[i];
-    if (p.ty != nullptr) store_quad(p.ty, view, tangent);
+    if (p.ty != nullptr) store_quad<kWhole>(p.ty + at, count, tangent);
   }
 }
 
-// A null pointer counts as aligned: it is never followed.
+template <class T, Activation kActivation, Noise kNoise>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    epilogue_kernel(const __grid_constant__ EpilogueParams<T> p, bool whole) {
+  const int feature = 4 * (blockIdx.x * kQuads + threadIdx.x);
+  if (feature >= p.features) return;
+  if (whole) {
+    pass_over_samples<true, kActivation, kNoise>(p, feature);
+  } else {
+    pass_over_samples<false, kActivation, kNoise>(p, feature);
+  }
+}
+
+// A null pointer is aligned: it is never followed.
 template <class T>
-bool all_quads_aligned(const EpilogueParams<T>& p) {
+bool quads_aligned(const EpilogueParams<T>& p) {
   const auto aligned = [](const T* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % sizeof(Quad<T>) == 0;
+    return reinterpret_cast<uintptr_t>(pointer) % (4 * sizeof(T)) == 0;
   };
   return p.features % 4 == 0 && aligned(p.z) && aligned(p.tz) && aligned(p.y) && aligned(p.ty) &&
          aligned(p.pre);
@@ -144,17 +130,18 @@ bool all_quads_aligned(const EpilogueParams<T>& p) {
 
 template <class T>
 cudaError_t launch_epilogue(const EpilogueParams<T>& params, cudaStream_t stream) {
-  if (params.transposed) return cudaErrorInvalidValue;
+  if (params.transposed || params.features > kMostFeatures) return cudaErrorInvalidValue;
   if (params.samples == 0 || params.features == 0) return cudaSuccess;
-  const int64_t columns = (params.features + 4 * kQuadsPerBlock - 1) / (4 * kQuadsPerBlock);
-  const int64_t rows = (params.samples + kSamplesPerBlock - 1) / kSamplesPerBlock;
-  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(std::min(rows, kMaxGridY)));
-  const dim3 block(kQuadsPerBlock, kSamplesPerBlock);
-  const bool aligned = all_quads_aligned(params);
+  const int64_t columns = (params.features + 4 * kQuads - 1) / (4 * kQuads);
+  const int64_t rows = (params.samples + kSamples - 1) / kSamples;
+  // No more thread blocks than the device holds at once: each reads the channels' values once.
+  const int64_t resident = std::max<int64_t>(1, multiprocessors() * kBlocksPerSm / columns);
+  const dim3 grid(static_cast<unsigned>(columns), static_cast<unsigned>(std::min(rows, resident)));
+  const bool whole = quads_aligned(params);
   return with_activation(params.activation, [&](auto activation) {
     return with_noise(params.noise.kind, [&](auto noise) {
       return launch(epilogue_kernel<T, decltype(activation)::value, decltype(noise)::value>, grid,
-                    block, stream, params, aligned);
+                    dim3(kQuads, kSamples), stream, params, whole);
     });
   });
 }

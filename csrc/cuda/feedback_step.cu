@@ -1,4 +1,7 @@
+#include <algorithm>
 #include <cstdint>
+#include <iterator>
+#include <vector>
 
 #include "common/activation.h"
 #include "common/adam.h"
@@ -6,104 +9,399 @@
 #include "common/noise.h"
 #include "cuda/kernels.h"
 #include "cuda/tensor_core.h"
+#include "cuda/vectors.h"
 
-// The feedback step of all blocks of the network, in one launch: G = scale factorᵀ s, B moved by the
-// rule, delta = (error B) ⊙ f'. B, with its moments, is read from and written to DRAM once; where s is
-// noise it is made again and never stored; gate is read and delta written once.
+// The feedback step of all blocks of the network, in one launch, for N samples, K outputs and D
+// features of a block:
+//   phase 1  G = scale factorᵀ s, [K, D], and B moved towards it by the rule
+//   phase 2  delta = (error B) ⊙ f', [N, D], through B as phase 1 left it
+// A thread block owns a few columns of B, so that it reads back what it wrote with no barrier across
+// the grid. DRAM sees B and its moments read and written once (24 K D bytes with Adam), the gate read
+// and delta written once; s is noise made again, never stored. Factor and error, [N, K], stay in the
+// caches.
+//
+// Both phases are a product [rows, depth] x [depth, columns] on tensor cores. Its right factor, the
+// noise or B, lies split into tf32 in shared memory, in the order in which the threads of a warp take
+// their fragments; each warp has 16 rows of the left one, which it reads and splits itself.
 
 namespace fdfa::cuda {
 namespace {
 
-// A thread block owns 32 columns of B, so it may read back what it wrote with no grid-wide barrier. Its
-// threads are 32 columns by 8 groups; a warp is one group, so it reads rows of B in 128-byte lines.
-constexpr int kColumns = 32;
-constexpr int kGroups = 8;
-constexpr int kThreads = kColumns * kGroups;
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kBlocksPerSm = 3;  // so that some load while others multiply; 85 registers are left each
+constexpr int kRows = 16 * kWarps;  // of a product that a thread block makes at once
+constexpr int kDepth = 128;         // of one in shared memory: 32 KiB for 32 columns
+constexpr int kSteps = kDepth / 8;
 
-// One step over the batch: the 32 x 8 quads of s are one for each thread.
-constexpr int kSamples = 32;
-constexpr int kQuads = kColumns / 4;
-static_assert(kSamples * kQuads == kThreads, "each thread makes one quad of s");
-constexpr int kSamplesPerThread = kSamples / kGroups;
+// A thread block has kTiles tiles of 8 columns. Column c is column c / kTiles of tile c % kTiles: so a
+// thread's results in one row, at columns 2t and 2t + 1 of every tile, are 2 kTiles neighbours.
+template <int kTiles>
+constexpr int kColumns = 8 * kTiles;
+template <int kTiles>
+constexpr int kSegment = 2 * kTiles;
+constexpr int kWideTiles = 4;  // lines of 128 bytes; for layers of whole and aligned ones
+// For other layers, and for nets so small that wide ones would leave multiprocessors idle.
+constexpr int kNarrowTiles = 1;
 
-// Outputs at most, a sum of each in the registers of a thread. Output i of group g is g + 8 i, so that
-// a network of ten keeps every group busy.
-constexpr int kOutputs = 32;
-constexpr int kOutputsPerThread = kOutputs / kGroups;
+// The right factor: for each step of 8 in depth, each tile and each lane (g, t) its fragment, the
+// elements of column g in rows t and t + 4.
+template <int kTiles>
+struct RightFactor {
+  Split fragments[kSteps][kTiles][32][2];
+};
 
-// tile [32, 32] = matrix[first_sample.., :] of matrix [samples, outputs], zero outside.
-__device__ void load_tile(const float* matrix, int64_t samples, int64_t outputs, int64_t first_sample,
-                          float (&tile)[kSamples][kOutputs]) {
-  const int thread = threadIdx.y * kColumns + threadIdx.x;
-  for (int i = thread; i < kSamples * kOutputs; i += kThreads) {
-    const int64_t sample = first_sample + i / kOutputs, output = i % kOutputs;
-    const bool inside = sample < samples && output < outputs;
-    tile[i / kOutputs][i % kOutputs] = inside ? matrix[sample * outputs + output] : 0.0f;
+// element(row, quad, values) has columns 4 quad to 4 quad + 3 of that row. All threads take part.
+template <int kTiles, class Element>
+__device__ void fill(RightFactor<kTiles>& right, int depth, const Element& element) {
+  constexpr int kQuads = kColumns<kTiles> / 4;
+  const int rows = (depth + 7) / 8 * 8;
+  __syncthreads();  // nobody reads the old content any more, and what was written to B can be read
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * kQuads; i += kThreads) {
+    // So that the threads of a warp write to memory without gaps.
+    const int half = i % 2, t = i / 2 % 4, quad = i / 8 % kQuads, step = i / (8 * kQuads);
+    float values[4];
+    element(8 * step + t + 4 * half, quad, values);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = 4 * quad + j;
+      right.fragments[step][column % kTiles][4 * (column / kTiles) + t][half] = split(values[j]);
+    }
   }
+  __syncthreads();
 }
 
-// s[sample, 4 quad..]: noise, or what `source` has. Outside the batch or the block the noise goes on,
-// which is harmless, since the factor is zero there or nobody reads the column, and the source is zero.
-template <Noise kNoise, class T>
-__device__ void make_quad(const FeedbackParams<T>& p, int64_t sample, int64_t quad, float (&s)[4]) {
-  if constexpr (kNoise != Noise::none) {
-    const NoiseStream stream = noise_stream(p.noise.state, p.noise.block, sample);
-    noise4<kNoise>(stream, static_cast<uint32_t>(quad), s[0], s[1], s[2], s[3]);
-  } else {
+// Asked for again wherever it is used: over the whole kernel it would keep registers that others need.
+__device__ inline int own_lane() {
+#if defined(FDFA_EMULATE_CUDA)
+  return threadIdx.x % 32;
+#else
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+#endif
+}
+
+// A warp's part in a product: 16 rows from `first_row` on. Where there are fewer rows than warps can
+// take, several have the same rows, and each every `parts`-th step of the depth.
+struct Share {
+  int first_row, part, parts;
+};
+
+__device__ inline Share own_share(int rows) {
+  int covered = 1;  // warps that have rows of their own, a power of two
+  while (covered < kWarps && 16 * covered < rows) covered *= 2;
+  const int warp = threadIdx.x / 32;
+  return {16 * (warp % covered), warp / covered, kWarps / covered};
+}
+
+// The warp's rows of the left factor. What lies outside counts as zero. A stride spans at most 128 rows
+// of kMostOutputs, which int holds.
+constexpr int64_t kMostOutputs = 1 << 23;
+struct LeftFactor {
+  const float* first;
+  int row_stride, depth_stride;
+  int rows, depth;
+
+  // Elements (g, t), (g + 8, t), (g, t + 4) and (g + 8, t + 4) of a step.
+  __device__ void load(int step, float (&values)[4]) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t feature = 4 * quad + i;
-      const bool inside = sample < p.samples && feature < p.features;
-      s[i] = inside ? to_float(p.source[sample * p.features + feature]) : 0.0f;
+      const int row = g + 8 * (i % 2), k = 8 * step + t + 4 * (i / 2);
+      values[i] = row < rows && k < depth ? first[row * row_stride + k * depth_stride] : 0.0f;
+    }
+  }
+};
+
+template <int kTiles>
+using Sums = float[kTiles][4];  // a warp's results, as multiply_tiles has them
+
+// sums += left x right, in the share's steps. Every step's product is added in float: within one a
+// tensor core cuts off, which over a long sum would be a drift.
+template <bool kTf32, int kTiles>
+__device__ void multiply_steps(Sums<kTiles>& sums, const LeftFactor& left,
+                               const RightFactor<kTiles>& right, const Share& share) {
+  const int lane = threadIdx.x % 32, steps = (left.depth + 7) / 8;
+  if (left.rows <= 0 || share.part >= steps) return;
+  float next[4];
+  left.load(share.part, next);
+  for (int step = share.part; step < steps; step += share.parts) {
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Split s = split(next[i]);
+      high[i] = s.high;
+      low[i] = s.low;
+    }
+    left.load(step + share.parts, next);  // on its way while the tensor cores work
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      uint32_t b[4];
+      load_words(right.fragments[step][j][lane], b);
+      Product product{};
+      if constexpr (!kTf32) {
+        product = multiply_tiles(low, b[0], b[2], product);
+        product = multiply_tiles(high, b[1], b[3], product);
+      }
+      product = multiply_tiles(high, b[0], b[2], product);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[j][i] += product.c[i];
     }
   }
 }
 
-// tile [32, 32] = s[first_sample.., first_feature..].
-template <Noise kNoise, class T>
-__device__ void make_tile(const FeedbackParams<T>& p, int64_t first_sample, int64_t first_feature,
-                          float (&tile)[kSamples][kColumns]) {
-  const int thread = threadIdx.y * kColumns + threadIdx.x;
-  const int row = thread / kQuads, quad = thread % kQuads;
-  float s[4];
-  make_quad<kNoise>(p, first_sample + row, first_feature / 4 + quad, s);
-  for (int i = 0; i < 4; ++i) tile[row][4 * quad + i] = s[i];
+template <int kTiles>
+__device__ void multiply(Sums<kTiles>& sums, const LeftFactor& left, const RightFactor<kTiles>& right,
+                         const Share& share, bool tf32) {
+  tf32 ? multiply_steps<true>(sums, left, right, share)
+       : multiply_steps<false>(sums, left, right, share);
 }
 
-// Moves element `index` of B by the rule, with g its element of G.
-template <Rule kRule, class T>
-__device__ void move_feedback(const FeedbackParams<T>& p, const AdamStep& adam, int64_t index,
-                              float g) {
-  const float b = p.feedback[index];
-  if (kRule != Rule::gradient && !is_finite(g)) return;  // B outlives a batch that overflowed
-  if constexpr (kRule == Rule::ema) {
-    p.feedback[index] = b + p.lr * (g - p.decay * b);
-  } else if constexpr (kRule == Rule::adam) {
-    p.feedback[index] = adam_update(adam, b, p.decay * b - g, p.exp_avg[index], p.exp_avg_sq[index]);
+// Of warps that have the same rows, the first gets the sum of all, in the order of their parts. The
+// right factor gives its memory. All threads take part.
+template <int kTiles>
+__device__ void add_parts(Sums<kTiles>& sums, RightFactor<kTiles>& right, const Share& share) {
+  if (share.parts == 1) return;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __syncthreads();
+  if (share.part > 0) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      store_words(right.fragments[warp][j][lane],
+                  {bits_from_float(sums[j][0]), bits_from_float(sums[j][1]),
+                   bits_from_float(sums[j][2]), bits_from_float(sums[j][3])});
+    }
+  }
+  __syncthreads();
+  if (share.part > 0) return;
+  for (int other = warp + kWarps / share.parts; other < kWarps; other += kWarps / share.parts) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      uint32_t part[4];
+      load_words(right.fragments[other][j][lane], part);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[j][i] += float_from_bits(part[i]);
+    }
+  }
+}
+
+// A block of the network and the thread block's columns of it.
+template <class T, int kTiles>
+struct Columns {
+  const FeedbackParams<T>& p;
+  int first;
+  int count;   // that there are
+  bool whole;  // all, and every row of every matrix is aligned for vectors
+};
+
+// Where some of a thread's results in one row of a matrix [rows, D] lie.
+struct Segment {
+  int64_t at;
+  int count;  // columns within the matrix, from the first on; may be none
+};
+
+// Of row `row` of the thread's results from column `column` on. kWhole: as `Columns` has it, so that no
+// column is missing.
+template <bool kWhole, class T, int kTiles>
+__device__ Segment own_segment(const Columns<T, kTiles>& columns, int first_row, int row, int column,
+                               int64_t rows) {
+  const int lane = own_lane();
+  row = first_row + lane / 4 + 8 * row;
+  column += kSegment<kTiles> * (lane % 4);
+  const int count = kWhole ? kSegment<kTiles> : columns.count - column;
+  return {row * columns.p.features + (columns.first + column), row < rows ? count : 0};
+}
+
+template <bool kWhole, class T, int n>
+__device__ void load_segment(const T* matrix, const Segment& s, float (&values)[n]) {
+  if constexpr (kWhole) {
+    if (s.count > 0) load_vector(matrix + s.at, values);
   } else {
-    p.gradient[index] = p.decay * b - g;
+    load_some(matrix + s.at, s.count, values);
   }
 }
 
-// f' with the activation at run time: it is taken once per element of delta, and as a template argument
-// it would make seven times the kernels.
-__device__ float slope_at(Activation activation, float gate) {
-  switch (activation) {
-    case Activation::relu:
-      return derivative<Activation::relu>(gate);
-    case Activation::leaky_relu:
-      return derivative<Activation::leaky_relu>(gate);
-    case Activation::tanh:
-      return derivative<Activation::tanh>(gate);
-    case Activation::sigmoid:
-      return derivative<Activation::sigmoid>(gate);
-    case Activation::gelu:
-      return derivative<Activation::gelu>(gate);
-    case Activation::silu:
-      return derivative<Activation::silu>(gate);
-    default:
-      return derivative<Activation::identity>(gate);
+template <bool kWhole, class T, int n>
+__device__ void store_segment(T* matrix, const Segment& s, const float (&values)[n]) {
+  if constexpr (kWhole) {
+    if (s.count > 0) store_vector(matrix + s.at, values);
+  } else {
+    store_some(matrix + s.at, s.count, values);
   }
 }
+
+// matrix[row, 4 quad .. 4 quad + 3] of the columns, zero outside.
+template <class T, int kTiles, class M>
+__device__ void load_quad(const Columns<T, kTiles>& columns, const M* matrix, int row, int64_t rows,
+                          int quad, float (&values)[4]) {
+  const int left = row < rows ? columns.count - 4 * quad : 0;
+  matrix += row * columns.p.features + (columns.first + 4 * quad);
+  if (columns.whole && left >= 4) {
+    load_vector(matrix, values);
+  } else {
+    load_some(matrix, left, values);
+  }
+}
+
+// s[sample, 4 quad .. 4 quad + 3] of the columns: noise, or what `source` has. Past the last column the
+// noise goes on, which nobody reads; past the last sample too, where the factor is zero.
+template <Noise kNoise, class T, int kTiles>
+__device__ void make_quad(const Columns<T, kTiles>& columns, int sample, int quad, float (&s)[4]) {
+  const FeedbackParams<T>& p = columns.p;
+  if constexpr (kNoise != Noise::none) {
+    const NoiseStream stream = noise_stream(p.noise.state, p.noise.block, sample);
+    const auto place = static_cast<uint32_t>(columns.first / 4 + quad);
+    noise4<kNoise>(stream, place, s[0], s[1], s[2], s[3]);
+  } else {
+    load_quad(columns, p.source, sample, p.samples, quad, s);
+  }
+}
+
+// A thread goes through its results in pieces of four elements, each with all loads under way before
+// the first store: rows by neighbouring columns.
+template <int kTiles>
+constexpr int kPieceColumns = kSegment<kTiles> < 4 ? kSegment<kTiles> : 4;
+template <int kTiles>
+constexpr int kPieceRows = 4 / kPieceColumns<kTiles>;
+
+// Calls f(row, column) for the first of each piece, counted in the thread's results: rows g and g + 8,
+// and the columns of a segment.
+template <int kTiles, class F>
+__device__ void for_each_piece(const F& f) {
+#pragma unroll
+  for (int row = 0; row < 2; row += kPieceRows<kTiles>) {
+#pragma unroll
+    for (int column = 0; column < kSegment<kTiles>; column += kPieceColumns<kTiles>) f(row, column);
+  }
+}
+
+template <int kTiles>
+__device__ float result(const Sums<kTiles>& sums, int row, int column) {
+  return sums[column % kTiles][2 * row + column / kTiles];
+}
+
+// B moved by the rule, with the products of factor and s as they lie in the thread's sums.
+template <Rule kRule, bool kWhole, class T, int kTiles>
+__device__ void move_by_rule(const Columns<T, kTiles>& columns, const AdamStep& adam, int first_row,
+                             const Sums<kTiles>& sums) {
+  constexpr int kRows = kPieceRows<kTiles>, kCount = kPieceColumns<kTiles>;
+  const FeedbackParams<T>& p = columns.p;
+  for_each_piece<kTiles>([&](int row, int column) {
+    float b[kRows][kCount], m[kRows][kCount], v[kRows][kCount];
+    Segment segments[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      segments[r] = own_segment<kWhole>(columns, first_row, row + r, column, p.outputs);
+      load_segment<kWhole>(p.feedback, segments[r], b[r]);
+      if constexpr (kRule == Rule::adam) {
+        load_segment<kWhole>(p.exp_avg, segments[r], m[r]);
+        load_segment<kWhole>(p.exp_avg_sq, segments[r], v[r]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const float g = p.scale * result(sums, row + r, column + i);
+        const float gradient = p.decay * b[r][i] - g;
+        if constexpr (kRule == Rule::gradient) {
+          b[r][i] = gradient;
+        } else if (is_finite(g)) {  // B outlives a batch that overflowed
+          b[r][i] = kRule == Rule::ema ? b[r][i] - p.lr * gradient
+                                       : adam_update(adam, b[r][i], gradient, m[r][i], v[r][i]);
+        }
+      }
+      store_segment<kWhole>(kRule == Rule::gradient ? p.gradient : p.feedback, segments[r], b[r]);
+      if constexpr (kRule == Rule::adam) {
+        store_segment<kWhole>(p.exp_avg, segments[r], m[r]);
+        store_segment<kWhole>(p.exp_avg_sq, segments[r], v[r]);
+      }
+    }
+  });
+}
+
+template <bool kWhole, class T, int kTiles>
+__device__ void move_feedback(const Columns<T, kTiles>& columns, const AdamStep& adam, int first_row,
+                              const Sums<kTiles>& sums) {
+  switch (columns.p.rule) {
+    case Rule::adam:
+      return move_by_rule<Rule::adam, kWhole>(columns, adam, first_row, sums);
+    case Rule::ema:
+      return move_by_rule<Rule::ema, kWhole>(columns, adam, first_row, sums);
+    case Rule::gradient:
+      return move_by_rule<Rule::gradient, kWhole>(columns, adam, first_row, sums);
+    case Rule::fixed:
+      return;
+  }
+}
+
+// delta *= f'(gate), with the activation at run time: it is asked once per row, and as a template
+// argument it would make seven times the kernels.
+template <int n>
+__device__ void multiply_by_slope(Activation activation, const float (&gate)[n], float (&delta)[n]) {
+  with_activation(activation, [&](auto f) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) delta[i] *= derivative<decltype(f)::value>(gate[i]);
+  });
+}
+
+template <int kTiles>
+__device__ bool all_finite(const Sums<kTiles>& sums) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) finite = finite && is_finite(sums[i / 4][i % 4]);
+  return finite;
+}
+
+// The thread's elements of delta in plain float, for where the tensor cores' results are not finite: an
+// infinity splits into an infinity and a NaN.
+template <class T, int kTiles>
+__device__ void project_plainly(const Columns<T, kTiles>& columns, int first_row) {
+  const FeedbackParams<T>& p = columns.p;
+#pragma unroll 1
+  for (int i = 0; i < 2 * kSegment<kTiles>; ++i) {
+    const int row = i / kSegment<kTiles>, column = i % kSegment<kTiles>;
+    const Segment s = own_segment<false>(columns, first_row, row, column, p.samples);
+    if (s.count <= 0) continue;
+    const float* error = p.error + s.at / p.features * p.outputs;
+    const float* b = p.feedback + s.at % p.features;
+    float sum[1] = {};
+#pragma unroll 1
+    for (int64_t k = 0; k < p.outputs; ++k) sum[0] += error[k] * b[k * p.features];
+    if (p.gate != nullptr) multiply_by_slope(p.activation, {to_float(p.gate[s.at])}, sum);
+    p.delta[s.at] = from_float<T>(sum[0]);
+  }
+}
+
+// delta from the projected errors as they lie in the thread's sums. It may be the gate's memory.
+template <bool kWhole, class T, int kTiles>
+__device__ void store_delta(const Columns<T, kTiles>& columns, int first_row,
+                            const Sums<kTiles>& sums) {
+  constexpr int kRows = kPieceRows<kTiles>, kCount = kPieceColumns<kTiles>;
+  const FeedbackParams<T>& p = columns.p;
+  if (!all_finite(sums)) return project_plainly(columns, first_row);
+  for_each_piece<kTiles>([&](int row, int column) {
+    float gate[kRows][kCount], delta[kRows][kCount];
+    Segment segments[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      segments[r] = own_segment<kWhole>(columns, first_row, row + r, column, p.samples);
+      if (p.gate != nullptr) load_segment<kWhole>(p.gate, segments[r], gate[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) delta[r][i] = result(sums, row + r, column + i);
+      if (p.gate != nullptr) multiply_by_slope(p.activation, gate[r], delta[r]);
+      store_segment<kWhole>(p.delta, segments[r], delta[r]);
+    }
+  });
+}
+
+// What int counts: samples and features, with room for a tile more.
+constexpr int64_t kMostCounted = 1 << 30;
 
 // Blocks of the network that one launch takes, as its parameter; a thread block works on one of them.
 template <class T>
@@ -111,6 +409,7 @@ struct Group {
   static constexpr int kMost = 16;
   FeedbackParams<T> members[kMost];
   unsigned ends[kMost];  // one past the last thread block of each
+  bool aligned[kMost];
 
   // Of the calling thread block: its member, and its place among those that work on it.
   __device__ int own_member() const {
@@ -118,245 +417,115 @@ struct Group {
     while (blockIdx.x >= ends[member]) ++member;
     return member;
   }
-  __device__ int64_t own_tile(int member) const {
-    return blockIdx.x - (member == 0 ? 0 : ends[member - 1]);
+  __device__ int own_place(int member) const {
+    return static_cast<int>(blockIdx.x - (member == 0 ? 0 : ends[member - 1]));
   }
 };
 
-template <class T, Noise kNoise, Rule kRule>
-__global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constant__ Group<T> blocks) {
-  __shared__ float s[kSamples][kColumns];
-  __shared__ float rows[kSamples][kOutputs];  // of the factor, then of the error
+template <class T, Noise kNoise, int kTiles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    feedback_kernel(const __grid_constant__ Group<T> blocks) {
+  alignas(16) __shared__ RightFactor<kTiles> right;
   __shared__ AdamStep adam;
 
   const int member = blocks.own_member();
   const FeedbackParams<T>& p = blocks.members[member];
-  const int64_t first_feature = blocks.own_tile(member) * kColumns;
-  const int column = threadIdx.x, group = threadIdx.y;
-  const int64_t feature = first_feature + column;
-  const bool inside = feature < p.features;  // threads outside still meet every barrier
-
+  const int first_column = blocks.own_place(member) * kColumns<kTiles>;
+  const int n_columns = min(static_cast<int>(p.features) - first_column, kColumns<kTiles>);
+  const bool whole = kTiles == kWideTiles || (blocks.aligned[member] && n_columns == kColumns<kTiles>);
+  const Columns<T, kTiles> columns{p, first_column, n_columns, whole};
   // One thread for all: double-precision powers are slow. The barriers of phase 1 publish the result.
-  if (kRule == Rule::adam && column == 0 && group == 0) {
+  if (p.rule == Rule::adam && threadIdx.x == 0) {
     adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates);
   }
 
-  // Phase 1: G in registers, and B moved towards it.
-  float products[kOutputsPerThread] = {};
-  const int live = static_cast<int>((p.outputs - group + kGroups - 1) / kGroups);  // of the products
-  for (int64_t first_sample = 0; kRule != Rule::fixed && first_sample < p.samples;
-       first_sample += kSamples) {
-    make_tile<kNoise>(p, first_sample, first_feature, s);
-    load_tile(p.factor, p.samples, p.outputs, first_sample, rows);
-    __syncthreads();
-    for (int n = 0; n < kSamples; ++n) {
-      const float value = s[n][column];
-#pragma unroll
-      for (int i = 0; i < kOutputsPerThread; ++i) {
-        if (i < live) products[i] += rows[n][group + kGroups * i] * value;
+  // Phase 1. `right` is s, filled once if it holds all samples.
+  const int samples = static_cast<int>(p.samples), outputs = static_cast<int>(p.outputs);
+  for (int first = 0; p.rule != Rule::fixed && first < outputs; first += kRows) {
+    const int rows = min(outputs - first, kRows);
+    const Share share = own_share(rows);
+    Sums<kTiles> sums = {};
+    for (int sample = 0; sample < samples; sample += kDepth) {
+      const int depth = min(samples - sample, kDepth);
+      if (first == 0 || samples > kDepth) {
+        fill(right, depth, [&](int row, int quad, float (&s)[4]) {
+          make_quad<kNoise>(columns, sample + row, quad, s);
+        });
       }
+      const LeftFactor left{p.factor + sample * p.outputs + first + share.first_row, 1, outputs,
+                            rows - share.first_row, depth};
+      multiply(sums, left, right, share, p.tf32);
     }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int i = 0; kRule != Rule::fixed && i < kOutputsPerThread; ++i) {
-    if (inside && i < live) {
-      move_feedback<kRule>(p, adam, (group + kGroups * i) * p.features + feature,
-                           p.scale * products[i]);
-    }
-  }
-  // Phase 2: a thread projects 4 of 32 samples onto its column. All groups read the same rows of B,
-  // which the first phase left in the caches; the first barrier below lets the whole thread block see
-  // them.
-  for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kSamples) {
-    float sums[kSamplesPerThread] = {};
-    load_tile(p.error, p.samples, p.outputs, first_sample, rows);
-    __syncthreads();
-    for (int k = 0; inside && k < p.outputs; ++k) {
-      const float b = p.feedback[k * p.features + feature];
-      for (int i = 0; i < kSamplesPerThread; ++i) sums[i] += rows[group + kGroups * i][k] * b;
-    }
-    __syncthreads();
-    for (int i = 0; i < kSamplesPerThread; ++i) {
-      const int64_t sample = first_sample + group + kGroups * i;
-      if (!inside || sample >= p.samples) continue;
-      const int64_t index = sample * p.features + feature;
-      const float slope = p.gate == nullptr ? 1.0f : slope_at(p.activation, to_float(p.gate[index]));
-      p.delta[index] = from_float<T>(sums[i] * slope);
+    add_parts(sums, right, share);
+    if (share.part > 0) continue;
+    if (whole) {
+      move_feedback<true>(columns, adam, first + share.first_row, sums);
+    } else if constexpr (kTiles == kNarrowTiles) {
+      move_feedback<false>(columns, adam, first + share.first_row, sums);
     }
   }
-}
 
-// For networks of many outputs, where the products weigh more than the bytes: the same on tensor cores.
-// A thread block owns 64 columns of B; its 8 warps each take 16 rows of a product, by 64 columns.
-constexpr int kWideOutputs = kOutputs + 1;  // from which on it is taken
-constexpr int kWideColumns = 64;
-constexpr int kWarps = 8;
-constexpr int kWideThreads = 32 * kWarps;
-constexpr int kTileRows = 64;              // of a tile in shared memory
-constexpr int kStride = kWideColumns + 8;  // so that the elements of b lie in 32 banks
-constexpr int kProductRows = 16 * kWarps;
-constexpr int kColumnTiles = kWideColumns / 8;
-
-using WideTile = float[kTileRows][kStride];
-
-// A warp's rows of c += a b, where b is split into two tiles. a(row, k) is zero outside its matrix.
-template <class A>
-__device__ void multiply_wide(float (&c)[kColumnTiles][4], const WideTile& high, const WideTile& low,
-                              int depth, const A& a) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  for (int k = 0; k < depth; k += 8) {
-    uint32_t a_high[4], a_low[4];
-    for (int i = 0; i < 4; ++i) {
-      const Split s = split(a(g + 8 * (i % 2), k + t + 4 * (i / 2)));
-      a_high[i] = s.high;
-      a_low[i] = s.low;
-    }
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n) {
-      uint32_t b_high[2], b_low[2];
-      for (int i = 0; i < 2; ++i) {
-        b_high[i] = bits_from_float(high[k + t + 4 * i][8 * n + g]);
-        b_low[i] = bits_from_float(low[k + t + 4 * i][8 * n + g]);
+  // Phase 2. `right` is B, filled once if it holds all outputs.
+  for (int first = 0; first < samples; first += kRows) {
+    const int rows = min(samples - first, kRows);
+    const Share share = own_share(rows);
+    Sums<kTiles> sums = {};
+    for (int output = 0; output < outputs; output += kDepth) {
+      const int depth = min(outputs - output, kDepth);
+      if (first == 0 || outputs > kDepth) {
+        fill(right, depth, [&](int row, int quad, float (&b)[4]) {
+          load_quad(columns, p.feedback, output + row, outputs, quad, b);
+        });
       }
-      multiply_tiles(c[n], a_low, b_high);
-      multiply_tiles(c[n], a_high, b_low);
-      multiply_tiles(c[n], a_high, b_high);
+      const LeftFactor left{p.error + (first + share.first_row) * p.outputs + output, outputs, 1,
+                            rows - share.first_row, depth};
+      multiply(sums, left, right, share, p.tf32);
+    }
+    add_parts(sums, right, share);
+    if (share.part > 0) continue;
+    if (whole) {
+      store_delta<true>(columns, first + share.first_row, sums);
+    } else if constexpr (kTiles == kNarrowTiles) {
+      store_delta<false>(columns, first + share.first_row, sums);
     }
   }
 }
 
-// Hands rows [first, first + 64) of a product of 128 to f(row, column, value), a warp's in neighbouring
-// columns, by way of `tile`. All threads of the block take part.
-template <class F>
-__device__ void for_each_element(const float (&c)[kColumnTiles][4], int first, WideTile& tile,
-                                 const F& f) {
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  __syncthreads();  // nobody reads the tile's old content any more
-  const int row = 16 * warp + g - first;
-  if (row >= 0 && row < kTileRows) {
-    for (int n = 0; n < kColumnTiles; ++n) {
-      for (int i = 0; i < 4; ++i) tile[row + 8 * (i / 2)][8 * n + 2 * t + i % 2] = c[n][i];
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kTileRows * kWideColumns; i += kWideThreads) {
-    f(first + i / kWideColumns, i % kWideColumns, tile[i / kWideColumns][i % kWideColumns]);
-  }
-}
-
-__device__ void put_split(float value, int row, int column, WideTile& high, WideTile& low) {
-  const Split s = split(value);
-  high[row][column] = float_from_bits(s.high);
-  low[row][column] = float_from_bits(s.low);
-}
-
-template <class T, Noise kNoise, Rule kRule>
-__global__ void __launch_bounds__(kWideThreads)
-    wide_feedback_kernel(const __grid_constant__ Group<T> blocks) {
-  __shared__ WideTile high, low;
-  __shared__ AdamStep adam;
-
-  const int member = blocks.own_member();
-  const FeedbackParams<T>& p = blocks.members[member];
-  const int64_t first_feature = blocks.own_tile(member) * kWideColumns;
-  const int64_t own_row = 16 * (threadIdx.x / 32);  // the warp's first in a product
-  if (kRule == Rule::adam && threadIdx.x == 0) {
-    adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates);
-  }
-
-  // Phase 1: G, 128 outputs at a time, and B moved towards it.
-  for (int64_t first_output = 0; kRule != Rule::fixed && first_output < p.outputs;
-       first_output += kProductRows) {
-    float sums[kColumnTiles][4] = {};
-    for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kTileRows) {
-      __syncthreads();
-      for (int i = threadIdx.x; i < kTileRows * kWideColumns / 4; i += kWideThreads) {
-        const int row = i / (kWideColumns / 4), quad = i % (kWideColumns / 4);
-        float s[4];
-        make_quad<kNoise>(p, first_sample + row, first_feature / 4 + quad, s);
-        for (int j = 0; j < 4; ++j) put_split(s[j], row, 4 * quad + j, high, low);
-      }
-      __syncthreads();
-      const auto factor = [&](int row, int k) {
-        const int64_t output = first_output + own_row + row, sample = first_sample + k;
-        const bool inside = output < p.outputs && sample < p.samples;
-        return inside ? p.factor[sample * p.outputs + output] : 0.0f;
-      };
-      if (first_output + own_row < p.outputs) multiply_wide(sums, high, low, kTileRows, factor);
-    }
-    for (int half = 0; half < kProductRows; half += kTileRows) {
-      for_each_element(sums, half, high, [&](int row, int column, float sum) {
-        const int64_t output = first_output + row, feature = first_feature + column;
-        if (output >= p.outputs || feature >= p.features) return;
-        move_feedback<kRule>(p, adam, output * p.features + feature, p.scale * sum);
-      });
-    }
-  }
-
-  // Phase 2: 128 samples at a time projected onto the columns, through B as the first phase left it.
-  for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kProductRows) {
-    float sums[kColumnTiles][4] = {};
-    for (int64_t first_output = 0; first_output < p.outputs; first_output += kTileRows) {
-      __syncthreads();  // also lets all see what others wrote to B
-      for (int i = threadIdx.x; i < kTileRows * kWideColumns; i += kWideThreads) {
-        const int row = i / kWideColumns, column = i % kWideColumns;
-        const int64_t output = first_output + row, feature = first_feature + column;
-        const bool inside = output < p.outputs && feature < p.features;
-        put_split(inside ? p.feedback[output * p.features + feature] : 0.0f, row, column, high, low);
-      }
-      __syncthreads();
-      const auto error = [&](int row, int k) {
-        const int64_t sample = first_sample + own_row + row, output = first_output + k;
-        const bool inside = sample < p.samples && output < p.outputs;
-        return inside ? p.error[sample * p.outputs + output] : 0.0f;
-      };
-      if (first_sample + own_row < p.samples) multiply_wide(sums, high, low, kTileRows, error);
-    }
-    for (int half = 0; half < kProductRows; half += kTileRows) {
-      for_each_element(sums, half, high, [&](int row, int column, float sum) {
-        const int64_t sample = first_sample + row, feature = first_feature + column;
-        if (sample >= p.samples || feature >= p.features) return;
-        const int64_t index = sample * p.features + feature;
-        const float slope = p.gate == nullptr ? 1.0f : slope_at(p.activation, to_float(p.gate[index]));
-        p.delta[index] = from_float<T>(sum * slope);
-      });
-    }
-  }
-}
-
-template <class F>
-auto with_rule(Rule value, F&& f) {
-  if (value == Rule::ema) return f(std::integral_constant<Rule, Rule::ema>{});
-  if (value == Rule::adam) return f(std::integral_constant<Rule, Rule::adam>{});
-  if (value == Rule::fixed) return f(std::integral_constant<Rule, Rule::fixed>{});
-  return f(std::integral_constant<Rule, Rule::gradient>{});
-}
-
+// Whether every row of every matrix begins at a multiple of 16 bytes. A null pointer does: it is never
+// followed.
 template <class T>
-cudaError_t launch_group(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream) {
-  const bool wide = blocks[0].outputs >= kWideOutputs;
-  const int64_t columns = wide ? kWideColumns : kColumns;
-  Group<T> group{};
-  unsigned end = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    group.members[i] = blocks[i];
-    end += static_cast<unsigned>((blocks[i].features + columns - 1) / columns);
-    group.ends[i] = end;
-  }
-  if (end == 0) return cudaSuccess;
-  return with_noise(blocks[0].noise.kind, [&](auto noise) {
-    return with_rule(blocks[0].rule, [&](auto rule) {
-      constexpr Noise kNoise = decltype(noise)::value;
-      constexpr Rule kRule = decltype(rule)::value;
-      if (wide) {
-        return launch(wide_feedback_kernel<T, kNoise, kRule>, dim3(end), dim3(kWideThreads), stream,
-                      group);
-      }
-      return launch(feedback_kernel<T, kNoise, kRule>, dim3(end), dim3(kColumns, kGroups), stream,
-                    group);
+bool rows_aligned(const FeedbackParams<T>& p) {
+  const void* matrices[] = {p.feedback, p.exp_avg, p.exp_avg_sq, p.gradient, p.source, p.gate, p.delta};
+  return p.features * sizeof(T) % 16 == 0 &&
+         std::all_of(std::begin(matrices), std::end(matrices),
+                     [](const void* m) { return reinterpret_cast<uintptr_t>(m) % 16 == 0; });
+}
+
+template <int kTiles, class T>
+int64_t thread_blocks(const FeedbackParams<T>& p) {
+  return (p.features + kColumns<kTiles> - 1) / kColumns<kTiles>;
+}
+
+template <int kTiles, class T>
+cudaError_t launch_blocks(const std::vector<FeedbackParams<T>>& blocks, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  for (size_t first = 0; first < blocks.size(); first += Group<T>::kMost) {
+    Group<T> group{};
+    unsigned end = 0;
+    for (size_t i = first; i < std::min(blocks.size(), first + Group<T>::kMost); ++i) {
+      group.members[i - first] = blocks[i];
+      group.aligned[i - first] = rows_aligned(blocks[i]);
+      end += static_cast<unsigned>(thread_blocks<kTiles>(blocks[i]));
+      group.ends[i - first] = end;
+    }
+    if (end == 0) continue;
+    error = with_noise(blocks[0].noise.kind, [&](auto noise) {
+      return launch(feedback_kernel<T, decltype(noise)::value, kTiles>, dim3(end), dim3(kThreads),
+                    stream, group);
     });
-  });
+    if (error != cudaSuccess) break;
+  }
+  return error;
 }
 
 }  // namespace
@@ -364,15 +533,23 @@ cudaError_t launch_group(const FeedbackParams<T>* blocks, int64_t count, cudaStr
 template <class T>
 cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream) {
   if (count == 0 || blocks[0].samples == 0) return cudaSuccess;
+  if (blocks[0].samples > kMostCounted || blocks[0].outputs > kMostOutputs)
+    return cudaErrorInvalidValue;
+  std::vector<FeedbackParams<T>> wide, narrow;
+  int64_t wide_thread_blocks = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (blocks[i].transposed) return cudaErrorInvalidValue;
+    const FeedbackParams<T>& p = blocks[i];
+    if (p.transposed || p.features > kMostCounted) return cudaErrorInvalidValue;
+    const bool whole = p.features % kColumns<kWideTiles> == 0 && rows_aligned(p);
+    (whole ? wide : narrow).push_back(p);
+    if (whole) wide_thread_blocks += thread_blocks<kWideTiles>(p);
   }
-  for (int64_t first = 0; first < count; first += Group<T>::kMost) {
-    const int64_t members = count - first < Group<T>::kMost ? count - first : Group<T>::kMost;
-    const cudaError_t error = launch_group(blocks + first, members, stream);
-    if (error != cudaSuccess) return error;
+  if (wide_thread_blocks < multiprocessors()) {
+    wide.clear();
+    narrow.assign(blocks, blocks + count);
   }
-  return cudaSuccess;
+  const cudaError_t error = launch_blocks<kWideTiles>(wide, stream);
+  return error == cudaSuccess ? launch_blocks<kNarrowTiles>(narrow, stream) : error;
 }
 
 template cudaError_t launch_feedback_step(const FeedbackParams<float>*, int64_t, cudaStream_t);

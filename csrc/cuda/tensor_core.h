@@ -5,9 +5,9 @@
 #include "common/bits.h"
 #include "cuda/launch.h"
 
-// Products of tiles by a warp on tensor cores (compute capability 8.0 and later), in single precision:
-// each factor is split into two tf32, whose three larger products are summed in float. The error is
-// that of single precision, at a third of the speed of tf32.
+// Products of tiles by a warp on tensor cores (compute capability 8.0 and later), in tf32 or in single
+// precision: for that each factor is split into two tf32, whose three larger products are added up. A
+// tensor core cuts off where it adds, so that what it adds up must stay short.
 
 namespace fdfa::cuda {
 
@@ -17,7 +17,7 @@ namespace fdfa::cuda {
 //   c [16, 8]: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 
 // x rounded to the 11 leading bits that tensor cores take, and what that leaves, in the same form.
-struct Split {
+struct alignas(8) Split {
   uint32_t high, low;
 };
 
@@ -36,18 +36,24 @@ __device__ inline Split split(float x) {
   return {high, to_tf32(x - float_from_bits(high))};
 }
 
-// c += a b in tf32. All threads of the warp must take part.
-__device__ inline void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// a b + c in tf32. All threads of the warp must take part.
+struct Product {
+  float c[4];
+};
+
+__device__ inline Product multiply_tiles(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                         const Product& c = {}) {
+  Product d = c;
 #if defined(FDFA_EMULATE_CUDA)
-  emulation::multiply_tiles(c, a, b);
+  emulation::multiply_tiles(d.c, a, {b0, b1});
 #else
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
-      "%9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d.c[0]), "=f"(d.c[1]), "=f"(d.c[2]), "=f"(d.c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c.c[0]), "f"(c.c[1]),
+        "f"(c.c[2]), "f"(c.c[3]));
 #endif
+  return d;
 }
 
 }  // namespace fdfa::cuda

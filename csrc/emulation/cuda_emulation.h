@@ -1,11 +1,12 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 // Runs CUDA kernels on the host with an ordinary C++ compiler, to test them, and their barriers under a
-// thread sanitizer, where there is no GPU. Each thread of a thread block is a real thread; thread
-// blocks run one after another, so __shared__ is static storage. Covers what this project's kernels
-// use.
+// thread sanitizer, where there is no GPU. The threads of a thread block are fibers that change places
+// at barriers, and threads to the sanitizer; thread blocks run one after another, so __shared__ is
+// static storage. Covers what this project's kernels use.
 
 #define __global__
 #define __device__
@@ -22,16 +23,52 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-extern thread_local dim3 threadIdx, blockIdx;
-extern thread_local dim3 blockDim, gridDim;
+// CUDA's vector types, with its alignment, which kernels must not assume where memory has less.
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+#define threadIdx (::emulation::thread_index())
+#define blockIdx (::emulation::block_index())
+#define blockDim (::emulation::block_dim())
+#define gridDim (::emulation::grid_dim())
 
 namespace emulation {
 
+dim3 thread_index();
+dim3 block_index();
+dim3 block_dim();
+dim3 grid_dim();
+
 // Waits for the threads of the block that have not left the kernel.
 void block_barrier();
+
+// c + Σ a[i] b[i] for `depth` tf32 numbers, as a tensor core adds: products exact, then all addends cut
+// off, toward zero, at the last place that the largest of them has in single precision, and so is their
+// sum (Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7:e330, 2021).
+// That is Volta's arithmetic; later tensor cores keep a few places more, so that no error is
+// understated.
+float tensor_core_sum(float c, const float* a, const float* b, int depth);
+// How many products one such sum takes (Ampere's tf32): two sums make the 8 of a tile.
+constexpr int kTensorCoreDepth = 4;
+
 // c += a b for a [16, 8] and b [8, 8], whose elements lie in the threads of the warp as PTX says for
-// mma.m16n8k8 of tf32. All threads of the warp must take part.
+// mma.m16n8k8 of tf32, by tensor_core_sum. All threads of the warp must take part.
 void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+// `value` of the thread of the warp whose lane differs from the caller's by the mask's bits.
+float exchange(float value, unsigned lane_mask);
+
+constexpr int multiprocessors() { return 3; }
 
 // Calls body(context) once for every thread of the grid.
 cudaError_t run_grid(dim3 grid, dim3 block, void (*body)(const void*), const void* context);
@@ -47,4 +84,8 @@ cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStre
 
 }  // namespace emulation
 
+using std::min;
 inline void __syncthreads() { emulation::block_barrier(); }
+inline float __shfl_xor_sync(unsigned, float value, unsigned lane_mask) {
+  return emulation::exchange(value, lane_mask);
+}

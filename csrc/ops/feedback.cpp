@@ -1,3 +1,4 @@
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
@@ -119,6 +120,7 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
       p.beta1 = static_cast<float>(motion.beta1);
       p.beta2 = static_cast<float>(motion.beta2);
       p.eps = static_cast<float>(motion.eps);
+      p.tf32 = at::globalContext().allowTF32CuBLAS();
       launched.push_back(p);
     }
     launch(launched, error.device());

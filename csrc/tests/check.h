@@ -24,7 +24,9 @@ inline void check(bool ok, const char* what, const char* file, int line) {
 
 inline void check_near(double value, double expected, double tolerance, const char* what,
                        const char* file, int line) {
-  if (std::abs(value - expected) <= tolerance || value == expected || ++failure_count() > 20) return;
+  const bool same = value == expected || (std::isnan(value) && std::isnan(expected));
+  const bool near = std::isfinite(expected) && std::abs(value - expected) <= tolerance;
+  if (same || near || ++failure_count() > 20) return;
   std::printf("%s:%d: %s = %.9g, expected %.9g within %.3g\n", file, line, what, value, expected,
               tolerance);
 }

@@ -33,9 +33,32 @@ __global__ void indices(unsigned* seen) {
   ++seen[block * blockDim.x * blockDim.y * blockDim.z + thread];
 }
 
+// What an addend has below the last place of the largest is lost, where a rounded sum would keep it.
+void test_that_a_tensor_core_cuts_off() {
+  const float ones[4] = {1, 1, 1, 1};
+  const float small[4] = {0x1.8p-24f, 0x1.8p-24f, 0x1.8p-24f, 0x1.8p-24f};
+  const float negative[4] = {-0x1.8p-24f, 0, 0, 0};
+  CHECK(emulation::tensor_core_sum(0, ones, small, 4) == 0x1.8p-22f);
+  CHECK(emulation::tensor_core_sum(1, ones, small, 4) == 1);  // rounded: 1 + 2^-22
+  CHECK(emulation::tensor_core_sum(-1, ones, negative, 4) == -1);
+  CHECK(emulation::tensor_core_sum(0x1p24f, ones, ones, 3) == 0x1p24f);  // rounded: 2^24 + 4
+  const float infinite[4] = {INFINITY, 0, 0, 0};
+  CHECK(emulation::tensor_core_sum(1, ones, infinite, 4) == INFINITY);
+}
+
+__global__ void exchange_halves(float* values) {
+  values[threadIdx.x] = __shfl_xor_sync(~0u, values[threadIdx.x], 16);
+}
+
 }  // namespace
 
 int main() {
+  test_that_a_tensor_core_cuts_off();
+  float lanes[64];
+  for (int i = 0; i < 64; ++i) lanes[i] = static_cast<float>(i);
+  CHECK(emulation::launch(exchange_halves, 1, 64, nullptr, &lanes[0]) == cudaSuccess);
+  for (int i = 0; i < 64; ++i) CHECK(lanes[i] == static_cast<float>(i ^ 16));
+
   int values[2 * kThreads];
   for (int i = 0; i < static_cast<int>(2 * kThreads); ++i) values[i] = i;
   CHECK(emulation::launch(reverse_twice, 2, kThreads, nullptr, &values[0]) == cudaSuccess);

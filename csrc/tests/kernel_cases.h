@@ -35,6 +35,11 @@ class Array {
     }
   }
 
+  // To so many parts of one.
+  void round_to(int parts) {
+    for (T& value : values_) value = from_float<T>(std::round(to_float(value) * parts) / parts);
+  }
+
   T* data() { return values_.data() + start_; }
   int64_t size() const { return size_; }
 
@@ -59,8 +64,11 @@ struct Sizes {
   std::vector<int64_t> samples, features, outputs;
 };
 
-// The odd sizes; 132 is a whole number of quads yet not of tiles.
-inline Sizes all_sizes() { return {{0, 1, 2, 33}, {1, 3, 4, 31, 129, 132, 151}, {1, 10, 65, 130}}; }
+// The odd sizes. 132 is a whole number of quads and 136 of 16-byte vectors of any type, yet not of a
+// thread block's columns, as 96 is.
+inline Sizes all_sizes() {
+  return {{0, 1, 2, 33}, {1, 3, 4, 31, 96, 129, 132, 136, 151}, {1, 10, 65, 130}};
+}
 
 // Takes one of `stride` cases, for backends that cannot afford all. A prime stride meets every value of
 // every loop.
@@ -166,6 +174,14 @@ void test_epilogue_without_tangents(const Sizes& sizes) {
                                         false, false, mapped, false});
 }
 
+// More samples than thread blocks have at once.
+template <class Backend>
+void test_epilogue_of_many_samples() {
+  for (int64_t features : {5, 132})
+    test_epilogue_case<Backend, float>({300, features, features, 0, Activation::relu, Noise::gaussian,
+                                        true, true, true, false, false, true});
+}
+
 template <class Backend, class T>
 void test_transposed_epilogue(const Sizes& sizes) {
   for (int64_t samples : sizes.samples)
@@ -184,7 +200,8 @@ struct FeedbackCase {
   Noise noise;  // none: s is an array
   Rule rule;
   bool has_gate, transposed, in_place;  // in_place: delta, and s if an array, is the gate's memory
-  bool overflow = false;                // one element of the factor is infinite, so a row of G too
+  bool overflow = false;                // one element of factor and error each is infinite
+  bool tf32 = false;  // allowed; all that is multiplied is of so few bits that it makes no difference
 };
 
 template <class T>
@@ -201,7 +218,10 @@ struct FeedbackArrays {
         source(c.samples * c.features, 9),
         updates(c.updates) {
     for (int64_t i = 0; i < exp_avg_sq.size(); ++i) exp_avg_sq.data()[i] = 1.0f + exp_avg.data()[i] / 2;
-    if (c.overflow) factor.data()[factor.size() - 1] = INFINITY;
+    if (c.tf32) {
+      for (Array<float>* array : {&feedback, &error, &factor}) array->round_to(256);
+    }
+    if (c.overflow) factor.data()[factor.size() - 1] = error.data()[error.size() / 2] = INFINITY;
   }
 
   FeedbackParams<T> params(const FeedbackCase& c) {
@@ -228,6 +248,7 @@ struct FeedbackArrays {
             0.9f,
             0.999f,
             1e-8f,
+            c.tf32,
             c.transposed};
   }
 
@@ -297,6 +318,27 @@ void test_overflow(const Sizes& sizes) {
             rule, true, false, false, true}});
 }
 
+template <class Backend>
+void test_feedback_in_tf32(const Sizes& sizes) {
+  for (int64_t features : sizes.features)
+    for (int64_t outputs : sizes.outputs)
+      test_feedback_blocks<Backend, float>(
+          {{sizes.samples.back(), features, outputs, 1, Activation::relu, Noise::rademacher,
+            Rule::gradient, true, false, false, false, true}});
+}
+
+// Sums of many samples and of many outputs, in which an accumulator that cuts off would drift.
+template <class Backend>
+void test_feedback_of_long_sums() {
+  const auto test = [](int64_t samples, int64_t features, int64_t outputs, Rule rule) {
+    test_feedback_blocks<Backend, float>({{samples, features, outputs, 1, Activation::identity,
+                                           Noise::gaussian, rule, false, false, false}});
+  };
+  test(4000, 5, 40, Rule::gradient);
+  test(17, 5, 4000, Rule::fixed);
+  test(300, 96, 140, Rule::adam);
+}
+
 // More blocks than one launch of the CUDA kernel takes, some of them empty.
 template <class Backend>
 void test_feedback_of_many_blocks() {
@@ -320,7 +362,10 @@ void test_kernels(const Sizes& sizes, int epilogue_stride, int feedback_stride) 
   test_feedback<Backend, bfloat16>(sizes, feedback_stride);
   test_feedback<Backend, float16>(sizes, feedback_stride);
   test_epilogue_without_tangents<Backend, float>(sizes);
+  test_epilogue_of_many_samples<Backend>();
   test_overflow<Backend, float>(sizes);
+  test_feedback_in_tf32<Backend>(sizes);
+  test_feedback_of_long_sums<Backend>();
   test_feedback_of_many_blocks<Backend>();
 }
 
