@@ -235,6 +235,8 @@ def test_a_method_without_memory_has_its_line_and_is_no_error(capsys, monkeypatc
     out = capsys.readouterr().out
     assert "| 10 | published | out of memory |" in out
     assert "| 10 | bp | " in out
+    assert main(flags.replace(",bp", "").split()) == 0
+    assert "| 10 | published | out of memory |" in capsys.readouterr().out
 
 
 def test_graphs_of_backpropagation_run_in_both_memory_orders() -> None:

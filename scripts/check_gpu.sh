@@ -96,9 +96,10 @@ summary() {
 
 # FDFA's lines: a graph beside the fastest graph of backpropagation, an eager step beside the fastest eager one.
 ratios() {
-  local log
-  for log in "$logs"/tables-*.log; do
-    [ ! -e "$log" ] || printf '\n%s\n\n%s\n' "FDFA / BP, $(basename "${log#*tables-}" .log)" \
+  local dtype log
+  for dtype in float32 bfloat16 tf32; do
+    log=$logs/tables-$dtype.log
+    [ ! -e "$log" ] || printf '\nFDFA / BP, %s:\n\n%s\n' "$dtype" \
       "$(grep -E '^\| net |^\|---|\| fdfa(-graphed)? \|' "$log")"
   done
 }

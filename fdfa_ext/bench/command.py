@@ -212,7 +212,8 @@ def time_steps(
             continue
         steps[method] = step
         contenders.append(Contender(method, step.run))
-    take_turns(contenders, seconds, device)
+    if contenders:
+        take_turns(contenders, seconds, device)
     rows = []
     for each in contenders:
         memory, error = attempt(partial(_memory, each.name, steps[each.name], device))

@@ -18,7 +18,7 @@ from fdfa_ext._ops import fused
 from fdfa_ext.bench.machine import Limits
 from fdfa_ext.bench.timing import Contender, Spread, attempt, take_turns
 
-_SECONDS = 0.5  # of timing for each operator
+_SECONDS = 0.25  # of timing for each operator
 _COLD_BYTES = 2**28  # several times a GPU's L2 cache
 _MOST_COPIES = 64  # of an operator's arguments, to make them so many bytes
 

@@ -14,7 +14,9 @@ import torch
 T = TypeVar("T")
 
 OUT_OF_MEMORY = "out of memory"
-_TURN = 0.05  # seconds of one turn, far above the clock's and the scheduler's grain, if time allows
+_TURN = (
+    0.05  # seconds of one turn, if all may have five: far above the clock's and the scheduler's grain
+)
 _LEAST_TURNS = 5
 _SLOW = 4  # a contender that takes so many times the fastest one's time sits out turns
 _SLOW_TURNS = 4  # that is, all but one in so many
@@ -88,20 +90,18 @@ def take_turns(contenders: Sequence[Contender], seconds: float, device: torch.de
         if estimate is not None:
             estimates[each.name] = estimate
     slow = {name for name, estimate in estimates.items() if estimate > _SLOW * min(estimates.values())}
-    turns = len(estimates) * _LEAST_TURNS * (_SLOW_TURNS if slow else 1)
-    repeats = {
-        name: max(1, round(min(_TURN, seconds / turns) / estimate))
-        for name, estimate in estimates.items()
-    }
+    turn_seconds = min(_TURN, seconds / (_LEAST_TURNS * len(contenders)))
+    repeats = {name: max(1, round(turn_seconds / estimate)) for name, estimate in estimates.items()}
     running = [each for each in contenders if not each.error]
     deadline = time.perf_counter() + seconds
     turn = 0
-    while running and (
-        time.perf_counter() < deadline or any(len(each.ms) < _LEAST_TURNS for each in running)
-    ):
+    while running:
+        time_is_left = time.perf_counter() < deadline
+        if not time_is_left and all(len(each.ms) >= _LEAST_TURNS for each in running):
+            break
         first = turn % len(running)
         for each in running[first:] + running[:first]:
-            if each.name in slow and turn % _SLOW_TURNS:
+            if time_is_left and each.name in slow and turn % _SLOW_TURNS:
                 continue
             _, each.error = attempt(partial(take_turn, each, repeats[each.name]))
         running = [each for each in running if not each.error]
