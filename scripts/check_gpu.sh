@@ -13,7 +13,6 @@
 # skips what has passed, until sources, commit, torch, GPU or the built module change. "not run": the tool is
 # missing or refuses this machine. Exit status 0: nothing failed.
 set -uo pipefail
-set -m  # a child in the background would otherwise be deaf to the interrupt that ends it
 cd "$(dirname "$0")/.." || exit
 
 fail() {
@@ -51,7 +50,7 @@ step() {
   fi
   limit=$((end > SECONDS ? end - SECONDS : 1))
   echo "=== $name (at most $limit s)"
-  # By an interrupt, so that pytest reports the failures so far.
+  # Ended by an interrupt, so that pytest reports the failures so far.
   timeout --signal=INT --kill-after=5 "$limit" "$@" >"$log" 2>&1 </dev/null &
   running=$!
   wait "$running" || status=$?
