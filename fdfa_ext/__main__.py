@@ -18,7 +18,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 2 after a sentence on what the user got wrong."""
+    """Run one command and return its exit code: 0, 1 where something could not be timed, or 2 after a
+    sentence on what the user got wrong.
+    """
     parser = _Parser(prog="fdfa_ext", description="Forward Direct Feedback Alignment for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     train.add_arguments(
@@ -57,9 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif args.command == "experiment":
             experiments.experiment(args)
         elif args.command == "bench":
-            bench.bench(args)
+            return bench.bench(args)
         elif args.command == "profile":
-            bench.profile(args)
+            return bench.profile(args)
         else:
             _info()
     except UserError as error:

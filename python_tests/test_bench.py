@@ -1,6 +1,8 @@
 """The profiler: its plain-torch contenders compute what FDFA computes, and its figures mean what they say."""
 
 import json
+import re
+import subprocess
 import time
 from itertools import count
 from pathlib import Path
@@ -14,12 +16,13 @@ from torch import Tensor, nn
 from fdfa_ext import FDFA, reference
 from fdfa_ext.__main__ import main
 from fdfa_ext.arguments import UserError
-from fdfa_ext.bench.contenders import METHODS, Case, training_step
+from fdfa_ext.bench import machine
+from fdfa_ext.bench.contenders import METHODS, Case, methods_for, training_step
 from fdfa_ext.bench.machine import Limits
 from fdfa_ext.bench.operators import record, time_operators
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
-from fdfa_ext.bench.report import StepTime, slope, step_table
-from fdfa_ext.bench.timing import Contender, Spread, peak_memory, take_turns
+from fdfa_ext.bench.report import StepFailure, StepTime, slope, step_lines, step_summary
+from fdfa_ext.bench.timing import OUT_OF_MEMORY, Contender, Spread, peak_memory, take_turns
 from fdfa_ext.train.models import build_net
 
 
@@ -84,7 +87,7 @@ def test_recorded_operators_are_those_of_a_step_with_their_bytes_and_flops(
     step = training_step(Case("mlp2", "mnist", n, k, width=d), "fdfa", device, "float32").run
     calls = {call.name: call for call in record(step)}
     linear, feedback = calls["fdfa::linear"], calls["fdfa::feedback_step"]
-    rows = {row.name: row for row in time_operators([linear, feedback], Limits(1e9, 1e9), device)}
+    rows = {row.name: row for row in time_operators([linear, feedback], Limits(1e9, 1e9, 1e3), device)}
 
     row = rows["fdfa::linear"]  # the first block has no tangent; its noise state has 3 words of 8 bytes
     assert row.n_flops == 2 * n * 784 * d
@@ -95,11 +98,16 @@ def test_recorded_operators_are_those_of_a_step_with_their_bytes_and_flops(
     for row in rows.values():
         assert row.ms.median > 0
         assert row.calls == 1
+    assert rows["fdfa::linear"].bound == "products"
+    share = rows["fdfa::feedback_step"].n_flops / 1e3  # its products have a limit of their own
+    assert rows["fdfa::feedback_step"].of_roofline == pytest.approx(
+        1e3 * share / rows["fdfa::feedback_step"].ms.median
+    )
     assert rows["fdfa::linear"].reference_ms > 0
 
 
 def test_roofline_is_the_larger_of_both_limits() -> None:
-    limits = Limits(bytes=100.0, flops=10.0)
+    limits = Limits(bytes=100.0, flops=10.0, feedback_flops=5.0)
     assert limits.seconds(200, 0) == 2
     assert limits.seconds(200, 30) == 3
 
@@ -109,23 +117,157 @@ def test_slope_is_the_power_of_growth() -> None:
     assert slope(xs, [3 * x**1.5 for x in xs]) == pytest.approx(1.5)
 
 
-def test_memory_is_compared_with_that_of_a_step_that_has_one() -> None:
-    """A replayed graph allocates nothing, and says nothing of what the step needs."""
+def test_a_graph_is_compared_with_graphs_and_an_eager_step_with_eager_ones() -> None:
+    """A replayed graph allocates nothing, so that it has no memory to compare."""
     case = Case.of("mlp2", "digits", 32, None)
     rows = [
         StepTime(case, method, Spread(ms, ms, ms), memory)
         for method, ms, memory in (
             ("fdfa", 2.0, 3 * 2**20),
+            ("fdfa-graphed", 0.5, None),
             ("bp", 4.0, 2 * 2**20),
+            ("bp-channels-last", 5.0, 2**20),
             ("bp-graphed", 1.0, None),
         )
     ]
-    cells = [[c.strip() for c in line.split("|")[4:-1]] for line in step_table(rows).splitlines()[2:]]
-    assert [[c[0], *c[2:]] for c in cells] == [
-        ["fdfa", "2.00", "3", "1.50"],
-        ["bp", "4.00", "2", "1.00"],
+    lines = step_lines(rows, [StepFailure(case, "published", OUT_OF_MEMORY)]).splitlines()
+    cells = [[c.strip() for c in line.split("|")[5:-1]] for line in lines]
+    assert [[c[0], *c[2:]] for c in cells[:-1]] == [
+        ["fdfa", "0.50", "3", "1.50"],
+        ["fdfa-graphed", "0.50", "", ""],
+        ["bp", "1.00", "2", "1.00"],
+        ["bp-channels-last", "1.25", "1", "0.50"],
         ["bp-graphed", "1.00", "", ""],
     ]
+    assert cells[-1] == ["published", "out of memory", "", "", ""]
+    assert step_summary(rows) == "fdfa 0.50 to 0.50 of best BP, fdfa-graphed 0.50 to 0.50 of best BP"
+
+
+def test_a_contender_that_fails_says_why_and_leaves_the_others_their_turns() -> None:
+    turns = count()
+
+    def tires() -> None:
+        if next(turns) > 10:
+            raise torch.OutOfMemoryError("Tried to allocate 4 GiB.\nMore lines.")
+
+    def breaks() -> None:
+        raise RuntimeError("no kernel image\nCompile with ...")
+
+    steps = {"steady": lambda: time.sleep(0.001), "tires": tires, "breaks": breaks}
+    contenders = [Contender(name, step) for name, step in steps.items()]
+    take_turns(contenders, seconds=0.05, device=torch.device("cpu"))
+    assert [c.error for c in contenders] == ["", OUT_OF_MEMORY, "no kernel image"]
+    assert len(contenders[0].ms) >= 5
+
+
+def test_the_commit_is_that_of_the_package_and_of_no_repository_around_it(
+    tmp_path, monkeypatch
+) -> None:
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    commit = ["git", "-C", str(tmp_path), *who, "commit", "-q", "--allow-empty", "-m", "other"]
+    subprocess.run(commit, check=True)
+    inside = tmp_path / "copy" / "fdfa_ext" / "bench"
+    inside.mkdir(parents=True)
+    monkeypatch.delenv("FDFA_COMMIT", raising=False)
+    monkeypatch.setattr(machine, "__file__", str(inside / "machine.py"))
+    cpu = torch.device("cpu")
+    assert machine.machine_facts(cpu)["commit"] == "unknown"
+    monkeypatch.setenv("FDFA_COMMIT", "abc1234")
+    assert machine.machine_facts(cpu)["commit"] == "abc1234"
+    assert machine.description(cpu).endswith("commit abc1234")
+
+
+def test_bench_keeps_the_table_of_those_that_ran_and_resumes(tmp_path, capsys, monkeypatch) -> None:
+    """Rows of the same commit alone are taken from the file, and only whole cases."""
+    monkeypatch.setenv("FDFA_COMMIT", "abc1234")
+    figures = tmp_path / "bench.json"
+    made: list[tuple[int, str]] = []
+
+    def step(case, method, *rest):
+        made.append((case.outputs, method))
+        if method == failing:
+            raise RuntimeError("no kernel image")
+        return training_step(case, method, *rest)
+
+    monkeypatch.setattr("fdfa_ext.bench.command.training_step", step)
+    flags = "bench --models mlp2 --shapes digits --methods fdfa,bp --batch-sizes 2 --seconds 0.001"
+    command = [*flags.split(), "--json", str(figures), "--resume", "--outputs"]
+
+    failing = "bp"
+    assert main([*command, "10"]) == 1
+    out, err = capsys.readouterr()
+    assert "| 10 | bp | no kernel image |" in out
+    assert "RuntimeError: no kernel image" in err
+    saved = json.loads(figures.read_text())
+    assert [row["method"] for row in saved["rows"]] == ["fdfa"]
+    assert saved["failures"][0]["error"] == "no kernel image"
+    assert all(saved["rows"][0][key] for key in ("hardware", "torch", "commit", "dtype"))
+
+    failing = ""
+    made.clear()
+    assert main([*command, "10,3"]) == 0
+    assert made == [(10, "fdfa"), (10, "bp"), (3, "fdfa"), (3, "bp")]
+    table = capsys.readouterr().out
+    made.clear()
+    assert main([*command, "10,3"]) == 0
+    assert made == []
+    again = capsys.readouterr().out
+    assert [line for line in again.splitlines() if line[:1] == "|"] == [
+        line for line in table.splitlines() if line[:1] == "|"
+    ]
+    for other, taken in (("def5678", True), ("unknown", False), ("abc1234-dirty", False)):
+        monkeypatch.setenv("FDFA_COMMIT", other)
+        made.clear()
+        assert main([*command, "10"]) == main([*command, "10"]) == 0
+        assert len(made) == (2 if taken else 4)
+
+
+def test_a_method_without_memory_has_its_line_and_is_no_error(capsys, monkeypatch) -> None:
+    def step(case, method, *rest):
+        if method == "published":
+            raise torch.OutOfMemoryError("Tried to allocate 4 GiB.")
+        return training_step(case, method, *rest)
+
+    monkeypatch.setattr("fdfa_ext.bench.command.training_step", step)
+    flags = "bench --models mlp2 --shapes digits --methods published,bp --batch-sizes 2 --seconds 0.001"
+    assert main(flags.split()) == 0
+    out = capsys.readouterr().out
+    assert "| 10 | published | out of memory |" in out
+    assert "| 10 | bp | " in out
+    assert main(flags.replace(",bp", "").split()) == 0
+    assert "| 10 | published | out of memory |" in capsys.readouterr().out
+
+
+def test_graphs_of_backpropagation_run_in_both_memory_orders() -> None:
+    def graphs(model: str) -> list[str]:
+        case = Case.of(model, "mnist", 8, None)
+        return [
+            m for m in methods_for(case, [*METHODS], "float32", torch.device("cuda")) if "graph" in m
+        ]
+
+    assert graphs("cnn") == ["fdfa-graphed", "bp-graphed", "bp-channels-last-graphed"]
+    assert graphs("mlp2") == ["fdfa-graphed", "bp-graphed"]
+
+
+def test_every_operator_of_a_step_is_profiled(capsys, monkeypatch, tmp_path) -> None:
+    """The nets of the GPU check together call all that a training step by FDFA may call."""
+    monkeypatch.setattr("fdfa_ext.bench.operators._SECONDS", 0.001)
+    monkeypatch.setattr("fdfa_ext.bench.command._STEP_SECONDS", 0.001)
+    monkeypatch.setattr("fdfa_ext.bench.command.measure_limits", lambda *_: Limits(1e9, 1e9, 1e9))
+    figures = tmp_path / "profile.json"
+    flags = (
+        f"profile --model mlp2,cnn,cnn-two-pool,other-ends --batch-size 2 --only-fdfa --json {figures}"
+    )
+    assert main(flags.split()) == 0
+    found = {row["name"].split()[0] for row in json.loads(figures.read_text())["rows"]}
+    ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fdfa::")}
+    # star, product and dual_linear are made of others; the gradient is the rule "grad"'s
+    unseen = {"fdfa::star", "fdfa::product", "fdfa::dual_linear", "fdfa::feedback_gradient"}
+    assert found == ours - unseen
+    out = capsys.readouterr().out
+    assert "| whole step |" in out
+    assert re.search(r"\nfdfa's kernels reach \d+% of the roofline\n", out)
 
 
 def test_commands_print_tables_and_write_their_files(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -164,6 +306,8 @@ def test_commands_print_tables_and_write_their_files(tmp_path: Path, capsys, mon
             "784-800-10 in bfloat16 on cpu: nothing to time with plain",
         ),
         ("bench --batch-sizes 64,0", "'0' is not a whole number of 1 or more"),
+        ("bench --resume", "--resume goes on with the file of --json: give one"),
+        ("profile --model mlp2,cnn --trace t.json", "--trace is of one net; got --model mlp2,cnn"),
         ("bench --json .", "--json . is a folder: give a file"),
         ("bench --plot b.foo", "--plot b.foo must end in one of"),
         ("profile --trace nowhere/t.json", "--trace nowhere/t.json: there is no folder nowhere"),

@@ -1,11 +1,14 @@
 """``python -m fdfa_ext bench`` and ``python -m fdfa_ext profile``."""
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,9 @@ from fdfa_ext.bench.contenders import (
     methods_for,
     training_step,
 )
-from fdfa_ext.bench.machine import description, measure_limits
-from fdfa_ext.bench.operators import record, time_operators
-from fdfa_ext.bench.timing import Contender, peak_memory, take_turns
+from fdfa_ext.bench.machine import description, machine_facts, measure_limits
+from fdfa_ext.bench.operators import OperatorTime, record, time_operators
+from fdfa_ext.bench.timing import OUT_OF_MEMORY, Contender, Spread, attempt, peak_memory, take_turns
 from fdfa_ext.memory import keep_freed_memory
 
 BENCH_DESCRIPTION = (
@@ -44,7 +47,7 @@ _SWEEPS = {
     "hidden": (1, 2, 4, 8, 16),
     "outputs": (10, 30, 100, 300, 1000),
 }
-_STEP_SECONDS = 3.0  # of timing the whole step that the operators are compared with
+_STEP_SECONDS = 1.0  # of timing the whole step that the operators are compared with
 _TRACED_STEPS = 3
 
 
@@ -82,12 +85,29 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=positive, default=10.0, help="of timing for each case (default %(default)s)"
     )
+    parser.add_argument(
+        "--outputs",
+        type=whole_numbers,
+        metavar="K[,...]",
+        help="network outputs (default 10; alexnet 100); all nets with the first number come first",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (PNG)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="do not time again what the file of --json holds of this hardware, torch and commit",
+    )
     _add_common_arguments(parser)
 
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=MODELS, default="mlp4", help="default %(default)s")
+    parser.add_argument(
+        "--model",
+        type=some_of(MODELS),
+        default="mlp4",
+        metavar="MODEL[,...]",
+        help=f"of {', '.join(MODELS)} (default %(default)s)",
+    )
     parser.add_argument(
         "--shape",
         choices=INPUTS,
@@ -97,6 +117,12 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     recorded = [method for method in METHODS if method not in GRAPHED]  # a replay calls no operator
     parser.add_argument("--method", choices=recorded, default="fdfa", help="default %(default)s")
     parser.add_argument("--batch-size", type=whole, default=64, metavar="N", help="default 64")
+    parser.add_argument(
+        "--outputs", type=whole, metavar="K", help="network outputs (default 10; alexnet 100)"
+    )
+    parser.add_argument(
+        "--only-fdfa", action="store_true", help="time this package's operators and none of torch's"
+    )
     parser.add_argument(
         "--trace",
         type=Path,
@@ -114,9 +140,6 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--outputs", type=whole, metavar="K", help="network outputs (default 10; alexnet 100)"
-    )
-    parser.add_argument(
         "--device", type=device, default="cpu", help="device, such as cpu or cuda:0 (default cpu)"
     )
     parser.add_argument(
@@ -132,34 +155,86 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
 
 
-def bench(args: argparse.Namespace) -> None:
-    """What the command does, for its arguments."""
+def bench(args: argparse.Namespace) -> int:
+    """What the command does, for its arguments. Returns 1 if a method failed for want of anything but
+    memory, else 0.
+
+    What is known of a case is printed and written as soon as it is, so that a run which is cut short
+    loses only the rest.
+    """
     title = _set_up(args)
+    if args.resume and not args.json:
+        raise UserError("--resume goes on with the file of --json: give one")
+    facts = {**machine_facts(args.device), "dtype": args.dtype}
+    known = _earlier_rows(args.json, facts) if args.resume else {}
     rows: list[report.StepTime] = []
+    failures: list[report.StepFailure] = []
+    print(title, "", report.STEP_HEAD, sep="\n", flush=True)
     for case in _cases(args):
         print(f"{case.net}, {case.shape}, batch {case.batch_size} ...", file=sys.stderr, flush=True)
-        rows += time_steps(case, args.methods, args.seconds, args.device, args.dtype)
-    print(title, report.step_table(rows), sep="\n\n")
-    if args.json:
-        _write_json(args.json, title, [asdict(row) for row in rows])
+        methods = methods_for(case, args.methods, args.dtype, args.device)
+        timed, failed = known.get(case, []), list[report.StepFailure]()
+        if [row.method for row in timed] != methods:
+            gc.collect()  # the nets of the case before, whose memory this one may need
+            timed, failed = time_steps(case, methods, args.seconds, args.device, args.dtype)
+        print(report.step_lines(timed, failed), flush=True)
+        rows += timed
+        failures += failed
+        if args.json:
+            _write_json(
+                args.json,
+                machine=title,
+                rows=[facts | asdict(row) for row in rows],
+                failures=[facts | asdict(row) for row in failures],
+            )
+    print("", report.step_summary(rows), sep="\n")
     if args.plot and args.sweep:
         report.plot_sweep(rows, args.sweep, title, args.plot)
     elif args.plot:
         report.plot_ratios(rows, title, args.plot)
+    return int(any(row.error != OUT_OF_MEMORY for row in failures))
 
 
 def time_steps(
     case: Case, methods: list[str], seconds: float, device: torch.device, dtype: str
-) -> list[report.StepTime]:
+) -> tuple[list[report.StepTime], list[report.StepFailure]]:
     """The methods' whole training steps on one case, interleaved; and their peak memory."""
-    methods = methods_for(case, methods, dtype, device)
-    steps = [training_step(case, method, device, dtype) for method in methods]
-    contenders = [Contender(method, step.run) for method, step in zip(methods, steps, strict=True)]
-    take_turns(contenders, seconds, device)
-    return [
-        report.StepTime(case, each.name, each.spread, _memory(each.name, step, device))
-        for each, step in zip(contenders, steps, strict=True)
+    contenders, steps = [], {}
+    failures = []
+
+    def fail(method: str, error: str) -> None:
+        failures.append(report.StepFailure(case, method, error))
+
+    for method in methods:
+        step, error = attempt(partial(training_step, case, method, device, dtype))
+        if step is None:
+            fail(method, error)
+            continue
+        steps[method] = step
+        contenders.append(Contender(method, step.run))
+    if contenders:
+        take_turns(contenders, seconds, device)
+    rows = []
+    for each in contenders:
+        memory, error = attempt(partial(_memory, each.name, steps[each.name], device))
+        if each.error or error:
+            fail(each.name, each.error or error)
+        else:
+            rows.append(report.StepTime(case, each.name, each.spread, memory))
+    return rows, failures
+
+
+def _earlier_rows(file: Path, facts: dict[str, str]) -> dict[Case, list[report.StepTime]]:
+    """What an earlier run wrote, if it was made of the same and nobody can have changed it since."""
+    exact = facts["commit"] != "unknown" and not facts["commit"].endswith("-dirty")
+    if not exact or not file.exists():
+        return {}
+    rows = [
+        report.StepTime(Case(**row["case"]), row["method"], Spread(*row["ms"]), row["memory"])
+        for row in json.loads(file.read_text())["rows"]
+        if facts.items() <= row.items()
     ]
+    return report.by_case(rows)
 
 
 def _memory(method: str, step: TrainingStep, device: torch.device) -> int | None:
@@ -168,43 +243,68 @@ def _memory(method: str, step: TrainingStep, device: torch.device) -> int | None
 
 def _cases(args: argparse.Namespace) -> Iterator[Case]:
     if args.sweep:
-        case = Case.of(args.models[0], args.shapes[0], args.batch_sizes[0], args.outputs)
+        outputs = args.outputs[0] if args.outputs else None
+        case = Case.of(args.models[0], args.shapes[0], args.batch_sizes[0], outputs)
         if args.sweep in ("width", "hidden") and not case.is_mlp:
             raise UserError(f"--sweep {args.sweep} is for the mlps, not for {case.model}")
         for value in _SWEEPS[args.sweep]:
             changed: dict[str, Any] = {args.sweep: value}
             yield replace(case, **changed)
         return
-    for model in args.models:
+    for outputs, model in product(args.outputs or [None], args.models):
         for shape in args.shapes if model != "alexnet" else args.shapes[:1]:
             for batch_size in args.batch_sizes:
-                yield Case.of(model, shape, batch_size, args.outputs)
+                yield Case.of(model, shape, batch_size, outputs)
 
 
-def profile(args: argparse.Namespace) -> None:
-    """What the command does, for its arguments."""
+def profile(args: argparse.Namespace) -> int:
+    """What the command does, for its arguments. Returns 1 if an operator failed, else 0.
+
+    A net's lines are printed and written as soon as they are known.
+    """
     title = _set_up(args)
-    case = Case.of(args.model, args.shape, args.batch_size, args.outputs)
-    (method,) = methods_for(case, [args.method], args.dtype, args.device)
-    step = training_step(case, method, args.device, args.dtype).run
-    whole_step = Contender(args.method, step)
-    take_turns([whole_step], _STEP_SECONDS, args.device)
+    if args.trace and len(args.model) > 1:
+        raise UserError(f"--trace is of one net; got --model {','.join(args.model)}")
     limits = measure_limits(args.device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
-    rows = time_operators(record(step), limits, args.device)
     print(
-        f"{title}, {limits.bytes / 1e9:.3g} GB/s, {limits.flops / 1e9:.4g} GFLOP/s",
-        f"{case.net}, {case.shape}, batch {case.batch_size}, {args.method}: "
-        f"{whole_step.spread} ms a step",
-        report.operator_table(rows, whole_step.spread.median),
-        sep="\n\n",
+        f"{title}, {limits.bytes / 1e9:.3g} GB/s, {limits.flops / 1e9:.4g} GFLOP/s, in a feedback step "
+        f"{limits.feedback_flops / 1e9:.4g}; batch {args.batch_size}, {args.method}",
+        "",
+        report.OPERATOR_HEAD,
+        sep="\n",
+        flush=True,
     )
-    if args.json:
-        _write_json(args.json, title, [asdict(row) for row in rows])
-    if args.trace:
-        _write_trace(step, args.trace, args.device)
-    if args.nvtx:
-        with torch.autograd.profiler.emit_nvtx():
-            _named_steps(step)
+    facts = machine_facts(args.device)
+    rows: list[OperatorTime] = []
+    records = []
+    failed = False
+    for model in args.model:
+        case = Case.of(model, args.shape, args.batch_size, args.outputs)
+        (method,) = methods_for(case, [args.method], args.dtype, args.device)
+        step = training_step(case, method, args.device, args.dtype).run
+        whole_step = Contender(args.method, step)
+        take_turns([whole_step], _STEP_SECONDS, args.device)
+        if whole_step.error:
+            raise RuntimeError(whole_step.error)
+        timed: list[OperatorTime] = []
+        for call in record(step):
+            if args.only_fdfa and not call.is_ours:
+                continue
+            found, error = attempt(partial(time_operators, [call], limits, args.device))
+            timed += found or []
+            failed = failed or bool(error)
+        print(report.operator_lines(case.net, timed, whole_step.spread), flush=True)
+        rows += timed
+        records += [{**facts, "case": asdict(case), **asdict(row)} for row in timed]
+        if args.json:
+            _write_json(args.json, machine=title, limits=limits._asdict(), rows=records)
+        if args.trace:
+            _write_trace(step, args.trace, args.device)
+        if args.nvtx:
+            with torch.autograd.profiler.emit_nvtx():
+                _named_steps(step)
+    print("", report.operator_summary(rows), sep="\n")
+    return int(failed)
 
 
 def _set_up(args: argparse.Namespace) -> str:
@@ -240,8 +340,11 @@ def _check_plot(file: Path) -> None:
         raise UserError(f"--plot {file} must end in one of {', '.join(f'.{each}' for each in known)}")
 
 
-def _write_json(file: Path, title: str, rows: list[dict[str, Any]]) -> None:
-    file.write_text(json.dumps({"machine": title, "rows": rows}, indent=1) + "\n")
+def _write_json(file: Path, **content: Any) -> None:
+    """At once, so that a run which is killed leaves a whole file."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(file)
 
 
 def _write_trace(step: Any, file: Path, device: torch.device) -> None:

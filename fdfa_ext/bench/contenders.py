@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdfa_ext import FDFA, make_graphed_step
+from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, make_graphed_step
 from fdfa_ext.arguments import UserError
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
 from fdfa_ext.train.models import build_net
 
 HIDDEN = {"mlp2": 1, "mlp4": 3}  # 784-800-10 and 784-800-800-800-10
-MODELS = (*HIDDEN, "cnn", "cnn-two-pool", "alexnet")
+MODELS = (*HIDDEN, "cnn", "cnn-two-pool", "alexnet", "other-ends")
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet": (3, 224, 224)}
 INPUTS = ("digits", "mnist", "cifar10")  # that one may ask for
 _WIDTHS = {"digits": 128, "mnist": 800, "cifar10": 1000}
 DTYPES = ("float32", "tf32", "bfloat16")
-GRAPHED = ("fdfa-graphed", "bp-graphed")
+GRAPHED = ("fdfa-graphed", "bp-graphed", "bp-channels-last-graphed")
 RELATIVES = ("dfa", "dkp", "fg-a", "lg-fg-a", "fg-w")
 DEFAULT = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled", *GRAPHED)
 METHODS = (*DEFAULT, *RELATIVES)
@@ -58,11 +58,27 @@ class Case:
         inputs = torch.Size(SHAPES[self.shape]).numel()
         return "-".join(map(str, [inputs, *[self.width] * self.hidden, self.outputs]))
 
-    def build(self) -> nn.Sequential:
-        """The net, with the same weights each time."""
+    def build(self, device: torch.device | None = None) -> nn.Sequential:
+        """The net, with the same weights each time; initialised on the device, where that is fast."""
         torch.manual_seed(0)
-        family = "mlp" if self.is_mlp else self.model
-        return build_net(family, SHAPES[self.shape], self.outputs, self.hidden, self.width)
+        with torch.device(device or "cpu"):
+            if self.model == "other-ends":
+                return _other_ends(SHAPES[self.shape], self.outputs)
+            family = "mlp" if self.is_mlp else self.model
+            return build_net(family, SHAPES[self.shape], self.outputs, self.hidden, self.width)
+
+
+def _other_ends(shape: tuple[int, int, int], outputs: int) -> nn.Sequential:
+    """Blocks with the ends that none of the paper's nets has, for their operators to be timed."""
+    channels, height, width = shape
+    return nn.Sequential(
+        FDFAConv2d(channels, 64, 5, padding=2, activation="relu"),  # and no pool after it
+        FDFABlock(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        FDFABlock(nn.Conv2d(64, 64, 3, padding=1), nn.Softplus()),  # perturbed in a pass of its own
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), outputs),
+    )
 
 
 def methods_for(case: Case, methods: list[str], dtype: str, device: torch.device) -> list[str]:
@@ -71,7 +87,7 @@ def methods_for(case: Case, methods: list[str], dtype: str, device: torch.device
     Memory order makes no difference to a net without images, torch's autocast does not reach the
     tangents of the plain forms, and only CUDA has graphs.
     """
-    out = {"bp-channels-last"} if case.is_mlp else set()
+    out = {"bp-channels-last", "bp-channels-last-graphed"} if case.is_mlp else set()
     if device.type != "cuda":
         out |= {*GRAPHED}
     if dtype == "bfloat16":
@@ -92,11 +108,11 @@ class TrainingStep:
 
 def training_step(case: Case, method: str, device: torch.device, dtype: str) -> TrainingStep:
     """dtype: "float32", "tf32" (which is a setting of torch and up to the caller) or "bfloat16"."""
-    net = case.build()
+    net = case.build(device)
     graphed = method in GRAPHED
-    plain_order = case.is_mlp or method in ("bp", "published")
+    plain_order = case.is_mlp or method in ("bp", "bp-graphed", "published")
     order = torch.contiguous_format if plain_order else torch.channels_last
-    net = net.to(device=device, memory_format=order)  # type: ignore[call-overload]
+    net = net.to(memory_format=order)  # type: ignore[call-overload]
     batches = list(_batches(case, device, order))
     endless = cycle(batches)
     example = batches[0][0]
@@ -146,5 +162,5 @@ def _batches(
     shape = (case.batch_size, *SHAPES[case.shape])
     n_bytes = 4 * torch.Size(shape).numel()
     for _ in range(max(2, min(_N_BATCHES, _BATCH_BYTES // n_bytes))):
-        images = torch.randn(shape).to(device).contiguous(memory_format=order)
-        yield images, torch.randint(case.outputs, (case.batch_size,)).to(device)
+        images = torch.randn(shape, device=device).contiguous(memory_format=order)
+        yield images, torch.randint(case.outputs, (case.batch_size,), device=device)

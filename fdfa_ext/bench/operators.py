@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
 from fdfa_ext.bench.machine import Limits
-from fdfa_ext.bench.timing import Contender, Spread, take_turns
+from fdfa_ext.bench.timing import Contender, Spread, attempt, take_turns
 
 _SECONDS = 0.25  # of timing for each operator
 _COLD_BYTES = 2**28  # several times a GPU's L2 cache
 _MOST_COPIES = 64  # of an operator's arguments, to make them so many bytes
-_GEOMETRY = slice(4, 8)  # stride, padding, dilation and groups of fdfa::conv2d, with a pool or not
 
 
 @dataclass
@@ -35,6 +35,16 @@ class OperatorCall:
     @property
     def name(self) -> str:
         return str(self.operator.name())
+
+    @property
+    def is_ours(self) -> bool:
+        return bool(self.operator.namespace == "fdfa")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments by their names in the operator's schema."""
+        names = (argument.name for argument in self.operator._schema.arguments)
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
 
     @property
     def shapes(self) -> str:
@@ -61,6 +71,7 @@ class OperatorTime:
     n_bytes: int  # that it cannot avoid: each tensor that it reads or writes, once
     n_flops: int  # of matrix products alone
     of_roofline: float
+    bound: str  # which roof is the lower: "bytes" or "products"
     reference_ms: float | None = None
 
 
@@ -123,32 +134,47 @@ def _time(call: OperatorCall, limits: Limits, device: torch.device) -> Iterator[
     if device.type == "cuda":
         copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(n_bytes, 1)))
     runs: dict[str, Callable[[OperatorCall], Any]] = {"itself": OperatorCall.__call__}
-    if call.operator.namespace == "fdfa":
+    if call.is_ours:
         runs["reference"] = _in_plain_torch
     products = _PRODUCTS.get(call.name)
     if products:
         runs["products"] = products
+    # Plain torch makes so many passes of its own that it finds nothing in a cache.
+    counts = {name: 1 if name == "reference" else copies for name in runs}
     contenders = []
     for name, run in runs.items():
-        arguments = [call.copy() for _ in range(copies)]
-        step = _graphed(run, arguments) if device.type == "cuda" else lambda r=run, c=arguments[0]: r(c)
-        contenders.append(Contender(name, step))
+        step, _ = attempt(partial(_repeated, run, call, counts[name], device))
+        if step:
+            contenders.append(Contender(name, step))
     with torch.no_grad():
         take_turns(contenders, _SECONDS, device)
-    ms = {c.name: Spread(*(q / copies for q in c.spread)) for c in contenders}
+    ms = {c.name: Spread(*(q / counts[c.name] for q in c.spread)) for c in contenders if not c.error}
+    if call.name.startswith("fdfa::feedback"):
+        limits = limits._replace(flops=limits.feedback_flops)
 
     def row(name: str, spread: Spread, moved: int, flops: int, plain: float | None) -> OperatorTime:
         share = 1e3 * limits.seconds(moved, flops) / spread.median
-        return OperatorTime(name, call.shapes, call.calls, spread, moved, flops, share, plain)
+        bound = "bytes" if limits.seconds(moved, 0) >= limits.seconds(0, flops) else "products"
+        return OperatorTime(name, call.shapes, call.calls, spread, moved, flops, share, bound, plain)
 
+    if "itself" not in ms:
+        raise RuntimeError(f"{call.name} could not be timed")
     plain = ms["reference"].median if "reference" in ms else None
     yield row(call.name, ms["itself"], n_bytes, n_flops, plain)
-    if products:
-        bare = ms["products"].median
-        pass_ms = Spread(*(max(q - bare, 1e-6) for q in ms["itself"]))
+    # Where the products' time scatters by more than the pass takes, a difference says nothing.
+    if products and "products" in ms and ms["products"].median < ms["itself"].lower:
+        pass_ms = Spread(*(q - ms["products"].median for q in ms["itself"]))
         # z and tz are read, y and ty, or what is pooled of them, written.
-        moved = sum(t.nbytes for t in products(call)) + sum(map(_held_bytes, call.copy()()))
+        results = sum(map(_held_bytes, _tensors(call.copy()())))
+        moved = sum(t.nbytes for t in products(call)) + results
         yield row(f"{call.name} less its products", pass_ms, moved, 0, None)
+
+
+def _repeated(
+    run: Callable[[OperatorCall], Any], call: OperatorCall, copies: int, device: torch.device
+) -> Callable[[], Any]:
+    arguments = [call.copy() for _ in range(copies)]
+    return _graphed(run, arguments) if device.type == "cuda" else partial(run, arguments[0])
 
 
 def _graphed(run: Callable[[OperatorCall], Any], calls: list[OperatorCall]) -> Callable[[], None]:
@@ -168,13 +194,16 @@ def _in_plain_torch(call: OperatorCall) -> Any:
 
 
 def _linear_products(call: OperatorCall) -> list[Tensor]:
-    x, tangent, weight = call.args[:3]
-    return [fused.mm(t.flatten(0, -2), weight.t()) for t in (x, tangent) if t is not None]
+    given = call.given
+    factors = [t.flatten(0, -2) for t in (given["x"], given["tangent"]) if t is not None]
+    return [fused.mm(t, given["weight"].t()) for t in factors]
 
 
 def _conv2d_products(call: OperatorCall) -> list[Tensor]:
-    x, tangent, weight = call.args[:3]
-    return [F.conv2d(t, weight, None, *call.args[_GEOMETRY]) for t in (x, tangent) if t is not None]
+    given = call.given
+    geometry = [given[name] for name in ("stride", "padding", "dilation", "groups")]
+    images = [t for t in (given["x"], given["tangent"]) if t is not None]
+    return [F.conv2d(t, given["weight"], None, *geometry) for t in images]
 
 
 _PRODUCTS = {
@@ -192,7 +221,7 @@ def _held_bytes(t: Tensor) -> int:
 def necessary_bytes(call: OperatorCall) -> int:
     """Each tensor read once and each result written once; what an operator changes counts as both."""
     schema = call.operator._schema
-    given = dict(zip((a.name for a in schema.arguments), call.args, strict=False)) | call.kwargs
+    given = call.given
     if "gates" in given:
         both = zip(given["gates"], given["activations"], strict=True)
         given["gates"] = [gate for gate, f in both if f != "identity"]  # whose f' is one

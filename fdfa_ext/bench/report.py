@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fdfa_ext.bench.contenders import Case
+from fdfa_ext.bench.contenders import GRAPHED, Case
 from fdfa_ext.bench.operators import OperatorTime
 from fdfa_ext.bench.timing import Spread
 
@@ -25,16 +25,33 @@ class StepTime:
     memory: int | None
 
 
+@dataclass(frozen=True)
+class StepFailure:
+    """A method that gave no figures on a case. error: why, in one line."""
+
+    case: Case
+    method: str
+    error: str
+
+
 def _line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    return "\n".join([_line(head), "|" + "---|" * len(head), *map(_line, rows)])
+def _head(cells: Sequence[str]) -> str:
+    return f"{_line(cells)}\n|{'---|' * len(cells)}"
 
 
-def _best_bp(rows: Sequence[StepTime]) -> StepTime | None:
-    return min((r for r in rows if r.method.startswith("bp")), key=lambda r: r.ms.median, default=None)
+def _best_bp(row: StepTime, group: Sequence[StepTime]) -> StepTime | None:
+    """The fastest of the row's own kind: a graph spares both methods the same launches."""
+    graphed = row.method in GRAPHED
+    rivals = [r for r in group if r.method.startswith("bp") and (r.method in GRAPHED) == graphed]
+    return min(rivals, key=lambda r: r.ms.median, default=None)
+
+
+def _time_ratio(row: StepTime, group: Sequence[StepTime]) -> float | None:
+    best = _best_bp(row, group)
+    return row.ms.median / best.ms.median if best else None
 
 
 def by_case(rows: Sequence[StepTime]) -> dict[Case, list[StepTime]]:
@@ -44,28 +61,68 @@ def by_case(rows: Sequence[StepTime]) -> dict[Case, list[StepTime]]:
     return cases
 
 
-def step_table(rows: Sequence[StepTime]) -> str:
-    """Ratios are to the fastest backpropagation of the case; of memory, to the fastest that has one."""
+STEP_HEAD = _head(
+    ["net", "input", "batch", "outputs", "method", "ms", "/ best BP", "peak MiB", "/ best BP"]
+)
 
-    def cells(row: StepTime, group: Sequence[StepTime]) -> list[object]:
-        best, leanest = _best_bp(group), _best_bp([each for each in group if each.memory])
-        time_ratio = f"{row.ms.median / best.ms.median:.2f}" if best else ""
+
+def step_lines(rows: Sequence[StepTime], failures: Sequence[StepFailure] = ()) -> str:
+    """One case's lines of the table. Ratios are to the fastest backpropagation: of eager methods to the
+    fastest eager one, of CUDA graphs to the fastest graph.
+    """
+
+    def named(row: StepTime | StepFailure) -> list[object]:
+        case = row.case
+        return [case.net, case.shape, case.batch_size, case.outputs, row.method]
+
+    def cells(row: StepTime) -> list[object]:
+        best, ratio = _best_bp(row, rows), _time_ratio(row, rows)
         memory, memory_ratio = "", ""
         if row.memory:
             memory = f"{row.memory / 2**20:.3g}"
-            if leanest and leanest.memory:
-                memory_ratio = f"{row.memory / leanest.memory:.2f}"
-        case = row.case
-        named = [case.net, case.shape, case.batch_size, row.method]
-        return [*named, row.ms, time_ratio, memory, memory_ratio]
+            if best and best.memory:
+                memory_ratio = f"{row.memory / best.memory:.2f}"
+        return [*named(row), row.ms, f"{ratio:.2f}" if ratio else "", memory, memory_ratio]
 
-    head = ["net", "input", "batch", "method", "ms", "/ best BP", "peak MiB", "/ best BP"]
-    groups = by_case(rows).values()
-    return _table(head, [cells(row, group) for group in groups for row in group])
+    lines = [*map(cells, rows), *([*named(row), row.error, "", "", ""] for row in failures)]
+    return "\n".join(map(_line, lines))
 
 
-def operator_table(rows: Sequence[OperatorTime], step_ms: float) -> str:
-    """Most expensive first. `step_ms`: the whole step's time, which also has what lies between."""
+def step_summary(rows: Sequence[StepTime]) -> str:
+    """The range of FDFA's ratios over all cases, in one line; empty where none has both methods."""
+    found = []
+    for method in ("fdfa", "fdfa-graphed"):
+        groups = by_case(rows).values()
+        ratios = [_time_ratio(row, group) for group in groups for row in group if row.method == method]
+        known = [ratio for ratio in ratios if ratio]
+        if known:
+            found.append(f"{method} {min(known):.2f} to {max(known):.2f} of best BP")
+    return ", ".join(found)
+
+
+OPERATOR_HEAD = _head(
+    [
+        "net",
+        "operator",
+        "largest tensors",
+        "calls",
+        "ms",
+        "of step",
+        "GB/s",
+        "GFLOP/s",
+        "of roofline",
+        "bound by",
+        "plain torch ms",
+        "/ ours",
+    ]
+)
+
+
+def operator_lines(net: str, rows: Sequence[OperatorTime], step: Spread) -> str:
+    """One net's lines of the table, after the whole step the most expensive operator first. `step` also
+    has what lies between operators.
+    """
+    step_ms = step.median
     total = {id(row): row.calls * row.ms.median for row in rows}
     shown = [r for r in rows if total[id(r)] >= _SMALL * step_ms or r.name.startswith("fdfa::")]
     others = sum(total[id(r)] for r in rows if r not in shown)
@@ -76,6 +133,7 @@ def operator_table(rows: Sequence[OperatorTime], step_ms: float) -> str:
         if row.reference_ms is not None:
             reference = [f"{row.reference_ms:.3g}", f"{row.reference_ms / row.ms.median:.1f}"]
         return [
+            net,
             row.name,
             row.shapes,
             row.calls,
@@ -84,24 +142,25 @@ def operator_table(rows: Sequence[OperatorTime], step_ms: float) -> str:
             f"{row.n_bytes / seconds / 1e9:.3g}",
             f"{row.n_flops / seconds / 1e9:.3g}" if row.n_flops else "",
             f"{row.of_roofline:.0%}",
+            row.bound,
             *reference,
         ]
 
-    head = [
-        "operator",
-        "largest tensors",
-        "calls",
-        "ms",
-        "of step",
-        "GB/s",
-        "GFLOP/s",
-        "of roofline",
-        "plain torch ms",
-        "/ ours",
-    ]
-    ordered = sorted(shown, key=lambda row: -total[id(row)])
-    small = ["others", "", "", f"{others:.3g}", f"{others / step_ms:.1%}", *[""] * 5]
-    return _table(head, [*map(cells, ordered), small])
+    lines: list[list[object]] = [[net, "whole step", "", "", step, "", *[""] * 6]]
+    lines += map(cells, sorted(shown, key=lambda row: -total[id(row)]))
+    if others:
+        lines.append([net, "others", "", "", f"{others:.3g}", f"{others / step_ms:.1%}", *[""] * 6])
+    return "\n".join(map(_line, lines))
+
+
+def operator_summary(rows: Sequence[OperatorTime]) -> str:
+    """How close this package's kernels come to what the machine allows, in one line."""
+    # The others with products get them from a library.
+    kernels = [row for row in rows if row.name.startswith("fdfa::feedback") or not row.n_flops]
+    ours = [row for row in kernels if row.name.startswith("fdfa::")]
+    total = sum(row.calls * row.ms.median for row in ours)
+    least = sum(row.calls * row.ms.median * row.of_roofline for row in ours)
+    return f"fdfa's kernels reach {least / total:.0%} of the roofline" if ours else ""
 
 
 def plot_ratios(rows: Sequence[StepTime], title: str, file: Path) -> None:
@@ -115,11 +174,10 @@ def plot_ratios(rows: Sequence[StepTime], title: str, file: Path) -> None:
     for number, method in enumerate(methods):
         places, heights = [], []
         for place, group in enumerate(groups.values()):
-            best = _best_bp(group)
             for row in group:
                 if row.method == method:
                     places.append(place + (number - (len(methods) - 1) / 2) * 0.8 / len(methods))
-                    heights.append(row.ms.median / best.ms.median if best else row.ms.median)
+                    heights.append(_time_ratio(row, group) or row.ms.median)
         axes.bar(places, heights, 0.8 / len(methods), label=method)
     labels = [f"{c.net}\n{c.shape}, batch {c.batch_size}" for c in groups]
     axes.set_xticks(range(len(groups)), labels, fontsize=8)

@@ -3,13 +3,20 @@
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import torch
 
-_TURN = 0.05  # seconds of one turn at least: far above the clock's and the scheduler's grain
+T = TypeVar("T")
+
+OUT_OF_MEMORY = "out of memory"
+_TURN = (
+    0.05  # seconds of one turn, if all may have five: far above the clock's and the scheduler's grain
+)
 _LEAST_TURNS = 5
 _SLOW = 4  # a contender that takes so many times the fastest one's time sits out turns
 _SLOW_TURNS = 4  # that is, all but one in so many
@@ -28,15 +35,30 @@ class Spread(NamedTuple):
 
 @dataclass
 class Contender:
-    """`step` is what is timed; `ms` gets the time of one step, an entry for each turn."""
+    """`step` is what is timed; `ms` gets the time of one step, an entry for each turn.
+
+    One that fails takes no further turns; `error` says why.
+    """
 
     name: str
     step: Callable[[], object]
     ms: list[float] = field(default_factory=list)
+    error: str = ""
 
     @property
     def spread(self) -> Spread:
         return Spread(*statistics.quantiles(self.ms, n=4, method="inclusive"))
+
+
+def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
+    """(run(), ""), or None and in one line why it failed, so that the other contenders go on."""
+    try:
+        return run(), ""
+    except torch.OutOfMemoryError:
+        return None, OUT_OF_MEMORY
+    except RuntimeError as error:
+        traceback.print_exc()
+        return None, str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def take_turns(contenders: Sequence[Contender], seconds: float, device: torch.device) -> None:
@@ -58,18 +80,31 @@ def take_turns(contenders: Sequence[Contender], seconds: float, device: torch.de
         timed(step, 2)  # compiles, allocates, tunes
         return timed(step, 1)
 
-    estimates = [warm(each.step) for each in contenders]
-    repeats = [max(1, round(_TURN / estimate)) for estimate in estimates]
-    slow = [estimate > _SLOW * min(estimates) for estimate in estimates]
+    def take_turn(each: Contender, repeats: int) -> None:
+        each.step()
+        each.ms.append(1e3 * timed(each.step, repeats))
+
+    estimates = {}
+    for each in contenders:
+        estimate, each.error = attempt(partial(warm, each.step))
+        if estimate is not None:
+            estimates[each.name] = estimate
+    slow = {name for name, estimate in estimates.items() if estimate > _SLOW * min(estimates.values())}
+    turn_seconds = min(_TURN, seconds / (_LEAST_TURNS * len(contenders)))
+    repeats = {name: max(1, round(turn_seconds / estimate)) for name, estimate in estimates.items()}
+    running = [each for each in contenders if not each.error]
     deadline = time.perf_counter() + seconds
     turn = 0
-    while time.perf_counter() < deadline or any(len(each.ms) < _LEAST_TURNS for each in contenders):
-        order = [(turn + i) % len(contenders) for i in range(len(contenders))]
-        for i in order:
-            if slow[i] and turn % _SLOW_TURNS:
+    while running:
+        time_is_left = time.perf_counter() < deadline
+        if not time_is_left and all(len(each.ms) >= _LEAST_TURNS for each in running):
+            break
+        first = turn % len(running)
+        for each in running[first:] + running[:first]:
+            if time_is_left and each.name in slow and turn % _SLOW_TURNS:
                 continue
-            contenders[i].step()
-            contenders[i].ms.append(1e3 * timed(contenders[i].step, repeats[i]))
+            _, each.error = attempt(partial(take_turn, each, repeats[each.name]))
+        running = [each for each in running if not each.error]
         turn += 1
 
 
