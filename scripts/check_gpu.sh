@@ -211,7 +211,8 @@ full run_tests tests-others 35 python_tests --ignore python_tests/test_ops.py
 sanitize() {
   local name=$1 limit=$2
   shift 2
-  tool compute-sanitizer "$name" "$limit" '(ERROR|RACECHECK) SUMMARY.*' compute-sanitizer --tool "$name" "$@" \
+  tool compute-sanitizer "$name" "$limit" '(ERROR|RACECHECK) SUMMARY.*' timeout --signal=INT 40 \
+    compute-sanitizer --tool "$name" "$@" \
     --launch-timeout 60 --kernel-name kns=fdfa --error-exitcode 9 "$python" scripts/every_kernel.py
 }
 # torch itself provokes errors of the API that harm no one
