@@ -86,6 +86,11 @@ template <class T, Activation kActivation, Noise kNoise>
 __global__ void __launch_bounds__(kQuadsPerBlock* kSamplesPerBlock)
     epilogue_kernel(EpilogueParams<T> p, bool aligned) {
   constexpr bool kSlopeFromPre = derivative_needs_pre_activation(kActivation);
+  if (blockIdx.x + blockIdx.y + threadIdx.x + threadIdx.y == 0) {
+    for (T* zero : p.zeros) {
+      if (zero != nullptr) *zero = T{};
+    }
+  }
   const int64_t quad = static_cast<int64_t>(blockIdx.x) * kQuadsPerBlock + threadIdx.x;
   const int64_t feature = 4 * quad;
   if (feature >= p.features) return;

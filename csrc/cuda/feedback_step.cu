@@ -4,6 +4,7 @@
 #include "common/adam.h"
 #include "common/dtype.h"
 #include "common/noise.h"
+#include "cuda/counters.h"
 #include "cuda/kernels.h"
 #include "cuda/tensor_core.h"
 
@@ -111,6 +112,7 @@ struct Group {
   static constexpr int kMost = 16;
   FeedbackParams<T> members[kMost];
   unsigned ends[kMost];  // one past the last thread block of each
+  int64_t* counter;      // of Adam steps, where this launch counts up; else null
 
   // Of the calling thread block: its member, and its place among those that work on it.
   __device__ int own_member() const {
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constan
 
   // One thread for all: double-precision powers are slow. The barriers of phase 1 publish the result.
   if (kRule == Rule::adam && column == 0 && group == 0) {
-    adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates);
+    adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, update_number(p.updates, blocks.counter));
   }
 
   // Phase 1: G in registers, and B moved towards it.
@@ -168,6 +170,7 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constan
   // Phase 2: a thread projects 4 of 32 samples onto its column. All groups read the same rows of B,
   // which the first phase left in the caches; the first barrier below lets the whole thread block see
   // them.
+  float delta_sum = 0.0f;  // of the thread's samples
   for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kSamples) {
     float sums[kSamplesPerThread] = {};
     load_tile(p.error, p.samples, p.outputs, first_sample, rows);
@@ -182,9 +185,17 @@ __global__ void __launch_bounds__(kThreads) feedback_kernel(const __grid_constan
       if (!inside || sample >= p.samples) continue;
       const int64_t index = sample * p.features + feature;
       const float slope = p.gate == nullptr ? 1.0f : slope_at(p.activation, to_float(p.gate[index]));
-      p.delta[index] = from_float<T>(sums[i] * slope);
+      const T delta = from_float<T>(sums[i] * slope);
+      p.delta[index] = delta;
+      delta_sum += to_float(delta);
     }
   }
+  if (p.bias_grad == nullptr) return;
+  s[group][column] = delta_sum;  // nobody reads the noise any more
+  __syncthreads();
+  if (group != 0 || !inside) return;
+  for (int i = 1; i < kGroups; ++i) delta_sum += s[i][column];
+  p.bias_grad[feature] = delta_sum;
 }
 
 // For networks of many outputs, where the products weigh more than the bytes: the same on tensor cores.
@@ -262,7 +273,7 @@ __global__ void __launch_bounds__(kWideThreads)
   const int64_t first_feature = blocks.own_tile(member) * kWideColumns;
   const int64_t own_row = 16 * (threadIdx.x / 32);  // the warp's first in a product
   if (kRule == Rule::adam && threadIdx.x == 0) {
-    adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates);
+    adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, update_number(p.updates, blocks.counter));
   }
 
   // Phase 1: G, 128 outputs at a time, and B moved towards it.
@@ -294,7 +305,10 @@ __global__ void __launch_bounds__(kWideThreads)
     }
   }
 
-  // Phase 2: 128 samples at a time projected onto the columns, through B as the first phase left it.
+  // Phase 2: 128 samples at a time projected onto the columns, through B as the first phase left it. A
+  // thread meets elements of one column alone.
+  static_assert(kWideThreads % kWideColumns == 0);
+  float delta_sum = 0.0f;
   for (int64_t first_sample = 0; first_sample < p.samples; first_sample += kProductRows) {
     float sums[kColumnTiles][4] = {};
     for (int64_t first_output = 0; first_output < p.outputs; first_output += kTileRows) {
@@ -319,10 +333,20 @@ __global__ void __launch_bounds__(kWideThreads)
         if (sample >= p.samples || feature >= p.features) return;
         const int64_t index = sample * p.features + feature;
         const float slope = p.gate == nullptr ? 1.0f : slope_at(p.activation, to_float(p.gate[index]));
-        p.delta[index] = from_float<T>(sum * slope);
+        const T delta = from_float<T>(sum * slope);
+        p.delta[index] = delta;
+        delta_sum += to_float(delta);
       });
     }
   }
+  if (p.bias_grad == nullptr) return;
+  const int column = threadIdx.x % kWideColumns, part = threadIdx.x / kWideColumns;
+  __syncthreads();  // nobody reads the tile any more
+  high[part][column] = delta_sum;
+  __syncthreads();
+  if (part != 0 || first_feature + column >= p.features) return;
+  for (int i = 1; i < kWideThreads / kWideColumns; ++i) delta_sum += high[i][column];
+  p.bias_grad[first_feature + column] = delta_sum;
 }
 
 template <class F>
@@ -333,18 +357,25 @@ auto with_rule(Rule value, F&& f) {
   return f(std::integral_constant<Rule, Rule::gradient>{});
 }
 
+// Of a step without thread blocks.
+cudaError_t count_alone(int64_t* counter, cudaStream_t stream) {
+  return counter == nullptr ? cudaSuccess : launch_count(counter, stream);
+}
+
 template <class T>
-cudaError_t launch_group(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream) {
+cudaError_t launch_group(const FeedbackParams<T>* blocks, int64_t count, int64_t* counter,
+                         cudaStream_t stream) {
   const bool wide = blocks[0].outputs >= kWideOutputs;
   const int64_t columns = wide ? kWideColumns : kColumns;
   Group<T> group{};
+  group.counter = counter;
   unsigned end = 0;
   for (int64_t i = 0; i < count; ++i) {
     group.members[i] = blocks[i];
     end += static_cast<unsigned>((blocks[i].features + columns - 1) / columns);
     group.ends[i] = end;
   }
-  if (end == 0) return cudaSuccess;
+  if (end == 0) return count_alone(counter, stream);
   return with_noise(blocks[0].noise.kind, [&](auto noise) {
     return with_rule(blocks[0].rule, [&](auto rule) {
       constexpr Noise kNoise = decltype(noise)::value;
@@ -362,21 +393,26 @@ cudaError_t launch_group(const FeedbackParams<T>* blocks, int64_t count, cudaStr
 }  // namespace
 
 template <class T>
-cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream) {
-  if (count == 0 || blocks[0].samples == 0) return cudaSuccess;
+cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, int64_t* counter,
+                                 cudaStream_t stream) {
+  if (count == 0 || blocks[0].samples == 0) return count_alone(counter, stream);
   for (int64_t i = 0; i < count; ++i) {
     if (blocks[i].transposed) return cudaErrorInvalidValue;
   }
   for (int64_t first = 0; first < count; first += Group<T>::kMost) {
     const int64_t members = count - first < Group<T>::kMost ? count - first : Group<T>::kMost;
-    const cudaError_t error = launch_group(blocks + first, members, stream);
+    const bool last = first + members == count;  // of the launches: the stream orders them
+    const cudaError_t error = launch_group(blocks + first, members, last ? counter : nullptr, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
 
-template cudaError_t launch_feedback_step(const FeedbackParams<float>*, int64_t, cudaStream_t);
-template cudaError_t launch_feedback_step(const FeedbackParams<bfloat16>*, int64_t, cudaStream_t);
-template cudaError_t launch_feedback_step(const FeedbackParams<float16>*, int64_t, cudaStream_t);
+template cudaError_t launch_feedback_step(const FeedbackParams<float>*, int64_t, int64_t*,
+                                          cudaStream_t);
+template cudaError_t launch_feedback_step(const FeedbackParams<bfloat16>*, int64_t, int64_t*,
+                                          cudaStream_t);
+template cudaError_t launch_feedback_step(const FeedbackParams<float16>*, int64_t, int64_t*,
+                                          cudaStream_t);
 
 }  // namespace fdfa::cuda

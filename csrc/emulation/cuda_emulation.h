@@ -14,6 +14,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+// A device of two multiprocessors.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;  // launches are synchronous, so that streams mean nothing
 
@@ -48,3 +50,24 @@ cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStre
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::block_barrier(); }
+
+inline void __threadfence() {}  // its atomics are sequentially consistent
+
+// Adds one, or goes back to zero from `last` on; returns the old value.
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  unsigned old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
+  while (!__atomic_compare_exchange_n(address, &old, old >= last ? 0 : old + 1, /*weak=*/true,
+                                      __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+  }
+  return old;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int /*device*/) {
+  *value = 2;
+  return cudaSuccess;
+}
