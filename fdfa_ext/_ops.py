@@ -143,6 +143,7 @@ def _(
     block: int,
     activation: str,
     noise: str,
+    num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean = x.new_empty([x.shape[1]])
     y, _, pre = _dual_outputs(torch.empty_like(x), activation)
@@ -150,7 +151,9 @@ def _(
 
 
 @torch.library.register_fake("fdfa::batch_norm_max_pool2d")
-def _(x: Tensor, tangent: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, tangent: Tensor | None, *args: Any, num_batches_tracked: Tensor | None = None
+) -> tuple[Tensor, ...]:
     *norm, pool_kernel, pool_stride, pool_padding = args
     y, pre, mean, inverse_std = fused.batch_norm(x, tangent, torch.empty_like(x), *norm)
     pooled = _pooled(y, (pool_kernel, pool_stride, pool_padding), tangent, norm[-1])

@@ -93,9 +93,7 @@ def _activation(module: Any) -> str | None:
 
 
 def norm_arguments(module: Any) -> tuple[Any, ...]:
-    """What its operators take of a batch normalisation in one more pass, which it counts."""
-    if module.training and module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
+    """What its operators take of a batch normalisation."""
     return (
         module.weight,
         module.bias,
@@ -105,3 +103,9 @@ def norm_arguments(module: Any) -> tuple[Any, ...]:
         module.momentum,
         module.eps,
     )
+
+
+def counter_of(module: Any) -> Tensor | None:
+    """What its operators count up in a pass with the batch's statistics."""
+    counter: Tensor | None = module.num_batches_tracked
+    return counter if module.training else None

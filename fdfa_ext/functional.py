@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
-from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, ChainEnd, find_end, norm_arguments
+from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, ChainEnd, counter_of, find_end, norm_arguments
 from fdfa_ext.tangents import (
     MaybePair,
     forward_dual,
@@ -61,6 +61,9 @@ class DualPass:
     seen: set[int] = field(default_factory=set)  # the blocks of the records
     takes_output_layer: bool = False  # whether the method can run a linear output layer itself
     output_layer: nn.Linear | None = None  # one that was left to it
+    takes_biases: bool = False  # whether the method gives biases of dense blocks their gradients itself
+    biases: list[Tensor] = field(default_factory=list)  # those that were left to it
+    biased: list[int] = field(default_factory=list)  # their blocks' places in records
 
     @property
     def perturbs(self) -> bool:
@@ -72,6 +75,14 @@ class DualPass:
             return self.noise_state
         used: Tensor = fused.next_noise(self.noise_state)
         return used
+
+    def take_bias(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The bias for the layer of the next block, without autograd if the method can take it."""
+        if not self.takes_biases or bias is None or x.dim() != 2 or not bias.requires_grad:
+            return bias
+        self.biases.append(bias)
+        self.biased.append(len(self.records))
+        return bias.detach()
 
 
 @dataclass(slots=True)
@@ -106,6 +117,7 @@ class BlockPass:
         if len(between) > 1:  # noise and feedback would take four dimensions for images
             x = x.flatten(1, -2)
             tangent = None if tangent is None else tangent.flatten(1, -2)
+        bias = dual.take_bias(x, bias)
         y, ty, pre = dual.backend.linear(
             x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
         )
@@ -207,10 +219,18 @@ class BlockPass:
             elif spare is None or not spare.is_contiguous(memory_format=order):
                 spare = torch.empty_like(x, memory_format=order)
             x = x.contiguous(memory_format=order)
-            y, pre = fused.batch_norm(x, tangent, spare, *norm_arguments(module), *rest)[:2]
+            y, pre = fused.batch_norm(
+                x,
+                tangent,
+                spare,
+                *norm_arguments(module),
+                *rest,
+                num_batches_tracked=counter_of(module),
+            )[:2]
             ty = spare
         elif isinstance(module, nn.Linear):
-            y, ty, pre = fused.linear(x, tangent, module.weight, module.bias, *rest)
+            bias = dual.take_bias(x, module.bias)
+            y, ty, pre = fused.linear(x, tangent, module.weight, bias, *rest)
         else:
             geometry = _geometry(module)
             y, ty, pre = fused.conv2d(x, tangent, module.weight, module.bias, *geometry, *rest)
@@ -235,8 +255,9 @@ class BlockPass:
         rest = (dual.noise_state, self.index, end.activation, dual.noise, *pool_geometry(pool))
         if end.normalizes:
             x = x.contiguous(memory_format=torch.channels_last)
-            arguments = norm_arguments(module)
-            y, pre, _, _, *pooled = fused.batch_norm_max_pool2d(x, tangent, *arguments, *rest)
+            y, pre, _, _, *pooled = fused.batch_norm_max_pool2d(
+                x, tangent, *norm_arguments(module), *rest, num_batches_tracked=counter_of(module)
+            )
         else:
             y, pre, *pooled = fused.conv2d_max_pool2d(
                 x, tangent, module.weight, module.bias, *_geometry(module), *rest

@@ -412,6 +412,8 @@ class ProjectedError(BlockMethod):
                 bias,
                 dual.noise_state,
                 [record.handle for record in records],
+                dual.biases,
+                dual.biased,
                 [record.gate for record in records],
                 [record.spare_gate for record in records],
                 [record.output for record in records] if self.reads_output else [],

@@ -214,8 +214,11 @@ def batch_norm(
     block: int,
     activation: str,
     noise: str,
+    num_batches_tracked: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y, pre); the fused operator also returns the statistics."""
+    if num_batches_tracked is not None and training:
+        num_batches_tracked.add_(1)
     tz = None
     if tangent is not None:
         fixed = None if training else running_var
@@ -228,11 +231,12 @@ def batch_norm(
 
 
 def batch_norm_max_pool2d(
-    x: Tensor, tangent: Tensor | None, *args: Any
+    x: Tensor, tangent: Tensor | None, *args: Any, num_batches_tracked: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, pre, pooled, its tangent) by the arguments of batch_norm, without ty, and of max_pool2d."""
     *norm, kernel_size, stride, padding = args
     ty = torch.empty_like(x, requires_grad=False)
+    norm.append(num_batches_tracked)
     y, pre = batch_norm(x, tangent, ty, *norm)
     return y, pre, *max_pool2d(y, ty, kernel_size, stride, padding)
 
@@ -370,6 +374,7 @@ def feedback_step(
     beta2: float,
     eps: float,
     deltas: list[Tensor],
+    bias_grads: list[Tensor],
 ) -> None:
     if updates is not None:
         updates.add_(1)
@@ -390,6 +395,8 @@ def feedback_step(
                 step = step_size * m / (v.sqrt() / correction + eps)
             matrix -= torch.where(finite, step, 0)
         deltas[i].copy_(_project(matrix, error, gate, activations[i]))
+        if bias_grads and bias_grads[i].numel() > 0:
+            bias_grads[i].copy_(deltas[i].float().sum(0))
 
 
 def feedback_gradient(
@@ -428,22 +435,25 @@ class _Star(torch.autograd.Function):
         updates: Tensor,
         blocks: list[int],
         activations: list[str],
+        biased: list[int],
         n_outputs: int,
         *tensors: Tensor,
     ) -> Tensor:
-        """tensors: each block's handle, gate, outputs if any, B, and for Adam their moments."""
+        """tensors: each block's handle, the biases, each block's gate, outputs if any, B, and for Adam
+        their moments."""
         n = len(blocks)
-        ctx.save_for_backward(tangent, noise_state, *tensors[n : 2 * n + n_outputs])
+        first = n + len(biased)
+        ctx.save_for_backward(tangent, noise_state, *tensors[first : first + n + n_outputs])
         # B and its moments move in place from step to step, so autograd must not watch their versions.
-        ctx.matrices = list(tensors[2 * n + n_outputs :])
-        ctx.options = rule, noise, updates, blocks, activations
+        ctx.matrices = list(tensors[first + n + n_outputs :])
+        ctx.options = rule, noise, updates, blocks, activations, biased
         return output.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (error,) = grads
         tangent, noise_state, *saved = ctx.saved_tensors
-        (rule, decay, lr, beta1, beta2, eps), noise, updates, blocks, activations = ctx.options
+        (rule, decay, lr, beta1, beta2, eps), noise, updates, blocks, activations, biased = ctx.options
         n = len(blocks)
         gates, outputs = saved[:n], saved[n:]
         feedback, exp_avg, exp_avg_sq = (ctx.matrices[i * n : (i + 1) * n] for i in range(3))
@@ -455,10 +465,11 @@ class _Star(torch.autograd.Function):
             steps = updates if rule == "adam" else None
             deltas = [torch.empty_like(gate) for gate in gates]
             numbers = (decay, lr, beta1, beta2, eps)
-            feedback_step(feedback, exp_avg, exp_avg_sq, steps, *common, *numbers, deltas)
+            feedback_step(feedback, exp_avg, exp_avg_sq, steps, *common, *numbers, deltas, [])
         nothing = [None] * len(saved)
         moments = [None] * (len(ctx.matrices) - n)
-        return (error, *[None] * 8, *deltas, *nothing, *gradients, *moments)
+        bias_grads = [deltas[i].sum(0) for i in biased]
+        return (error, *[None] * 9, *deltas, *bias_grads, *nothing, *gradients, *moments)
 
 
 def star(
@@ -468,6 +479,8 @@ def star(
     bias: Tensor | None,
     noise_state: Tensor,
     handles: list[Tensor],
+    biases: list[Tensor],
+    biased: list[int],
     gates: list[Tensor],
     spare_gates: list[bool],
     outputs: list[Tensor],
@@ -490,9 +503,9 @@ def star(
         tangent = None if tangent is None else F.linear(tangent, weight.detach())
     # The operator: a compiler may put off a clone in plain torch until the state has moved.
     used = None if tangent is None else fused.next_noise(noise_state)
-    tensors = (*handles, *gates, *outputs, *feedback, *exp_avg, *exp_avg_sq)
+    tensors = (*handles, *biases, *gates, *outputs, *feedback, *exp_avg, *exp_avg_sq)
     options = (rule, decay, lr, beta1, beta2, eps)
     result: Tensor = _Star.apply(
-        x, tangent, used, options, noise, updates, blocks, activations, len(outputs), *tensors
+        x, tangent, used, options, noise, updates, blocks, activations, biased, len(outputs), *tensors
     )
     return result

@@ -249,6 +249,7 @@ class FDFA(nn.Module):
         """
         dual = self._dual_pass(self._buffers["noise_state"])  # type: ignore[arg-type]
         dual.takes_output_layer = takes_output_layer
+        dual.takes_biases = takes_output_layer and dual.backend is fused and not dual.compiling
         output, tangent = self._run(dual, *args, **kwargs)
         if tangent is None and dual.tangents != "none":
             raise self._no_tangent(self._probe(*args, **kwargs)[3])

@@ -341,6 +341,23 @@ def test_batch_norm_backward_is_the_reference(device: torch.device, training: bo
             torch.testing.assert_close(actual.double(), value, rtol=1e-5, atol=2e-5, check_stride=False)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_counts_the_batches_whose_statistics_it_takes(
+    device: torch.device, training: bool
+) -> None:
+    x = torch.randn(4, 3, 6, 6, device=device).contiguous(memory_format=torch.channels_last)
+    running = (torch.zeros(3, device=device), torch.ones(3, device=device))
+    for ops in (fused, reference):
+        counter = torch.tensor(5, device=device)
+        rest = (*running, training, 0.1, 1e-5, noise_state(device), 0, "relu", "gaussian")
+        ty = torch.empty_like(x)
+        ops.batch_norm(x, None, ty, None, None, *rest, num_batches_tracked=counter)
+        assert counter == (6 if training else 5)
+        pool = ((2, 2), (2, 2), (0, 0))
+        ops.batch_norm_max_pool2d(x, None, None, None, *rest, *pool, num_batches_tracked=counter)
+        assert counter == (7 if training else 5)
+
+
 def test_batch_norm_backward_of_an_empty_batch_is_zero(device: torch.device) -> None:
     x, ones = torch.ones(0, 3, device=device), torch.ones(3, device=device)
     dx, dweight, dbias = fused.batch_norm_backward(x, x, ones, ones, ones, False)
@@ -352,10 +369,10 @@ def test_batch_norm_backward_of_an_empty_batch_is_zero(device: torch.device) -> 
 def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None:
     state = noise_state(torch.device("cpu"))
 
-    def run(x: Tensor, mean: Tensor, training: bool = True) -> None:
+    def run(x: Tensor, mean: Tensor, training: bool = True, counter: Tensor | None = None) -> None:
         statistics = (mean, torch.ones(3), training, 0.1, 1e-5)
         ty = torch.empty_like(x)
-        fused.batch_norm(x, None, ty, None, None, *statistics, state, 0, "relu", "gaussian")
+        fused.batch_norm(x, None, ty, None, None, *statistics, state, 0, "relu", "gaussian", counter)
 
     mean = torch.zeros(3)
     with pytest.raises(RuntimeError, match=r"batch_norm: x must be \[N, C\].*channels_last"):
@@ -368,6 +385,8 @@ def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None
         run(torch.randn(1, 3), mean)
     with pytest.raises(RuntimeError, match=r"running_mean must have shape \[3\]; got \[4\]"):
         run(torch.randn(4, 3), torch.zeros(4))
+    with pytest.raises(RuntimeError, match="num_batches_tracked must be one int64 on cpu; got Float"):
+        run(torch.randn(4, 3), mean, counter=torch.zeros(1))
     assert not mean.any()
 
 
@@ -404,7 +423,11 @@ def feedback_step(
     delta = torch.empty_like(gate, memory_format=order)
     numbers = (decay, 0.1, 0.9, 0.999, 1e-8)
     rest = (error, tangent, [gate], outputs, state, [block], [activation], noise, *numbers, [delta])
-    ops.feedback_step(feedback, *moments, updates, *rest)
+    biased = gate.dim() == 2
+    bias_grads = [torch.full(gate.shape[1:], torch.nan, device=gate.device)] if biased else []
+    ops.feedback_step(feedback, *moments, updates, *rest, bias_grads)
+    if biased:
+        torch.testing.assert_close(bias_grads[0], delta.float().sum(0), rtol=1e-4, atol=1e-4)
     return delta
 
 
@@ -648,7 +671,8 @@ def test_opcheck(device: torch.device) -> None:
         running = (zeros.clone(), ones.clone(), True, 0.1, 1e-5)
         noise = "gaussian" if t is not None else "none"
         args = (x, t, out, weight, None, *running, state, 0, "relu", noise)
-        torch.library.opcheck(fused.batch_norm.default, args)
+        for counter in (None, torch.tensor(3, device=device)):
+            torch.library.opcheck(fused.batch_norm.default, (*args, counter))
     args = (x.detach(), x.detach(), weight.detach(), zeros, ones, True)
     torch.library.opcheck(fused.batch_norm_backward.default, args)
     for a in (torch.randn(4, 9, device=device), torch.randn(9, 4, device=device).t()):
@@ -689,7 +713,8 @@ def test_opcheck(device: torch.device) -> None:
             for adam in ((*moments, torch.tensor([1], device=device)), ([], [], None)):
                 numbers = (0.1, 0.9, 0.999, 1e-8)
                 args = ([feedback], *adam, error, *follows, *rest, *numbers, [torch.empty_like(gate)])
-                torch.library.opcheck(fused.feedback_step.default, args)
+                sums = [] if gate.dim() == 4 else [torch.empty(9, device=device)]
+                torch.library.opcheck(fused.feedback_step.default, (*args, sums))
             torch.library.opcheck(fused.feedback_gradient.default, ([feedback], error, *follows, *rest))
 
 
@@ -746,7 +771,7 @@ def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
         "error": error, "tangent": error, "gates": [gate, gate], "outputs": [],
         "noise_state": noise_state(device), "blocks": [0, 1], "activations": ["relu", "relu"],
         "noise": "gaussian", "decay": 1.0, "lr": 0.5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
-        "deltas": [delta, delta],
+        "deltas": [delta, delta], "bias_grads": [],
     }  # fmt: skip
     before = [t.clone() for t in (feedback, m, v, updates, delta)]
     for change, message in (
@@ -764,6 +789,8 @@ def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
         ({"exp_avg_sq": [v, v[:, :4]]}, "exp_avg_sq must have shape"),
         ({"deltas": [delta, delta[:, :4]]}, "delta must have shape"),
         ({"deltas": [delta, torch.zeros(3, 10, device=device)[:, ::2]]}, "delta must have the memory order"),
+        ({"bias_grads": [delta[0]]}, "bias_grads must have one entry for each of 2 blocks; got 1"),
+        ({"bias_grads": [delta[0], delta[0, :4]]}, r"bias_grads must have shape \[5\]; got \[4\]"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="fdfa::feedback_step: " + message):
             fused.feedback_step(**{**good, **change})
@@ -788,7 +815,16 @@ def test_blocks_of_several_sizes_and_dtypes_step_as_each_would_alone(device: tor
     deltas = [torch.empty_like(gate) for gate in gates]
     common = (error, tangent, gates, [], state, [0, 1, 2], activations, "gaussian")
     numbers = (1.0, 0.1, 0.9, 0.999, 1e-8)
-    fused.feedback_step(*matrices, torch.tensor([6], device=device), *common, *numbers, deltas)
+    sums = [
+        torch.empty(3, device=device),
+        torch.empty(0, device=device),
+        torch.empty(200, device=device),
+    ]
+    updates = torch.tensor([6], device=device)
+    fused.feedback_step(*matrices, updates, *common, *numbers, deltas, sums)
+    assert updates == 7
+    for i in (0, 2):
+        torch.testing.assert_close(sums[i], deltas[i].float().sum(0))
     for i, block in enumerate(alone):
         updates = torch.tensor([6], device=device)
         rest = (error, tangent, state, i, activations[i], "gaussian")
@@ -823,8 +859,12 @@ def test_a_transposed_delta_is_the_same() -> None:
     """As the weight gradient takes it."""
     gate, error, tangent = torch.randn(33, 70), *torch.randn(2, 33, 10).unbind()
     deltas = torch.empty(33, 70), torch.empty(70, 33).t()
+    sums: list[Tensor] = []
     for delta in deltas:
         follows = (tangent, [gate], [], noise_state(torch.device("cpu")))
         rest = ([1], ["tanh"], "gaussian", 1.0, 0.1, 0.9, 0.999, 1e-8, [delta])
-        fused.feedback_step([torch.ones(10, 70)], [], [], None, error, *follows, *rest)
+        sums.append(torch.empty(70))
+        fused.feedback_step([torch.ones(10, 70)], [], [], None, error, *follows, *rest, sums[-1:])
     assert torch.equal(*deltas)
+    assert torch.equal(*sums)
+    torch.testing.assert_close(sums[0], deltas[0].sum(0))

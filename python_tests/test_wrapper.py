@@ -47,6 +47,44 @@ def test_fused_and_reference_train_alike(device: torch.device, name: str, rule: 
         torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("between", [(), (4,)])
+def test_biases_get_the_sum_of_the_error_whoever_takes_it(
+    device: torch.device, rule: str, dtype: torch.dtype, between: tuple[int, ...]
+) -> None:
+    """Blocks of rows, a frozen weight, and each backward of a graph that is kept."""
+    net = nn.Sequential(
+        FDFALinear(6, 8, activation="tanh"),  # which has no kink to round across
+        FDFABlock(nn.Linear(8, 7), nn.Tanh()),
+        nn.Flatten(),
+        FDFALinear(7 * (4 if between else 1), 9, activation="gelu"),
+        nn.Linear(9, 3),
+    ).to(device, dtype)
+    net[0].weight.requires_grad_(False)
+    x = torch.randn(5, *between, 6, device=device, dtype=dtype)
+    models = [FDFA(copy.deepcopy(net), feedback=rule, backend=b, example_input=x) for b in BACKENDS]
+    for feedback in models[0].feedback.values():
+        nn.init.normal_(feedback)
+    models[1].load_state_dict(models[0].state_dict())
+    y = torch.tensor([0, 1, 2, 0, 1], device=device)
+    for model in models:
+        for _ in range(2):
+            loss = F.cross_entropy(model(x).float(), y)
+            loss.backward(retain_graph=True)
+            loss.backward()
+    close = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    for mine, reference_s in zip(*(m.module.named_parameters() for m in models), strict=True):
+        name, parameter = mine
+        if not parameter.requires_grad:
+            continue
+        assert parameter.grad.dtype == dtype
+        assert parameter.grad.abs().sum() > 0, name
+        torch.testing.assert_close(
+            parameter.grad, reference_s[1].grad, msg=lambda m, n=name: n + m, **close
+        )
+
+
 def test_one_step_is_algorithm_1_line_by_line() -> None:
     """The algorithm written out for an MLP, with the wrapper's noise; no code of the package but that."""
     model = make(feedback="ema", feedback_lr=0.3)

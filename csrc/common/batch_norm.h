@@ -43,6 +43,7 @@ FDFA_HD void normalize_channel(const NormForwardParams& p, int64_t c, const doub
   ChannelMoments m{};
   if (training) {
     m = channel_moments(total, p.pivot[c], n);
+    if (c == 0 && p.batches != nullptr) ++*p.batches;
     if (p.running_mean != nullptr) {
       const double keep = 1.0 - p.momentum, unbiased = m.variance * n / (n - 1.0);
       p.running_mean[c] = static_cast<float>(keep * p.running_mean[c] + p.momentum * m.mean);

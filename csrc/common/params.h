@@ -18,8 +18,15 @@ constexpr int kNoiseCount = 3;
 
 enum class Rule : int { ema, adam, gradient, fixed };
 
+// [3] in device memory: seed, step, global index of the first sample. snapshot = state, then the step
+// is counted up.
+struct NextNoiseParams {
+  int64_t* state;
+  int64_t* snapshot;
+};
+
 struct NoiseParams {
-  const int64_t* state;  // [3] in device memory: seed, step, global index of the first sample
+  const int64_t* state;  // [3], as NextNoiseParams has it
   int64_t block;         // which block of the network
   Noise kind;
 };
@@ -51,6 +58,9 @@ struct EpilogueParams {
   // the CPU alone, whose libraries are faster at W xᵀ than at x Wᵀ.
   bool transposed;
   ChannelMap map;  // slope and offset only where there is a tangent
+  // The single elements of tensors that stand for a gradient or a tangent of zeros: they become zero.
+  // Null: none.
+  T* zeros[2];
 };
 
 // With d = x - pivot[c], sums over the rows of x and t [rows, channels], in parts of so many rows that
@@ -62,6 +72,7 @@ struct MomentParams {
   const float* pivot;  // [channels], somewhere among the values of each, so that no digits are lost
   double* sums;        // [parts, 4, channels]
   int64_t rows, channels;
+  int64_t parts;  // as many as the device's moment_parts says
 };
 
 // The maps that a batch normalisation puts on its input and on a tangent or gradient, [4, channels] in
@@ -86,6 +97,7 @@ struct NormForwardParams {
   double momentum, eps;
   float *mean, *inverse_std;  // [channels] of this pass, for the backward
   NormMap map;
+  int64_t* batches;  // [1] number of batches whose statistics were taken, counted up; null: none
 };
 
 // From the sums over x and the gradient at the output.
@@ -155,7 +167,7 @@ struct FeedbackParams {
   float* exp_avg;          // [outputs, features] Adam's moments; null for the other rules
   float* exp_avg_sq;       // [outputs, features]
   float* gradient;         // [outputs, features] ∇B, for rule gradient, else null
-  const int64_t* updates;  // [1] in device memory: number of this Adam step, from 1
+  const int64_t* updates;  // [1] in device memory: number of Adam steps before this one
   const float* error;      // [samples, outputs] gradient of the loss at the network's output
   const float* factor;     // [samples, outputs]; null for rule fixed
   const T* source;         // [samples, features] s where noise is none; null: s = u, or rule fixed
@@ -167,8 +179,9 @@ struct FeedbackParams {
   Rule rule;
   float scale, decay;
   float lr, beta1, beta2, eps;
-  bool tf32;        // the products may round their factors to tf32; for CUDA alone
-  bool transposed;  // delta is [features, samples] instead, for the CPU alone
+  bool tf32;         // the products may round their factors to tf32; for CUDA alone
+  bool transposed;   // delta is [features, samples] instead, for the CPU alone
+  float* bias_grad;  // [features] sum over the samples of delta as it is stored; null: not wanted
 };
 
 template <class F>

@@ -85,10 +85,11 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   if (p.samples == 0) return;
   alignas(64) float s[kNoiseSamples * kTileColumns], projected[kRowBlock * kTileColumns];
   alignas(64) T turned[kRowBlock][kTileColumns];
+  alignas(64) float delta_sum[kTileColumns];
   const RoundKeys keys(p.noise);
   std::vector<float> g(p.outputs * kTileColumns), b(p.outputs * kTileColumns, 0.0f);
   const AdamStep adam =
-      p.rule == Rule::adam ? adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates) : AdamStep{};
+      p.rule == Rule::adam ? adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates + 1) : AdamStep{};
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kTileColumns;
     const int64_t count = std::min(kTileColumns, p.features - first);
@@ -122,6 +123,7 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
                  at_or_null(p.gradient, offset), adam, p.lr, p.decay);
     }
 
+    std::fill(delta_sum, delta_sum + kTileColumns, 0.0f);
     with_activation(p.gate ? p.activation : Activation::identity, [&](auto activation) {
       for (int64_t n0 = 0; n0 < p.samples; n0 += kRowBlock) {
         const int64_t samples = std::min<int64_t>(kRowBlock, p.samples - n0);
@@ -140,6 +142,7 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
               delta[i] = from_float<T>(row[i] * derivative<activation()>(to_float(gate[i])));
             }
           }
+          for (int64_t i = 0; p.bias_grad && i < count; ++i) delta_sum[i] += to_float(delta[i]);
         }
         for (int64_t i = 0; p.transposed && i < count; ++i) {
           T* delta = p.delta + (first + i) * p.samples + n0;
@@ -147,6 +150,7 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
         }
       }
     });
+    if (p.bias_grad) std::copy(delta_sum, delta_sum + count, p.bias_grad + first);
   }
 }
 

@@ -59,6 +59,13 @@ void for_each_channel(const Params& p, const F& f) {
   }
 }
 
+template <class T>
+void write_zeros(const EpilogueParams<T>& p) {
+  for (T* zero : p.zeros) {
+    if (zero != nullptr) *zero = T{};
+  }
+}
+
 const KernelTable<float>& table(float) { return current().load()->kernels->f32; }
 const KernelTable<bfloat16>& table(bfloat16) { return current().load()->kernels->bf16; }
 const KernelTable<float16>& table(float16) { return current().load()->kernels->f16; }
@@ -87,6 +94,7 @@ int64_t epilogue_units(const EpilogueParams<T>& p) {
 
 template <class T>
 void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
+  if (begin == 0 && end > 0) write_zeros(p);
   table(T{}).epilogue(p, begin, end);
 }
 
@@ -112,6 +120,7 @@ void max_pool_backward(const MaxPoolBackwardParams& p, int64_t begin, int64_t en
 
 int64_t pooled_epilogue_units(const PooledEpilogueParams& p) { return p.epilogue.samples; }
 void pooled_epilogue(const PooledEpilogueParams& p, int64_t begin, int64_t end) {
+  if (begin == 0 && end > 0) write_zeros(p.epilogue);
   current().load()->kernels->pooled_epilogue(p, begin, end);
 }
 

@@ -7,6 +7,8 @@
 #include "common/adam.h"
 #include "common/dtype.h"
 #include "common/noise.h"
+#include "cuda/counters.h"
+#include "cuda/device.h"
 #include "cuda/kernels.h"
 #include "cuda/tensor_core.h"
 #include "cuda/vectors.h"
@@ -44,6 +46,18 @@ constexpr int kWideTiles = 4;  // lines of 128 bytes; for layers of whole and al
 // For other layers, and for nets so small that wide ones would leave multiprocessors idle.
 constexpr int kNarrowTiles = 1;
 
+// threadIdx.x, read again wherever it is used: what is derived from it would keep registers over the
+// whole kernel that others need.
+__device__ inline int own_thread() {
+#if defined(FDFA_EMULATE_CUDA)
+  return threadIdx.x;
+#else
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#endif
+}
+
 // The right factor: for each step of 8 in depth, each tile and each lane (g, t) its fragment, the
 // elements of column g in rows t and t + 4.
 template <int kTiles>
@@ -58,7 +72,7 @@ __device__ void fill(RightFactor<kTiles>& right, int depth, const Element& eleme
   const int rows = (depth + 7) / 8 * 8;
   __syncthreads();  // nobody reads the old content any more, and what was written to B can be read
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * kQuads; i += kThreads) {
+  for (int i = own_thread(); i < rows * kQuads; i += kThreads) {
     // So that the threads of a warp write to memory without gaps.
     const int half = i % 2, t = i / 2 % 4, quad = i / 8 % kQuads, step = i / (8 * kQuads);
     float values[4];
@@ -72,17 +86,6 @@ __device__ void fill(RightFactor<kTiles>& right, int depth, const Element& eleme
   __syncthreads();
 }
 
-// Asked for again wherever it is used: over the whole kernel it would keep registers that others need.
-__device__ inline int own_lane() {
-#if defined(FDFA_EMULATE_CUDA)
-  return threadIdx.x % 32;
-#else
-  int lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
-#endif
-}
-
 // A warp's part in a product: 16 rows from `first_row` on. Where there are fewer rows than warps can
 // take, several have the same rows, and each every `parts`-th step of the depth.
 struct Share {
@@ -92,7 +95,7 @@ struct Share {
 __device__ inline Share own_share(int rows) {
   int covered = 1;  // warps that have rows of their own, a power of two
   while (covered < kWarps && 16 * covered < rows) covered *= 2;
-  const int warp = threadIdx.x / 32;
+  const int warp = own_thread() / 32;
   return {16 * (warp % covered), warp / covered, kWarps / covered};
 }
 
@@ -123,7 +126,7 @@ using Sums = float[kTiles][4];  // a warp's results, as multiply_tiles has them
 template <bool kTf32, int kTiles>
 __device__ void multiply_steps(Sums<kTiles>& sums, const LeftFactor& left,
                                const RightFactor<kTiles>& right, const Share& share) {
-  const int lane = threadIdx.x % 32, steps = (left.depth + 7) / 8;
+  const int lane = own_thread() % 32, steps = (left.depth + 7) / 8;
   if (left.rows <= 0 || share.part >= steps) return;
   float next[4];
   left.load(share.part, next);
@@ -164,7 +167,7 @@ __device__ void multiply(Sums<kTiles>& sums, const LeftFactor& left, const Right
 template <int kTiles>
 __device__ void add_parts(Sums<kTiles>& sums, RightFactor<kTiles>& right, const Share& share) {
   if (share.parts == 1) return;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = own_thread() % 32, warp = own_thread() / 32;
   __syncthreads();
   if (share.part > 0) {
 #pragma unroll
@@ -193,7 +196,7 @@ struct Columns {
   const FeedbackParams<T>& p;
   int first;
   int count;   // that there are
-  bool whole;  // all, and every row of every matrix is aligned for vectors
+  bool whole;  // all there are, and every row of every matrix is aligned for vectors
 };
 
 // Where some of a thread's results in one row of a matrix [rows, D] lie.
@@ -207,7 +210,7 @@ struct Segment {
 template <bool kWhole, class T, int kTiles>
 __device__ Segment own_segment(const Columns<T, kTiles>& columns, int first_row, int row, int column,
                                int64_t rows) {
-  const int lane = own_lane();
+  const int lane = own_thread() % 32;
   row = first_row + lane / 4 + 8 * row;
   column += kSegment<kTiles> * (lane % 4);
   const int count = kWhole ? kSegment<kTiles> : columns.count - column;
@@ -236,12 +239,13 @@ __device__ void store_segment(T* matrix, const Segment& s, const float (&values)
 template <class T, int kTiles, class M>
 __device__ void load_quad(const Columns<T, kTiles>& columns, const M* matrix, int row, int64_t rows,
                           int quad, float (&values)[4]) {
-  const int left = row < rows ? columns.count - 4 * quad : 0;
   matrix += row * columns.p.features + (columns.first + 4 * quad);
-  if (columns.whole && left >= 4) {
+  if (row >= rows) {
+    for (float& value : values) value = 0.0f;
+  } else if (columns.whole) {
     load_vector(matrix, values);
   } else {
-    load_some(matrix, left, values);
+    load_some(matrix, columns.count - 4 * quad, values);
   }
 }
 
@@ -400,6 +404,29 @@ __device__ void store_delta(const Columns<T, kTiles>& columns, int first_row,
   });
 }
 
+// bias_grad: delta, as it is stored, summed over the samples. The caches still hold it. All threads
+// take part.
+template <class T, int kTiles>
+__device__ void sum_delta(const Columns<T, kTiles>& columns, float (&sums)[kThreads]) {
+  const FeedbackParams<T>& p = columns.p;
+  const int thread = own_thread(), column = thread % kColumns<kTiles>;
+  const bool inside = column < columns.count;
+  const int feature = columns.first + column;
+  __syncthreads();  // delta can be read
+  float sum = 0.0f;
+  for (int sample = thread / kColumns<kTiles>; inside && sample < p.samples;
+       sample += kThreads / kColumns<kTiles>) {
+    sum += to_float(p.delta[sample * p.features + feature]);
+  }
+  sums[thread] = sum;
+  __syncthreads();
+  if (thread >= kColumns<kTiles> || !inside) return;
+  for (int other = thread + kColumns<kTiles>; other < kThreads; other += kColumns<kTiles>) {
+    sum += sums[other];
+  }
+  p.bias_grad[feature] = sum;
+}
+
 // What int counts: samples and features, with room for a tile more.
 constexpr int64_t kMostCounted = 1 << 30;
 
@@ -410,6 +437,7 @@ struct Group {
   FeedbackParams<T> members[kMost];
   unsigned ends[kMost];  // one past the last thread block of each
   bool aligned[kMost];
+  int64_t* counter;  // of Adam steps, where this launch counts up; else null
 
   // Of the calling thread block: its member, and its place among those that work on it.
   __device__ int own_member() const {
@@ -427,6 +455,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     feedback_kernel(const __grid_constant__ Group<T> blocks) {
   alignas(16) __shared__ RightFactor<kTiles> right;
   __shared__ AdamStep adam;
+  __shared__ float bias_sums[kThreads];
 
   const int member = blocks.own_member();
   const FeedbackParams<T>& p = blocks.members[member];
@@ -436,7 +465,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const Columns<T, kTiles> columns{p, first_column, n_columns, whole};
   // One thread for all: double-precision powers are slow. The barriers of phase 1 publish the result.
   if (p.rule == Rule::adam && threadIdx.x == 0) {
-    adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, *p.updates);
+    adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, update_number(p.updates, blocks.counter));
   }
 
   // Phase 1. `right` is s, filled once if it holds all samples.
@@ -458,7 +487,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
     add_parts(sums, right, share);
     if (share.part > 0) continue;
-    if (whole) {
+    if (columns.whole) {
       move_feedback<true>(columns, adam, first + share.first_row, sums);
     } else if constexpr (kTiles == kNarrowTiles) {
       move_feedback<false>(columns, adam, first + share.first_row, sums);
@@ -483,12 +512,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
     add_parts(sums, right, share);
     if (share.part > 0) continue;
-    if (whole) {
+    if (columns.whole) {
       store_delta<true>(columns, first + share.first_row, sums);
     } else if constexpr (kTiles == kNarrowTiles) {
       store_delta<false>(columns, first + share.first_row, sums);
     }
   }
+  if (p.bias_grad != nullptr) sum_delta(columns, bias_sums);
 }
 
 // Whether every row of every matrix begins at a multiple of 16 bytes. A null pointer does: it is never
@@ -506,54 +536,65 @@ int64_t thread_blocks(const FeedbackParams<T>& p) {
   return (p.features + kColumns<kTiles> - 1) / kColumns<kTiles>;
 }
 
+// counter: as launch_feedback_step has it; the last launch counts.
 template <int kTiles, class T>
-cudaError_t launch_blocks(const std::vector<FeedbackParams<T>>& blocks, cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
+cudaError_t launch_blocks(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter,
+                          cudaStream_t stream) {
   for (size_t first = 0; first < blocks.size(); first += Group<T>::kMost) {
+    const size_t next = std::min(blocks.size(), first + Group<T>::kMost);
     Group<T> group{};
     unsigned end = 0;
-    for (size_t i = first; i < std::min(blocks.size(), first + Group<T>::kMost); ++i) {
+    for (size_t i = first; i < next; ++i) {
       group.members[i - first] = blocks[i];
       group.aligned[i - first] = rows_aligned(blocks[i]);
       end += static_cast<unsigned>(thread_blocks<kTiles>(blocks[i]));
       group.ends[i - first] = end;
     }
-    if (end == 0) continue;
-    error = with_noise(blocks[0].noise.kind, [&](auto noise) {
+    group.counter = next == blocks.size() ? counter : nullptr;
+    const cudaError_t error = with_noise(blocks[0].noise.kind, [&](auto noise) {
       return launch(feedback_kernel<T, decltype(noise)::value, kTiles>, dim3(end), dim3(kThreads),
                     stream, group);
     });
-    if (error != cudaSuccess) break;
+    if (error != cudaSuccess) return error;
   }
-  return error;
+  return cudaSuccess;
 }
 
 }  // namespace
 
 template <class T>
-cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream) {
-  if (count == 0 || blocks[0].samples == 0) return cudaSuccess;
-  if (blocks[0].samples > kMostCounted || blocks[0].outputs > kMostOutputs)
-    return cudaErrorInvalidValue;
+cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, int64_t* counter,
+                                 cudaStream_t stream) {
   std::vector<FeedbackParams<T>> wide, narrow;
   int64_t wide_thread_blocks = 0;
   for (int64_t i = 0; i < count; ++i) {
     const FeedbackParams<T>& p = blocks[i];
-    if (p.transposed || p.features > kMostCounted) return cudaErrorInvalidValue;
+    if (p.transposed || p.features > kMostCounted || p.samples > kMostCounted ||
+        p.outputs > kMostOutputs) {
+      return cudaErrorInvalidValue;
+    }
+    if (p.samples == 0 || p.features == 0) continue;
     const bool whole = p.features % kColumns<kWideTiles> == 0 && rows_aligned(p);
     (whole ? wide : narrow).push_back(p);
     if (whole) wide_thread_blocks += thread_blocks<kWideTiles>(p);
   }
   if (wide_thread_blocks < multiprocessors()) {
+    narrow.insert(narrow.end(), wide.begin(), wide.end());
     wide.clear();
-    narrow.assign(blocks, blocks + count);
   }
-  const cudaError_t error = launch_blocks<kWideTiles>(wide, stream);
-  return error == cudaSuccess ? launch_blocks<kNarrowTiles>(narrow, stream) : error;
+  if (wide.empty() && narrow.empty()) {
+    return counter == nullptr ? cudaSuccess : launch_count(counter, stream);
+  }
+  // The stream orders the launches: all read the old count before the last one changes it.
+  const cudaError_t error = launch_blocks<kWideTiles>(wide, narrow.empty() ? counter : nullptr, stream);
+  return error == cudaSuccess ? launch_blocks<kNarrowTiles>(narrow, counter, stream) : error;
 }
 
-template cudaError_t launch_feedback_step(const FeedbackParams<float>*, int64_t, cudaStream_t);
-template cudaError_t launch_feedback_step(const FeedbackParams<bfloat16>*, int64_t, cudaStream_t);
-template cudaError_t launch_feedback_step(const FeedbackParams<float16>*, int64_t, cudaStream_t);
+template cudaError_t launch_feedback_step(const FeedbackParams<float>*, int64_t, int64_t*,
+                                          cudaStream_t);
+template cudaError_t launch_feedback_step(const FeedbackParams<bfloat16>*, int64_t, int64_t*,
+                                          cudaStream_t);
+template cudaError_t launch_feedback_step(const FeedbackParams<float16>*, int64_t, int64_t*,
+                                          cudaStream_t);
 
 }  // namespace fdfa::cuda

@@ -12,11 +12,17 @@ namespace fdfa::cuda {
 template <class T>
 cudaError_t launch_epilogue(const EpilogueParams<T>& params, cudaStream_t stream);
 
-// Blocks of one network: they have samples, outputs, rule and kind of noise in common.
+// Blocks of one network: they have samples, outputs, rule and kind of noise in common. counter: null,
+// or the blocks' `updates`, which this launch counts up after all of them have read it.
 template <class T>
-cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, cudaStream_t stream);
+cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, int64_t* counter,
+                                 cudaStream_t stream);
 
-// The number of parts in which launch_moments sums.
+cudaError_t launch_next_noise(const NextNoiseParams& params, cudaStream_t stream);
+// Adds one.
+cudaError_t launch_count(int64_t* counter, cudaStream_t stream);
+
+// The number of parts in which launch_moments sums on the current device.
 int64_t moment_parts(int64_t rows, int64_t channels);
 cudaError_t launch_moments(const MomentParams& params, cudaStream_t stream);
 cudaError_t launch_norm(const NormForwardParams& params, cudaStream_t stream);

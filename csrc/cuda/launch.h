@@ -12,7 +12,6 @@ namespace fdfa::cuda {
 
 #if defined(FDFA_EMULATE_CUDA)
 using emulation::launch;
-using emulation::multiprocessors;
 #elif defined(__CUDACC__)
 // Queues kernel(arguments...) on the stream and returns the launch error.
 template <class... Arguments>
@@ -22,14 +21,6 @@ cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStre
   kernel<<<grid, block, 0, stream>>>(arguments...);
   // clang-format on
   return cudaGetLastError();
-}
-
-// Of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
 }
 #endif
 

@@ -15,6 +15,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+// A device of two multiprocessors.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;  // launches are synchronous, so that streams mean nothing
 
@@ -68,8 +70,6 @@ void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 // `value` of the thread of the warp whose lane differs from the caller's by the mask's bits.
 float exchange(float value, unsigned lane_mask);
 
-constexpr int multiprocessors() { return 3; }
-
 // Calls body(context) once for every thread of the grid.
 cudaError_t run_grid(dim3 grid, dim3 block, void (*body)(const void*), const void* context);
 
@@ -88,4 +88,25 @@ using std::min;
 inline void __syncthreads() { emulation::block_barrier(); }
 inline float __shfl_xor_sync(unsigned, float value, unsigned lane_mask) {
   return emulation::exchange(value, lane_mask);
+}
+
+inline void __threadfence() {}  // its atomics are sequentially consistent
+
+// Adds one, or goes back to zero from `last` on; returns the old value.
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  unsigned old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
+  while (!__atomic_compare_exchange_n(address, &old, old >= last ? 0 : old + 1, /*weak=*/true,
+                                      __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+  }
+  return old;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int /*device*/) {
+  *value = 2;
+  return cudaSuccess;
 }

@@ -150,19 +150,20 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                                const OptionalTensor& bias, const OptionalTensor& running_mean,
                                const OptionalTensor& running_var, bool training, double momentum,
                                double eps, const Tensor& noise_state, int64_t block,
-                               c10::string_view activation, c10::string_view noise) {
+                               c10::string_view activation, c10::string_view noise,
+                               const OptionalTensor& num_batches_tracked) {
     static const auto op = find<decltype(fdfa::batch_norm)>("fdfa::batch_norm");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, pre, mean, inverse_std] =
         op.call(x, tangent, ty, weight, bias, running_mean, running_var, training, momentum, eps,
-                noise_state, block, activation, noise);
+                noise_state, block, activation, noise, num_batches_tracked);
     save_norm(ctx, x, weight, bias, mean, inverse_std, training);
     ctx->mark_non_differentiable({y, mean, inverse_std});
     return {y, pre, mean, inverse_std};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return norm_gradients(ctx, grads[1], 14, /*weight_at=*/3);
+    return norm_gradients(ctx, grads[1], 15, /*weight_at=*/3);
   }
 };
 
@@ -173,19 +174,20 @@ struct BatchNormMaxPool2d : torch::autograd::Function<BatchNormMaxPool2d> {
                                bool training, double momentum, double eps, const Tensor& noise_state,
                                int64_t block, c10::string_view activation, c10::string_view noise,
                                at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
-                               at::IntArrayRef pool_padding) {
+                               at::IntArrayRef pool_padding,
+                               const OptionalTensor& num_batches_tracked) {
     static const auto op = find<decltype(fdfa::batch_norm_max_pool2d)>("fdfa::batch_norm_max_pool2d");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, pre, mean, inverse_std, pooled, pooled_tangent] =
-        op.call(x, tangent, weight, bias, running_mean, running_var, training, momentum, eps,
-                noise_state, block, activation, noise, pool_kernel, pool_stride, pool_padding);
+    auto [y, pre, mean, inverse_std, pooled, pooled_tangent] = op.call(
+        x, tangent, weight, bias, running_mean, running_var, training, momentum, eps, noise_state,
+        block, activation, noise, pool_kernel, pool_stride, pool_padding, num_batches_tracked);
     save_norm(ctx, x, weight, bias, mean, inverse_std, training);
     ctx->mark_non_differentiable({y, mean, inverse_std, pooled, pooled_tangent});
     return {y, pre, mean, inverse_std, pooled, pooled_tangent};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return norm_gradients(ctx, grads[1], 16, /*weight_at=*/2);
+    return norm_gradients(ctx, grads[1], 17, /*weight_at=*/2);
   }
 };
 
@@ -239,10 +241,12 @@ Normalized batch_norm_autograd(const Tensor& x, const OptionalTensor& tangent, c
                                const OptionalTensor& weight, const OptionalTensor& bias,
                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                bool training, double momentum, double eps, const Tensor& noise_state,
-                               int64_t block, c10::string_view activation, c10::string_view noise) {
+                               int64_t block, c10::string_view activation, c10::string_view noise,
+                               const OptionalTensor& num_batches_tracked) {
   check_no_dual("batch_norm", x);
-  const auto out = BatchNorm::apply(x, tangent, ty, weight, bias, running_mean, running_var, training,
-                                    momentum, eps, noise_state, block, activation, noise);
+  const auto out =
+      BatchNorm::apply(x, tangent, ty, weight, bias, running_mean, running_var, training, momentum, eps,
+                       noise_state, block, activation, noise, num_batches_tracked);
   return {out[0], out[1], out[2], out[3]};
 }
 
@@ -284,11 +288,12 @@ PooledNorm batch_norm_max_pool2d_autograd(const Tensor& x, const OptionalTensor&
                                           double momentum, double eps, const Tensor& noise_state,
                                           int64_t block, c10::string_view activation,
                                           c10::string_view noise, at::IntArrayRef pool_kernel,
-                                          at::IntArrayRef pool_stride, at::IntArrayRef pool_padding) {
+                                          at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
+                                          const OptionalTensor& num_batches_tracked) {
   check_no_dual("batch_norm_max_pool2d", x);
-  const auto out = BatchNormMaxPool2d::apply(x, tangent, weight, bias, running_mean, running_var,
-                                             training, momentum, eps, noise_state, block, activation,
-                                             noise, pool_kernel, pool_stride, pool_padding);
+  const auto out = BatchNormMaxPool2d::apply(
+      x, tangent, weight, bias, running_mean, running_var, training, momentum, eps, noise_state, block,
+      activation, noise, pool_kernel, pool_stride, pool_padding, num_batches_tracked);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 

@@ -41,7 +41,8 @@ Tensor moments(const Tensor& x, const float* t) {
   p.t = t;
   p.channels = x.size(1);
   p.rows = x.numel() / p.channels;
-  Tensor sums = at::empty({moment_parts(p, x.device()), 4, p.channels}, x.options().dtype(at::kDouble));
+  p.parts = moment_parts(p, x.device());
+  Tensor sums = at::empty({p.parts, 4, p.channels}, x.options().dtype(at::kDouble));
   p.sums = sums.data_ptr<double>();
   launch(p, x.device());
   return sums;
@@ -50,7 +51,7 @@ Tensor moments(const Tensor& x, const float* t) {
 struct Arguments {
   const char* op;
   const Tensor& x;
-  const OptionalTensor &tangent, &weight, &bias, &running_mean, &running_var;
+  const OptionalTensor &tangent, &weight, &bias, &running_mean, &running_var, &num_batches_tracked;
   bool training;
   double momentum, eps;
   const Tensor& noise_state;
@@ -74,6 +75,12 @@ void check_arguments(const Arguments& a) {
   check_channels(a.op, "bias", a.bias, x);
   check_channels(a.op, "running_mean", a.running_mean, x);
   check_channels(a.op, "running_var", a.running_var, x);
+  if (a.num_batches_tracked) {
+    const Tensor& t = *a.num_batches_tracked;
+    TORCH_CHECK(t.scalar_type() == at::kLong && t.numel() == 1 && t.device() == x.device(),
+                "fdfa::", a.op, ": num_batches_tracked must be one int64 on ", x.device(), "; got ",
+                t.scalar_type(), " ", t.sizes(), " on ", t.device());
+  }
   check_counter(a.op, "noise_state", a.noise_state, 3, x);
 }
 
@@ -111,17 +118,18 @@ Prepared prepare(const Arguments& a) {
   n.mean = mean.data_ptr<float>();
   n.inverse_std = inverse_std.data_ptr<float>();
   n.map = {maps.data_ptr<float>(), channels};
+  n.batches = a.num_batches_tracked ? a.num_batches_tracked->data_ptr<int64_t>() : nullptr;
   launch(n, x.device());
 
   const bool keep_pre = derivative_needs_pre_activation(f);
   const Tensor y = at::empty_like(x);
-  const Tensor pre = keep_pre ? at::empty_like(x) : gradient_carrier(x);
+  const Tensor pre = keep_pre ? at::empty_like(x) : empty_carrier(x);
   EpilogueParams<float> p{};
   p.z = x.data_ptr<float>();
   p.tz = a.tangent ? tx.data_ptr<float>() : nullptr;
   p.bias = n.map.bias();
   p.y = y.data_ptr<float>();
-  p.pre = keep_pre ? pre.data_ptr<float>() : nullptr;
+  (keep_pre ? p.pre : p.zeros[0]) = pre.data_ptr<float>();
   p.samples = x.size(0);
   p.features = x.size(0) == 0 ? 0 : x.numel() / x.size(0);
   p.channels = channels;
@@ -137,9 +145,16 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
                       const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       bool training, double momentum, double eps, const Tensor& noise_state,
-                      int64_t block, c10::string_view activation, c10::string_view noise) {
-  const Arguments a{"batch_norm", x,        tangent, weight,      bias,  running_mean, running_var,
-                    training,     momentum, eps,     noise_state, block, activation,   noise};
+                      int64_t block, c10::string_view activation, c10::string_view noise,
+                      const OptionalTensor& num_batches_tracked) {
+  const Arguments a{"batch_norm", x,
+                    tangent,      weight,
+                    bias,         running_mean,
+                    running_var,  num_batches_tracked,
+                    training,     momentum,
+                    eps,          noise_state,
+                    block,        activation,
+                    noise};
   check_arguments(a);
   if (ty) {
     check_like(a.op, "ty", *ty, "x", x);
@@ -162,7 +177,8 @@ PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,
                                  bool training, double momentum, double eps, const Tensor& noise_state,
                                  int64_t block, c10::string_view activation, c10::string_view noise,
                                  at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
-                                 at::IntArrayRef pool_padding) {
+                                 at::IntArrayRef pool_padding,
+                                 const OptionalTensor& num_batches_tracked) {
   const Arguments a{"batch_norm_max_pool2d",
                     x,
                     tangent,
@@ -170,6 +186,7 @@ PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,
                     bias,
                     running_mean,
                     running_var,
+                    num_batches_tracked,
                     training,
                     momentum,
                     eps,

@@ -56,14 +56,6 @@ void check_counter(const char* op, const char* argument, const at::Tensor& t, in
               other.device(), "; got ", t.device());
 }
 
-void count_up(const at::Tensor& counter, int64_t index) {
-  if (counter.is_cpu()) {
-    ++counter.data_ptr<int64_t>()[index];
-  } else {
-    counter.select(0, index).add_(1);
-  }
-}
-
 at::MemoryFormat feature_order(const char* op, const at::Tensor& feedback) {
   if (feedback.is_contiguous()) return at::MemoryFormat::Contiguous;
   TORCH_CHECK(feedback.is_contiguous(at::MemoryFormat::ChannelsLast), "fdfa::", op,

@@ -23,9 +23,6 @@ void check_like(const char* op, const char* argument, const at::Tensor& t, const
 void check_counter(const char* op, const char* argument, const at::Tensor& t, int64_t size,
                    const at::Tensor& other);
 
-// Adds one to an element of a counter on the device, or at once where that is the CPU.
-void count_up(const at::Tensor& counter, int64_t index);
-
 // Features are counted in the memory order of B: row-major, or channels_last for images.
 at::MemoryFormat feature_order(const char* op, const at::Tensor& feedback);
 

@@ -3,6 +3,8 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
+
 #include "ops/checks.h"
 #include "ops/launch.h"
 #include "ops/ops.h"
@@ -72,9 +74,32 @@ void check_deltas(const Network& net, at::TensorList deltas) {
   }
 }
 
-// The blocks whose gates are of this dtype, in one launch.
+void check_bias_grads(const Network& net, at::TensorList bias_grads) {
+  if (bias_grads.empty()) return;
+  check_count(net, "bias_grads", bias_grads);
+  for (size_t i = 0; i < bias_grads.size(); ++i) {
+    const Tensor &t = bias_grads[i], &gate = net.gates[i];
+    if (t.numel() == 0) continue;
+    TORCH_CHECK(gate.dim() == 2, "fdfa::", net.op, ": bias_grads are for gates of [N, D]; got one of ",
+                gate.sizes());
+    TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, "fdfa::", net.op,
+                     ": bias_grads must be float32; got ", t.scalar_type());
+    check_shape(net.op, "bias_grads", t, {gate.size(1)});
+    TORCH_CHECK(t.is_contiguous() && t.device() == gate.device(), "fdfa::", net.op,
+                ": bias_grads must be contiguous, on ", gate.device(), "; got strides ", t.strides(),
+                " on ", t.device());
+  }
+}
+
+// Where the results go, one entry for each block; bias_grads may have none.
+struct Results {
+  at::TensorList deltas, bias_grads;
+};
+
+// The blocks whose gates are of this dtype, in one launch. counter: of Adam steps, where it counts
+// them.
 void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion, const Tensor& error,
-                 const OptionalTensor& tangent, at::TensorList deltas) {
+                 const OptionalTensor& tangent, const Results& results, int64_t* counter) {
   const auto matrix = [](at::TensorList list, size_t i) {
     return list.empty() ? nullptr : pointer<float>(list[i]);
   };
@@ -106,8 +131,10 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
         p.scale = -1.0f;
       }
       if (f != Activation::identity) p.gate = features(gate, i);
-      p.delta = pointer<T>(deltas[i]);
-      p.transposed = is_turned(deltas[i]);
+      p.delta = pointer<T>(results.deltas[i]);
+      p.transposed = is_turned(results.deltas[i]);
+      const bool wants_bias = !results.bias_grads.empty() && results.bias_grads[i].numel() > 0;
+      p.bias_grad = wants_bias ? pointer<float>(results.bias_grads[i]) : nullptr;
       p.samples = gate.size(0);
       p.features = feedback.numel() / feedback.size(0);
       p.outputs = error.size(1);
@@ -123,17 +150,25 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
       p.tf32 = at::globalContext().allowTF32CuBLAS();
       launched.push_back(p);
     }
-    launch(launched, error.device());
+    launch(launched, counter, error.device());
   });
 }
 
-void step(const Network& net, const Motion& motion, at::TensorList deltas) {
+void step(const Network& net, const Motion& motion, const Results& results) {
   // [N, K] is small beside [N, D] and [K, D]: the kernels take it in float32.
   const Tensor error = net.error.to(at::kFloat).contiguous();
   const auto tangent =
       net.tangent ? OptionalTensor(net.tangent->to(at::kFloat).contiguous()) : std::nullopt;
-  for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
-    step_blocks(dtype, net, motion, error, tangent, deltas);
+  std::vector<at::ScalarType> dtypes;  // of the gates, each once
+  for (const Tensor& gate : net.gates) {
+    const auto found = std::find(dtypes.begin(), dtypes.end(), gate.scalar_type());
+    if (found == dtypes.end()) dtypes.push_back(gate.scalar_type());
+  }
+  for (const auto dtype : dtypes) {
+    // All launches read the old count: the last one changes it.
+    const bool counts = motion.updates && dtype == dtypes.back();
+    step_blocks(dtype, net, motion, error, tangent, results,
+                counts ? motion.updates->data_ptr<int64_t>() : nullptr);
   }
 }
 
@@ -192,7 +227,7 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
                    at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
                    at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
                    double decay, double lr, double beta1, double beta2, double eps,
-                   at::TensorList deltas) {
+                   at::TensorList deltas, at::TensorList bias_grads) {
   const Network net{"feedback_step", error,   tangent, noise_state, feedback,
                     gates,           outputs, blocks,  activations, noise};
   const bool learns = tangent || !outputs.empty();
@@ -201,8 +236,11 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
   check_network(net);
   check_moments(net, motion);
   check_deltas(net, deltas);
-  if (updates) count_up(*updates, 0);
-  step(net, motion, deltas);
+  check_bias_grads(net, bias_grads);
+  if (error.size(0) == 0) {  // which reaches no kernel
+    for (const Tensor& t : bias_grads) t.zero_();
+  }
+  step(net, motion, {deltas, bias_grads});
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
@@ -221,7 +259,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
     gradients.push_back(gates[i].size(0) == 0 ? at::zeros_like(feedback[i])
                                               : at::empty_like(feedback[i]));
   }
-  step(net, {Rule::gradient, {}, {}, gradients, std::nullopt, decay}, deltas);
+  step(net, {Rule::gradient, {}, {}, gradients, std::nullopt, decay}, {deltas, {}});
   return {deltas, gradients};
 }
 

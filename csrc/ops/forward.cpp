@@ -46,7 +46,7 @@ EpilogueParams<T> epilogue_params(const Finish& finish, const Products& products
   p.tz = products.tz.defined() ? pointer<T>(products.tz) : nullptr;
   p.y = pointer<T>(y);
   p.bias = finish.bias ? pointer<T>(*finish.bias) : nullptr;
-  p.pre = finish.keeps_pre() ? pointer<T>(pre) : nullptr;
+  (finish.keeps_pre() ? p.pre : p.zeros[0]) = pointer<T>(pre);
   p.samples = y.size(0);
   p.features = features_of(y);
   p.channels = finish.channels;
@@ -57,7 +57,7 @@ EpilogueParams<T> epilogue_params(const Finish& finish, const Products& products
 }
 
 Tensor empty_pre(const Finish& finish, const Tensor& y) {
-  return finish.keeps_pre() ? at::empty_like(y) : gradient_carrier(y);
+  return finish.keeps_pre() ? at::empty_like(y) : empty_carrier(y);
 }
 
 // y and ty overwrite the products, unless these are transposed.
@@ -65,12 +65,12 @@ Dual run(const Finish& finish, const Products& products) {
   const auto& [z, tz, transposed] = products;
   const Tensor y = transposed ? at::empty({z.size(1), z.size(0)}, z.options()) : z;
   const bool zero = !tz.defined() && finish.noise == Noise::none;
-  const Tensor ty = zero ? gradient_carrier(y) : tz.defined() && !transposed ? tz : at::empty_like(y);
+  const Tensor ty = zero ? empty_carrier(y) : tz.defined() && !transposed ? tz : at::empty_like(y);
   const Tensor pre = empty_pre(finish, y);
   with_storage(y.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
     EpilogueParams<T> p = epilogue_params<T>(finish, products, y, pre);
-    p.ty = zero ? nullptr : pointer<T>(ty);
+    (zero ? p.zeros[1] : p.ty) = pointer<T>(ty);
     launch(p, y.device());
   });
   return {y, ty, pre};
@@ -132,9 +132,13 @@ void check_images(const Convolution& c, const OptionalTensor& bias, const Tensor
 
 }  // namespace
 
-Tensor gradient_carrier(const Tensor& y) {
+Tensor empty_carrier(const Tensor& y) {
   const std::vector<int64_t> strides(y.dim(), 0);
-  Tensor zero = at::empty_strided(y.sizes(), strides, y.options());
+  return at::empty_strided(y.sizes(), strides, y.options());
+}
+
+Tensor gradient_carrier(const Tensor& y) {
+  Tensor zero = empty_carrier(y);
   if (zero.numel() == 0) return zero;
   if (zero.is_cpu()) {
     std::memset(zero.data_ptr(), 0, zero.element_size());  // zero_() takes three times as long
@@ -147,12 +151,7 @@ Tensor gradient_carrier(const Tensor& y) {
 Tensor next_noise(Tensor state) {
   check_counter("next_noise", "state", state, 3, state);
   Tensor snapshot = at::empty_like(state);
-  if (state.is_cpu()) {
-    std::memcpy(snapshot.data_ptr(), state.const_data_ptr(), state.nbytes());
-  } else {
-    snapshot.copy_(state);
-  }
-  count_up(state, 1);
+  launch(NextNoiseParams{state.data_ptr<int64_t>(), snapshot.data_ptr<int64_t>()}, state.device());
   return snapshot;
 }
 

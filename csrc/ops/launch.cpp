@@ -5,9 +5,6 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
-#if defined(FDFA_WITH_CUDA)
-#include "cuda/kernels.h"
-#endif
 
 namespace fdfa {
 namespace {
@@ -35,6 +32,24 @@ void on_device(const Params& params, const at::Device& device, const Cpu& cpu) {
   cpu();
 }
 
+template <class T>
+void feedback_step_cpu(const std::vector<FeedbackParams<T>>& blocks) {
+  int64_t units = 0, elements = 0;
+  for (const auto& block : blocks) {
+    units += cpu::feedback_units(block);
+    elements += block.samples * block.features;
+  }
+  at::parallel_for(0, units, noise_grain(units, elements), [&](int64_t begin, int64_t end) {
+    for (const auto& block : blocks) {
+      const int64_t own = cpu::feedback_units(block);
+      const int64_t first = std::clamp<int64_t>(begin, 0, own), last = std::clamp<int64_t>(end, 0, own);
+      if (first < last) cpu::feedback_step(block, first, last);
+      begin -= own;
+      end -= own;
+    }
+  });
+}
+
 }  // namespace
 
 template <class T>
@@ -47,23 +62,19 @@ void launch(const EpilogueParams<T>& params, const at::Device& device) {
 }
 
 template <class T>
-void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device) {
-  on_device(blocks, device, [&] {
-    int64_t units = 0, elements = 0;
-    for (const auto& block : blocks) {
-      units += cpu::feedback_units(block);
-      elements += block.samples * block.features;
-    }
-    at::parallel_for(0, units, noise_grain(units, elements), [&](int64_t begin, int64_t end) {
-      for (const auto& block : blocks) {
-        const int64_t own = cpu::feedback_units(block);
-        const int64_t first = std::clamp<int64_t>(begin, 0, own),
-                      last = std::clamp<int64_t>(end, 0, own);
-        if (first < last) cpu::feedback_step(block, first, last);
-        begin -= own;
-        end -= own;
-      }
-    });
+void launch(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter, const at::Device& device) {
+#if defined(FDFA_WITH_CUDA)
+  if (device.is_cuda()) return launch_cuda(blocks, counter, device);
+#endif
+  (void)device;
+  feedback_step_cpu(blocks);
+  if (counter != nullptr) ++*counter;
+}
+
+void launch(const NextNoiseParams& params, const at::Device& device) {
+  on_device(params, device, [&] {
+    std::copy_n(params.state, 3, params.snapshot);
+    ++params.state[1];
   });
 }
 
@@ -91,7 +102,7 @@ void launch(const PooledEpilogueParams& params, const at::Device& device) {
 
 int64_t moment_parts(const MomentParams& params, const at::Device& device) {
 #if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return cuda::moment_parts(params.rows, params.channels);
+  if (device.is_cuda()) return moment_parts_cuda(params, device);
 #endif
   (void)device;
   return cpu::moment_units(params);
@@ -122,8 +133,9 @@ void launch(const CombineParams& params, const at::Device& device) {
 template void launch<float>(const EpilogueParams<float>&, const at::Device&);
 template void launch<bfloat16>(const EpilogueParams<bfloat16>&, const at::Device&);
 template void launch<float16>(const EpilogueParams<float16>&, const at::Device&);
-template void launch<float>(const std::vector<FeedbackParams<float>>&, const at::Device&);
-template void launch<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, const at::Device&);
-template void launch<float16>(const std::vector<FeedbackParams<float16>>&, const at::Device&);
+template void launch<float>(const std::vector<FeedbackParams<float>>&, int64_t*, const at::Device&);
+template void launch<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, int64_t*,
+                               const at::Device&);
+template void launch<float16>(const std::vector<FeedbackParams<float16>>&, int64_t*, const at::Device&);
 
 }  // namespace fdfa

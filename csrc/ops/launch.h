@@ -13,14 +13,15 @@ namespace fdfa {
 
 template <class T>
 void launch(const EpilogueParams<T>& params, const at::Device& device);
-// All blocks at once: nothing orders them.
+// All blocks at once: nothing orders them. counter: null, or their `updates`, which counts this step.
 template <class T>
-void launch(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
+void launch(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter, const at::Device& device);
+void launch(const NextNoiseParams& params, const at::Device& device);
 void launch(const MaxPoolParams& params, const at::Device& device);
 void launch(const MaxPoolBackwardParams& params, const at::Device& device);
 void launch(const PooledEpilogueParams& params, const at::Device& device);
 
-// The number of parts in which moments are summed.
+// The number of parts in which the moments of so many rows and channels are summed.
 int64_t moment_parts(const MomentParams& params, const at::Device& device);
 void launch(const MomentParams& params, const at::Device& device);
 void launch(const NormForwardParams& params, const at::Device& device);
@@ -31,7 +32,10 @@ void launch(const CombineParams& params, const at::Device& device);
 template <class T>
 void launch_cuda(const EpilogueParams<T>& params, const at::Device& device);
 template <class T>
-void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device);
+void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter,
+                 const at::Device& device);
+void launch_cuda(const NextNoiseParams& params, const at::Device& device);
+int64_t moment_parts_cuda(const MomentParams& params, const at::Device& device);
 void launch_cuda(const MaxPoolParams& params, const at::Device& device);
 void launch_cuda(const MaxPoolBackwardParams& params, const at::Device& device);
 void launch_cuda(const PooledEpilogueParams& params, const at::Device& device);

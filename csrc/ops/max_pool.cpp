@@ -66,7 +66,8 @@ std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tens
                                       const PoolShape& shape, const Tensor& spare) {
   const bool zero = epilogue.tz == nullptr && epilogue.noise.kind == Noise::none;
   const Tensor pooled = empty_pooled(shape, y);
-  const Tensor pooled_tangent = zero ? gradient_carrier(pooled) : at::empty_like(pooled);
+  const Tensor pooled_tangent = zero ? empty_carrier(pooled) : at::empty_like(pooled);
+  if (zero) epilogue.zeros[1] = pooled_tangent.data_ptr<float>();
   Tensor ty;
   if (!y.is_cpu() && !zero) {  // CUDA's epilogue hands it over to the pool in memory
     ty = spare.defined() ? spare : at::empty(y.sizes(), y.options(), kOrder);
@@ -101,8 +102,10 @@ Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor
   p.samples = y.size(0);
   p.features = p.channels = y.size(0) == 0 ? 0 : y.numel() / y.size(0);
   p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, kind};
+  const Tensor pre = empty_carrier(y);
+  p.zeros[0] = pre.data_ptr<float>();
   launch(p, y.device());
-  return {y, ty, gradient_carrier(y)};
+  return {y, ty, pre};
 }
 
 Tensor max_pool2d_backward(const Tensor& delta, const Tensor& x, at::IntArrayRef kernel,

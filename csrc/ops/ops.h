@@ -39,6 +39,8 @@ Tensor plain_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
 
 // `pre` where it only carries a gradient: zeros in the shape of y, in a single element of memory.
 Tensor gradient_carrier(const Tensor& y);
+// The same whose element the epilogue that has it in `zeros` writes.
+Tensor empty_carrier(const Tensor& y);
 
 Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
             const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
@@ -86,7 +88,8 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
                       const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       bool training, double momentum, double eps, const Tensor& noise_state,
-                      int64_t block, c10::string_view activation, c10::string_view noise);
+                      int64_t block, c10::string_view activation, c10::string_view noise,
+                      const OptionalTensor& num_batches_tracked);
 
 // Also the pool of y, and its tangent.
 using PooledNorm = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -97,7 +100,8 @@ PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,
                                  bool training, double momentum, double eps, const Tensor& noise_state,
                                  int64_t block, c10::string_view activation, c10::string_view noise,
                                  at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
-                                 at::IntArrayRef pool_padding);
+                                 at::IntArrayRef pool_padding,
+                                 const OptionalTensor& num_batches_tracked);
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,
                                                        const OptionalTensor& weight, const Tensor& mean,
@@ -123,7 +127,7 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
                    at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
                    at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
                    double decay, double lr, double beta1, double beta2, double eps,
-                   at::TensorList deltas);
+                   at::TensorList deltas, at::TensorList bias_grads);
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
     at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent, at::TensorList gates,

@@ -45,12 +45,13 @@ TORCH_LIBRARY(fdfa, m) {
   // W] in channels_last; float32. The tangent passes the batch's statistics too. In training
   // they come from x, and move running_mean and running_var, both [C], by `momentum`. ty is written to
   // memory of the caller's, which may be tangent itself; none where it would be zero. Returns also mean
-  // and 1 / σ, [C], for the backward.
+  // and 1 / σ, [C], for the backward. num_batches_tracked, one int64, is counted up where the
+  // statistics come from x.
   m.def(
       "batch_norm(Tensor x, Tensor? tangent, Tensor(c!)? ty, Tensor? weight, Tensor? bias, "
       "Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor noise_state, "
-      "int block, str activation, str noise) -> "
+      "int block, str activation, str noise, Tensor(d!)? num_batches_tracked=None) -> "
       "(Tensor y, Tensor pre, Tensor mean, Tensor inverse_std)");
 
   // The same and a max-pool that follows the block, as in `conv2d_max_pool2d`.
@@ -58,8 +59,8 @@ TORCH_LIBRARY(fdfa, m) {
       "batch_norm_max_pool2d(Tensor x, Tensor? tangent, Tensor? weight, Tensor? bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, "
       "Tensor noise_state, int block, str activation, str noise, int[2] pool_kernel, "
-      "int[2] pool_stride, int[2] pool_padding) -> (Tensor y, Tensor pre, Tensor mean, "
-      "Tensor inverse_std, Tensor pooled, Tensor pooled_tangent)");
+      "int[2] pool_stride, int[2] pool_padding, Tensor(c!)? num_batches_tracked=None) -> "
+      "(Tensor y, Tensor pre, Tensor mean, Tensor inverse_std, Tensor pooled, Tensor pooled_tangent)");
 
   // From δ at its output a to the gradients of x, weight and bias.
   m.def(
@@ -104,12 +105,14 @@ TORCH_LIBRARY(fdfa, m) {
   // (error B) ⊙ f'(gate), in gate's shape [N, *features]: y, or the pre-activation for gelu and silu;
   // error [N, K]. Each δ is written to `deltas`, in B's memory order (dense ones on the CPU may be
   // turned over, [D, N]), and not returned, because torch.compile wants no lists from operators that
-  // change their arguments.
+  // change their arguments. So is each block's sum of δ over the samples to `bias_grads`, [D] in
+  // float32, for blocks of [N, D]: the gradient of a bias. Without entries there are none; an empty one
+  // is not wanted.
   m.def(
       "feedback_step(Tensor(a!)[] feedback, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
       "Tensor(d!)? updates, Tensor error, Tensor? tangent, Tensor[] gates, Tensor[] outputs, "
       "Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, float lr, "
-      "float beta1, float beta2, float eps, Tensor(e!)[] deltas) -> ()");
+      "float beta1, float beta2, float eps, Tensor(e!)[] deltas, Tensor(f!)[] bias_grads) -> ()");
 
   // (δ from the feedback as it is, ∇B) for each block, for a torch optimizer to move B (eq. 10).
   m.def(
@@ -123,10 +126,12 @@ TORCH_LIBRARY(fdfa, m) {
   // its tangent; or with weight [K, D] and bias [K] it is x Wᵀ + b of x [N, D], and they get their
   // exact gradients here: a node, two calls and a copy less. With a tangent it advances noise_state, of
   // which the backward uses the value before. A gate that is spare, since nobody else reads it, gives
-  // its memory to δ, unless the graph is retained.
+  // its memory to δ, unless the graph is retained. `biases`, each [D] of the block of [N, D] in that
+  // place of `biased`, get their gradients here too, which the feedback step has at no cost.
   m.def(
       "star(Tensor x, Tensor? tangent, Tensor? weight, Tensor? bias, Tensor(a!) noise_state, "
-      "Tensor[] handles, Tensor[] gates, bool[] spare_gates, Tensor[] outputs, Tensor[] feedback, "
+      "Tensor[] handles, Tensor[] biases, int[] biased, Tensor[] gates, bool[] spare_gates, Tensor[] "
+      "outputs, Tensor[] feedback, "
       "Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, int[] blocks, str[] activations, "
       "str noise, str rule, float decay, float lr, float beta1, float beta2, float eps) -> Tensor");
 }

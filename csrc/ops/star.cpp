@@ -1,5 +1,6 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/clone.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/custom_class.h>
@@ -21,7 +22,7 @@ using torch::autograd::variable_list;
 struct Options : torch::CustomClassHolder {
   std::vector<Tensor> feedback, exp_avg, exp_avg_sq;
   Tensor updates;
-  std::vector<int64_t> blocks;
+  std::vector<int64_t> blocks, biased;
   c10::List<bool> spare_gates;
   Names activations;
   std::string noise, rule;
@@ -32,8 +33,8 @@ struct Options : torch::CustomClassHolder {
 struct Star : torch::autograd::Function<Star> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                         const OptionalTensor& weight, const OptionalTensor& bias,
-                        at::TensorList handles, at::TensorList feedback, const Tensor& noise_state,
-                        at::TensorList gates, at::TensorList outputs,
+                        at::TensorList handles, at::TensorList biases, at::TensorList feedback,
+                        const Tensor& noise_state, at::TensorList gates, at::TensorList outputs,
                         c10::intrusive_ptr<Options> options) {
     static const auto next_noise = find<decltype(fdfa::next_noise)>("fdfa::next_noise");
     OptionalTensor output_tangent = tangent;
@@ -45,6 +46,7 @@ struct Star : torch::autograd::Function<Star> {
     check_network({"star", output, output_tangent, noise_state, feedback, gates, outputs,
                    options->blocks, options->activations, options->noise});
     for (size_t i = 0; i < gates.size(); ++i) check_order(feedback[i], gates[i]);
+    check_biases(biases, options->biased, gates);
     options->wants_weight = weight && weight->requires_grad();
     options->wants_bias = bias && bias->requires_grad();
     variable_list saved{output_tangent.value_or(Tensor()),
@@ -73,29 +75,49 @@ struct Star : torch::autograd::Function<Star> {
     const size_t n = o.blocks.size();
     const auto gates = at::TensorList(saved).slice(3, n), outputs = at::TensorList(saved).slice(3 + n);
 
-    variable_list deltas, gradients(o.feedback.size());
+    variable_list deltas, bias_grads, gradients(o.feedback.size());
     if (o.rule == "grad") {
       std::tie(deltas, gradients) =
           feedback_gradient.call(o.feedback, error, tangent, gates, outputs, noise_state, o.blocks,
                                  o.activations, o.noise, o.decay);
+      for (const int64_t i : o.biased) bias_grads.push_back(deltas[i].sum(0));
     } else {
       const bool once = !torch::autograd::get_current_graph_task_keep_graph();
       for (size_t i = 0; i < o.feedback.size(); ++i) {
         const bool spare = once && o.spare_gates.get(i);
         deltas.push_back(spare ? gates[i] : empty_delta(gates[i], o.feedback[i]));
       }
+      variable_list sums;
+      if (!o.biased.empty()) sums.assign(n, at::empty({0}, error.options()));
+      for (const int64_t i : o.biased) {
+        sums[i] = at::empty({gates[i].size(1)}, error.options().dtype(at::kFloat));
+        bias_grads.push_back(sums[i]);
+      }
       const auto updates = o.rule == "adam" ? OptionalTensor(o.updates) : std::nullopt;
       feedback_step.call(o.feedback, o.exp_avg, o.exp_avg_sq, updates, error, tangent, gates, outputs,
                          noise_state, o.blocks, o.activations, o.noise, o.decay, o.lr, o.beta1, o.beta2,
-                         o.eps, deltas);
+                         o.eps, deltas, sums);
     }
     variable_list result{x.defined() ? Tensor() : error, Tensor(),
                          o.wants_weight ? call_mm(error.t(), x) : Tensor(),
                          o.wants_bias ? error.sum(0) : Tensor()};
     result.insert(result.end(), deltas.begin(), deltas.end());
+    result.insert(result.end(), bias_grads.begin(), bias_grads.end());
     result.insert(result.end(), gradients.begin(), gradients.end());
     result.resize(result.size() + 2 + gates.size() + outputs.size());  // of what has no gradient
     return result;
+  }
+
+  static void check_biases(at::TensorList biases, at::IntArrayRef biased, at::TensorList gates) {
+    TORCH_CHECK(biases.size() == biased.size(), "fdfa::star: biased must have one entry for each of ",
+                biases.size(), " biases; got ", biased.size());
+    for (size_t i = 0; i < biases.size(); ++i) {
+      const int64_t block = biased[i];
+      TORCH_CHECK(block >= 0 && block < static_cast<int64_t>(gates.size()) && gates[block].dim() == 2 &&
+                      biases[i].sizes() == gates[block].sizes().slice(1),
+                  "fdfa::star: biased must name a block of [N, D] for a bias of [D] = ",
+                  biases[i].sizes(), "; got ", block);
+    }
   }
 
   // The order in which the forward pass counted the features when it perturbed them.
@@ -108,11 +130,11 @@ struct Star : torch::autograd::Function<Star> {
 
 Tensor star(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& weight,
             const OptionalTensor& bias, const Tensor& noise_state, at::TensorList handles,
-            at::TensorList gates, const c10::List<bool>& spare_gates, at::TensorList outputs,
-            at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
-            const Tensor& updates, at::IntArrayRef blocks, const Names& activations,
-            c10::string_view noise, c10::string_view rule, double decay, double lr, double beta1,
-            double beta2, double eps) {
+            at::TensorList biases, at::IntArrayRef biased, at::TensorList gates,
+            const c10::List<bool>& spare_gates, at::TensorList outputs, at::TensorList feedback,
+            at::TensorList exp_avg, at::TensorList exp_avg_sq, const Tensor& updates,
+            at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
+            c10::string_view rule, double decay, double lr, double beta1, double beta2, double eps) {
   TORCH_CHECK(!weight || !x.requires_grad(),
               "fdfa::star: x must need no gradient where weight is given");
   auto options = c10::make_intrusive<Options>();
@@ -121,6 +143,7 @@ Tensor star(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor
   options->exp_avg_sq = exp_avg_sq.vec();
   options->updates = updates;
   options->blocks = blocks.vec();
+  options->biased = biased.vec();
   options->spare_gates = spare_gates;
   options->activations = activations;
   options->noise = noise;
@@ -130,7 +153,7 @@ Tensor star(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor
   options->beta1 = beta1;
   options->beta2 = beta2;
   options->eps = eps;
-  return Star::apply(x, tangent, weight, bias, handles, feedback, noise_state, gates, outputs,
+  return Star::apply(x, tangent, weight, bias, handles, biases, feedback, noise_state, gates, outputs,
                      std::move(options));
 }
 

@@ -1,5 +1,6 @@
 #include "common/batch_norm.h"
 
+#include <algorithm>
 #include <initializer_list>
 #include <vector>
 
@@ -25,7 +26,9 @@ std::vector<float> values(int64_t size, uint32_t key, float mean) {
 }
 
 struct Cpu {
-  static int64_t parts(const MomentParams& p) { return cpu::moment_units(p); }
+  static int64_t parts(int64_t rows, int64_t channels) {
+    return cpu::moment_units({nullptr, nullptr, nullptr, nullptr, rows, channels, 0});
+  }
   static void moments(const MomentParams& p) {
     const int64_t units = cpu::moment_units(p);
     cpu::moments(p, 0, units / 2);
@@ -41,7 +44,7 @@ struct Cpu {
 };
 
 struct EmulatedCuda {
-  static int64_t parts(const MomentParams& p) { return cuda::moment_parts(p.rows, p.channels); }
+  static int64_t parts(int64_t rows, int64_t channels) { return cuda::moment_parts(rows, channels); }
   static void moments(const MomentParams& p) { CHECK(cuda::launch_moments(p, nullptr) == cudaSuccess); }
   static void norm(const NormForwardParams& p) { CHECK(cuda::launch_norm(p, nullptr) == cudaSuccess); }
   static void norm_backward(const NormBackwardParams& p) {
@@ -71,30 +74,52 @@ Textbook textbook(const std::vector<float>& x, const std::vector<float>& t, int6
   return m;
 }
 
-// training: by the batch's statistics, else by running ones.
+// A copy of v that begins `shift` floats off the alignment of four.
+class Shifted {
+ public:
+  Shifted(const std::vector<float>& v, int64_t shift) : start_(shift), memory_(v.size() + shift + 4) {
+    while (reinterpret_cast<uintptr_t>(data()) % 16 != 4 * static_cast<uintptr_t>(shift)) ++start_;
+    std::copy(v.begin(), v.end(), data());
+  }
+  float* data() { return memory_.data() + start_; }
+
+ private:
+  int64_t start_;
+  std::vector<float> memory_;
+};
+
+// training: by the batch's statistics, else by running ones. shift: of x, t and out off an alignment.
 template <class Backend>
-void test_case(int64_t rows, int64_t channels, float mean, bool training) {
+void test_case(int64_t rows, int64_t channels, float mean, bool training, int64_t shift) {
   const std::vector<float> x = values(rows * channels, 1, mean), t = values(rows * channels, 2, 0.3f);
+  Shifted x_memory(x, shift), t_memory(t, shift), out_memory(x, shift);
   const std::vector<float> weight = values(channels, 3, 1.5f), bias = values(channels, 4, 0.0f);
   std::vector<float> running_mean = values(channels, 5, mean), running_var = values(channels, 6, 1.5f);
   const std::vector<float> old_mean = running_mean, old_var = running_var;
-  MomentParams p{x.data(), t.data(), x.data(), nullptr, rows, channels};
-  const int64_t parts = Backend::parts(p);
-  std::vector<double> sums(parts * 4 * channels, -1.0);
-  p.sums = sums.data();
-  Backend::moments(p);
+  const float *x_data = x_memory.data(), *t_data = t_memory.data();
+  const int64_t parts = Backend::parts(rows, channels);
+  std::vector<double> sums(parts * 4 * channels, -1.0), sums_of_x = sums;
+  Backend::moments({x_data, t_data, x_data, sums.data(), rows, channels, parts});
+  Backend::moments({x_data, nullptr, x_data, sums_of_x.data(), rows, channels, parts});
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const bool of_x = i / channels % 4 < 2;
+    CHECK(sums_of_x[i] == (of_x ? sums[i] : 0.0));
+  }
 
   constexpr double kMomentum = 0.1, kEps = 1e-5;
   std::vector<float> mu(channels), inverse(channels), map(4 * channels), backward_map(4 * channels),
-      weight_grad(channels), bias_grad(channels), out(rows * channels);
-  Backend::norm({training ? sums.data() : nullptr, x.data(), parts, rows, channels, weight.data(),
+      weight_grad(channels), bias_grad(channels);
+  int64_t batches = 6;
+  Backend::norm({training ? sums.data() : nullptr, x_data, parts, rows, channels, weight.data(),
                  bias.data(), running_mean.data(), running_var.data(), kMomentum, kEps, mu.data(),
-                 inverse.data(), NormMap{map.data(), channels}});
+                 inverse.data(), NormMap{map.data(), channels}, &batches});
+  CHECK(batches == (training ? 7 : 6));
   const NormMap maps{map.data(), channels};
-  Backend::norm_backward({sums.data(), x.data(), parts, rows, channels, weight.data(), mu.data(),
+  Backend::norm_backward({sums.data(), x_data, parts, rows, channels, weight.data(), mu.data(),
                           inverse.data(), training, weight_grad.data(), bias_grad.data(),
                           NormMap{backward_map.data(), channels}});
-  Backend::combine({x.data(), t.data(), out.data(), maps.channel_map(), rows, channels});
+  float* out = out_memory.data();
+  Backend::combine({x_data, t_data, out, maps.channel_map(), rows, channels});
 
   const auto n = static_cast<double>(rows);
   for (int64_t c = 0; c < channels; ++c) {
@@ -136,7 +161,8 @@ void test_cases(std::initializer_list<int64_t> channel_counts,
   for (int64_t channels : channel_counts) {
     for (int64_t rows : row_counts) {
       for (float mean : {0.0f, 10.0f}) {
-        for (bool training : {true, false}) test_case<Backend>(rows, channels, mean, training);
+        test_case<Backend>(rows, channels, mean, /*training=*/true, /*shift=*/0);
+        test_case<Backend>(rows, channels, mean, /*training=*/false, /*shift=*/1);
       }
     }
   }
@@ -148,6 +174,8 @@ int main() {
   for (const char* isa : {"baseline", "avx2", "avx512"}) {
     if (cpu::select_isa(isa)) test_cases<Cpu>({1, 3, 15, 40, 300}, {2, 63, 1100});
   }
-  test_cases<EmulatedCuda>({1, 40}, {2, 300});
+  // Channels that a thread takes one by one and by four, in one tile and in several; one part of the
+  // rows and several.
+  test_cases<EmulatedCuda>({1, 35, 68}, {2, 300});
   return test::failures();
 }

@@ -18,15 +18,23 @@ struct EmulatedCuda {
   }
 
   template <class T>
-  static void feedback_step(const std::vector<FeedbackParams<T>>& blocks) {
+  static void feedback_step(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter) {
     const auto count = static_cast<int64_t>(blocks.size());
-    CHECK(cuda::launch_feedback_step(blocks.data(), count, nullptr) == cudaSuccess);
+    CHECK(cuda::launch_feedback_step(blocks.data(), count, counter, nullptr) == cudaSuccess);
   }
 };
+
+void test_next_noise() {
+  int64_t state[4] = {-7, 41, 3, 99}, snapshot[4] = {0, 0, 0, 98};
+  CHECK(cuda::launch_next_noise({state, snapshot}, nullptr) == cudaSuccess);
+  const int64_t before[] = {-7, 41, 3, 98}, after[] = {-7, 42, 3, 99};
+  for (int i = 0; i < 4; ++i) CHECK(snapshot[i] == before[i] && state[i] == after[i]);
+}
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  test_next_noise();
   if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
     test::test_kernels<EmulatedCuda>({{33}, {33}, {65}}, 307, 11);
   } else {

@@ -9,7 +9,8 @@
 
 // Every shape, type, rule and optional pointer, for any implementation of the kernels. A Backend has
 //   template <class T> static void epilogue(const EpilogueParams<T>&);
-//   template <class T> static void feedback_step(const std::vector<FeedbackParams<T>>& blocks);
+//   template <class T> static void feedback_step(const std::vector<FeedbackParams<T>>& blocks,
+//                                                int64_t* counter);
 
 namespace fdfa::test {
 
@@ -21,6 +22,10 @@ template <>
 inline constexpr double kTolerance<bfloat16> = 1.6e-2;
 template <>
 inline constexpr double kTolerance<float16> = 2e-3;
+
+// The same for a sum of such values, times the square root of their number: deltas reach a few times 1.
+template <class T>
+constexpr double kSumTolerance = 4 * kTolerance<T>;
 
 // An array with a margin at both ends that nobody may write. `shift` moves its start off the alignment
 // that vector accesses need.
@@ -100,7 +105,8 @@ struct EpilogueArrays {
         pre(c.samples * c.features, 6, c.shift),
         scale(c.channels, 7),
         slope(c.channels, 8),
-        offset(c.channels, 9) {}
+        offset(c.channels, 9),
+        zero(1, 10) {}
 
   EpilogueParams<T> params(const EpilogueCase& c) {
     const bool in_place_tangent = c.in_place && c.has_tangent;
@@ -118,11 +124,13 @@ struct EpilogueArrays {
             {kState, 2, c.noise},
             c.transposed,
             {c.mapped ? scale.data() : nullptr, c.mapped && c.has_tangent ? slope.data() : nullptr,
-             c.mapped && c.has_tangent ? offset.data() : nullptr}};
+             c.mapped && c.has_tangent ? offset.data() : nullptr},
+            {nullptr, zero.data()}};
   }
 
   Array<T> z, tz, bias, y, ty, pre;
   Array<float> scale, slope, offset;
+  Array<T> zero;
 };
 
 template <class Backend, class T>
@@ -135,6 +143,7 @@ void test_epilogue_case(const EpilogueCase& c) {
   actual.y.check_close_to(expected.y, kTolerance<T>, "y");
   actual.ty.check_close_to(expected.ty, kTolerance<T>, "ty");
   actual.pre.check_close_to(expected.pre, kTolerance<T>, "pre");
+  actual.zero.check_close_to(expected.zero, 0.0, "zero");
 }
 
 // As a linear block (a channel per feature) and as a convolution with the fewest channels that fit.
@@ -200,7 +209,8 @@ struct FeedbackCase {
   Noise noise;  // none: s is an array
   Rule rule;
   bool has_gate, transposed, in_place;  // in_place: delta, and s if an array, is the gate's memory
-  bool overflow = false;                // one element of factor and error each is infinite
+  bool has_bias = true;
+  bool overflow = false;  // one element of factor and error each is infinite
   bool tf32 = false;  // allowed; all that is multiplied is of so few bits that it makes no difference
 };
 
@@ -216,6 +226,7 @@ struct FeedbackArrays {
         gate(c.samples * c.features, 7),
         delta(c.samples * c.features, 8),
         source(c.samples * c.features, 9),
+        bias_grad(c.features, 10),
         updates(c.updates) {
     for (int64_t i = 0; i < exp_avg_sq.size(); ++i) exp_avg_sq.data()[i] = 1.0f + exp_avg.data()[i] / 2;
     if (c.tf32) {
@@ -249,15 +260,17 @@ struct FeedbackArrays {
             0.999f,
             1e-8f,
             c.tf32,
-            c.transposed};
+            c.transposed,
+            c.has_bias ? bias_grad.data() : nullptr};
   }
 
   Array<float> feedback, exp_avg, exp_avg_sq, gradient, error, factor;
   Array<T> gate, delta, source;
+  Array<float> bias_grad;
   int64_t updates;
 };
 
-// Blocks of one network, in one step.
+// Blocks of one network, in one step, which a network has one counter of.
 template <class Backend, class T>
 void test_feedback_blocks(const std::vector<FeedbackCase>& blocks) {
   std::vector<FeedbackArrays<T>> all_actual, all_expected;
@@ -266,8 +279,14 @@ void test_feedback_blocks(const std::vector<FeedbackCase>& blocks) {
     all_actual.emplace_back(c);
     all_expected.emplace_back(c);
   }
-  for (size_t i = 0; i < blocks.size(); ++i) params.push_back(all_actual[i].params(blocks[i]));
-  Backend::template feedback_step<T>(params);
+  int64_t updates = blocks[0].updates;
+  const bool counts = blocks[0].rule == Rule::adam;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    params.push_back(all_actual[i].params(blocks[i]));
+    if (counts) params.back().updates = &updates;
+  }
+  Backend::template feedback_step<T>(params, counts ? &updates : nullptr);
+  CHECK(updates == blocks[0].updates + (counts ? 1 : 0));
   for (size_t i = 0; i < blocks.size(); ++i) {
     FeedbackArrays<T>&actual = all_actual[i], &expected = all_expected[i];
     feedback_step<T>(expected.params(blocks[i]));
@@ -277,6 +296,8 @@ void test_feedback_blocks(const std::vector<FeedbackCase>& blocks) {
     actual.gradient.check_close_to(expected.gradient, kTolerance<float>, "gradient");
     actual.delta.check_close_to(expected.delta, kTolerance<T>, "delta");
     actual.gate.check_close_to(expected.gate, kTolerance<T>, "gate or delta");
+    actual.bias_grad.check_close_to(expected.bias_grad, kSumTolerance<T> * std::sqrt(blocks[i].samples),
+                                    "bias_grad");
   }
 }
 
@@ -289,13 +310,13 @@ void test_feedback(const Sizes& sizes, int stride) {
       for (int64_t outputs : sizes.outputs)
         for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient, Rule::fixed})
           for (Noise noise : {Noise::gaussian, Noise::rademacher, Noise::none})
-            for (int64_t updates : {1, 1000})
+            for (int64_t updates : {0, 999})
               for (bool has_gate : {true, false}) {
                 if (!selection.next()) continue;
                 const auto f = static_cast<Activation>(activation++ % kActivationCount);
                 const bool in_place = has_gate && activation % 2 == 0;
-                test_feedback_blocks<Backend, T>(
-                    {{samples, features, outputs, updates, f, noise, rule, has_gate, false, in_place}});
+                test_feedback_blocks<Backend, T>({{samples, features, outputs, updates, f, noise, rule,
+                                                   has_gate, false, in_place, activation % 3 != 0}});
               }
 }
 
@@ -315,7 +336,7 @@ void test_overflow(const Sizes& sizes) {
     for (Rule rule : {Rule::ema, Rule::adam})
       test_feedback_blocks<Backend, T>(
           {{sizes.samples.back(), sizes.features.back(), outputs, 3, Activation::relu, Noise::gaussian,
-            rule, true, false, false, true}});
+            rule, true, false, false, true, true}});
 }
 
 template <class Backend>
@@ -324,7 +345,7 @@ void test_feedback_in_tf32(const Sizes& sizes) {
     for (int64_t outputs : sizes.outputs)
       test_feedback_blocks<Backend, float>(
           {{sizes.samples.back(), features, outputs, 1, Activation::relu, Noise::rademacher,
-            Rule::gradient, true, false, false, false, true}});
+            Rule::gradient, true, false, false, true, false, true}});
 }
 
 // Sums of many samples and of many outputs, in which an accumulator that cuts off would drift.

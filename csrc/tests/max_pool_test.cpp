@@ -122,6 +122,7 @@ void test_pooled_epilogue(const PoolShape& shape, bool has_tangent, Activation a
                           activation,
                           {kState, 1, Noise::gaussian},
                           false,
+                          {},
                           {}};
   cpu::epilogue(e, 0, cpu::epilogue_units(e));
   const MaxPoolParams m{y.data(), ty.data(), pooled.data(), pooled_ty.data(), shape};

@@ -77,6 +77,9 @@ inline double noise(const NoiseParams& p, int64_t sample, int64_t feature) {
 
 template <class T>
 void epilogue(const EpilogueParams<T>& p) {
+  for (T* zero : p.zeros) {
+    if (zero && p.samples * p.features > 0) *zero = from_float<T>(0.0f);
+  }
   for (int64_t n = 0; n < p.samples; ++n) {
     for (int64_t i = 0; i < p.features; ++i) {
       const int64_t at = n * p.features + i;
@@ -107,7 +110,7 @@ double moved(const FeedbackParams<T>& p, int64_t at, double g) {
   }
   if (!std::isfinite(g)) return b;
   if (p.rule == Rule::ema) return b - p.lr * gradient;
-  const double t = static_cast<double>(*p.updates);
+  const double t = static_cast<double>(*p.updates + 1);
   const double m = p.beta1 * p.exp_avg[at] + (1 - double{p.beta1}) * gradient;
   const double v = p.beta2 * p.exp_avg_sq[at] + (1 - double{p.beta2}) * gradient * gradient;
   p.exp_avg[at] = static_cast<float>(m);
@@ -122,6 +125,7 @@ void feedback_step(const FeedbackParams<T>& p) {
   if (p.samples == 0) return;
   std::vector<double> s(p.samples);
   for (int64_t i = 0; i < p.features; ++i) {
+    double delta_sum = 0;
     for (int64_t n = 0; n < p.samples; ++n) {
       s[n] = p.source ? to_float(p.source[n * p.features + i]) : noise(p.noise, n, i);
     }
@@ -139,7 +143,9 @@ void feedback_step(const FeedbackParams<T>& p) {
       const int64_t at = n * p.features + i, to = p.transposed ? i * p.samples + n : at;
       const double f = p.gate ? slope_at(p.activation, to_float(p.gate[at])) : 1.0;
       p.delta[to] = from_float<T>(static_cast<float>(sum * f));
+      delta_sum += to_float(p.delta[to]);
     }
+    if (p.bias_grad) p.bias_grad[i] = static_cast<float>(delta_sum);
   }
 }
 

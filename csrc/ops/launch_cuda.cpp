@@ -24,11 +24,21 @@ void launch_cuda(const EpilogueParams<T>& params, const at::Device& device) {
 }
 
 template <class T>
-void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, const at::Device& device) {
+void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter,
+                 const at::Device& device) {
   const auto count = static_cast<int64_t>(blocks.size());
   on_stream(device, [&](cudaStream_t stream) {
-    return cuda::launch_feedback_step(blocks.data(), count, stream);
+    return cuda::launch_feedback_step(blocks.data(), count, counter, stream);
   });
+}
+
+void launch_cuda(const NextNoiseParams& params, const at::Device& device) {
+  on_stream(device, [&](cudaStream_t stream) { return cuda::launch_next_noise(params, stream); });
+}
+
+int64_t moment_parts_cuda(const MomentParams& params, const at::Device& device) {
+  const c10::cuda::CUDAGuard guard(device);
+  return cuda::moment_parts(params.rows, params.channels);
 }
 
 void launch_cuda(const MaxPoolParams& params, const at::Device& device) {
@@ -65,8 +75,11 @@ void launch_cuda(const CombineParams& params, const at::Device& device) {
 template void launch_cuda<float>(const EpilogueParams<float>&, const at::Device&);
 template void launch_cuda<bfloat16>(const EpilogueParams<bfloat16>&, const at::Device&);
 template void launch_cuda<float16>(const EpilogueParams<float16>&, const at::Device&);
-template void launch_cuda<float>(const std::vector<FeedbackParams<float>>&, const at::Device&);
-template void launch_cuda<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, const at::Device&);
-template void launch_cuda<float16>(const std::vector<FeedbackParams<float16>>&, const at::Device&);
+template void launch_cuda<float>(const std::vector<FeedbackParams<float>>&, int64_t*,
+                                 const at::Device&);
+template void launch_cuda<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, int64_t*,
+                                    const at::Device&);
+template void launch_cuda<float16>(const std::vector<FeedbackParams<float16>>&, int64_t*,
+                                   const at::Device&);
 
 }  // namespace fdfa

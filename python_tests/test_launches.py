@@ -1,0 +1,38 @@
+"""Launches of a training step on CUDA, reckoned without a GPU."""
+
+import pytest
+import torch
+
+from fdfa_ext.bench.launches import NETS, count_launches, launch_counts
+
+_POOLS = pytest.mark.xfail(strict=True, reason="max_pool2d_end takes two launches")
+
+
+@pytest.mark.parametrize(
+    "net", [pytest.param(net, marks=_POOLS if net == "alexnet" else ()) for net in NETS]
+)
+def test_a_step_launches_no_more_than_backpropagations(net: str) -> None:
+    counts = launch_counts(net)
+    fdfa, bp = (counts[method].total() for method in ("fdfa", "bp"))
+    assert fdfa <= bp, counts
+
+
+def test_a_step_of_blocks_adds_no_launch_but_its_kernels() -> None:
+    """No fills, no sums of δ, no counters of their own."""
+    launches = launch_counts("mlp4")["fdfa"]
+    ours = {name: n for name, n in launches.items() if name.startswith("fdfa::")}
+    # Three blocks of which the first has no tangent; the output's tangent, and four weight gradients.
+    assert ours == {
+        "fdfa::linear": 2 + 3 + 3,
+        "fdfa::mm": 1 + 4,
+        "fdfa::next_noise": 1,
+        "fdfa::feedback_step": 1,
+    }
+    assert launches["aten::sum.dim_IntList"] == 1  # for the output layer's bias
+    assert not {"aten::add_.Tensor", "aten::zero_", "aten::fill_.Scalar", "aten::copy_"} & set(launches)
+
+
+def test_an_operator_that_the_table_lacks_is_named() -> None:
+    x = torch.zeros(2)
+    with pytest.raises(LookupError, match="lacks aten::erfinv; say what it launches on CUDA"):
+        count_launches(lambda: torch.erfinv(x))
