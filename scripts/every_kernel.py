@@ -35,7 +35,8 @@ def images(activation: str, outputs: int) -> nn.Sequential:
         FDFAConv2d(1, 15, 3, activation=activation),
         nn.MaxPool2d(3, stride=2, padding=1),
         FDFABlock(nn.Conv2d(15, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
-        FDFABlock(nn.Conv2d(6, 5, 2), nn.BatchNorm2d(5)),
+        FDFABlock(nn.Conv2d(6, 8, 1), nn.MaxPool2d(3, stride=1, padding=1)),  # whole quads of channels
+        FDFABlock(nn.Conv2d(8, 5, 2), nn.BatchNorm2d(5)),
         nn.MaxPool2d(2),
         nn.Flatten(),
         FDFABlock(nn.LazyLinear(8), nn.BatchNorm1d(8), nn.GELU()),
@@ -60,9 +61,9 @@ def main() -> None:
         x = torch.randn(samples + 1, 7, device=DEVICE, dtype=dtype)[1:]  # not aligned
         net = dense(next(activations), outputs).to(DEVICE, dtype)
         train(net, x, outputs, noise=noise, feedback=rule)
-    for activation in ACTIVATIONS:
+    for activation, noise in zip(ACTIVATIONS, cycle(NOISES), strict=False):
         x = torch.randn(4, 1, 19, 19, device=DEVICE)
-        train(images(activation, FEW).to(DEVICE), x, FEW)
+        train(images(activation, FEW).to(DEVICE), x, FEW, noise=noise)
         for method in ("dfa", "dkp"):
             train(images(activation, MANY).to(DEVICE), x, MANY, method=method)
     if DEVICE.type == "cuda":

@@ -22,6 +22,13 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(4) uchar4 {
+  unsigned char x, y, z, w;
+};
+
 extern thread_local dim3 threadIdx, blockIdx;
 extern thread_local dim3 blockDim, gridDim;
 
