@@ -58,6 +58,16 @@ def _pooled(y: Tensor, geometry: Any, tangent: Tensor | None, noise: str) -> tup
     return pooled, _carrier(pooled) if tangent is None and noise == "none" else pooled_tangent
 
 
+def _images(like: Tensor, size: list[int]) -> Tensor:
+    """As many of them, with as many channels, in channels_last."""
+    return torch.empty(
+        [*like.shape[:2], *size],
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
 @torch.library.register_fake("fdfa::next_noise")
 def _(state: Tensor) -> Tensor:
     torch._check(state.shape == (3,), lambda: f"fdfa::next_noise: state must be [3], got {state.shape}")
@@ -177,7 +187,7 @@ def _(
     x: Tensor, tangent: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
 ) -> tuple[Tensor, Tensor]:
     size = [(x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)]
-    y = x.new_empty([*x.shape[:2], *size]).contiguous(memory_format=torch.channels_last)
+    y = _images(x, size)
     return y, torch.empty_like(y)
 
 
@@ -192,17 +202,22 @@ def _(
     noise_state: Tensor,
     block: int,
     noise: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = [(x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)]
-    y = x.new_empty([*x.shape[:2], *size]).contiguous(memory_format=torch.channels_last)
-    return _dual_outputs(y, "identity", tangent is None and noise == "none")
+    y, ty, pre = _dual_outputs(_images(x, size), "identity", tangent is None and noise == "none")
+    return y, ty, pre, torch.empty_like(y, dtype=torch.uint8)
 
 
 @torch.library.register_fake("fdfa::max_pool2d_backward")
 def _(
-    delta: Tensor, x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]
+    delta: Tensor,
+    winners: Tensor,
+    input_size: list[int],
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
 ) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return _images(delta, input_size)
 
 
 @torch.library.register_fake("fdfa::perturb")

@@ -4,6 +4,7 @@
 pool may be missing. Other chains end with a perturbation of their own; the results are the same.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from fdfa_ext.tangents import (
     BATCH_NORMS,
     has_fused_pool,
     plain_type,
+    pool_geometry,
     single_precision,
 )
 
@@ -71,8 +73,9 @@ def find_end(modules: Sequence[nn.Module]) -> ChainEnd | None:
 
 
 def _suits(pool: Any, activation: str | None) -> bool:
-    """f' must be that of the winner's output, since its pre-activation is gone."""
-    return activation not in NEEDS_PRE_ACTIVATION and has_fused_pool(pool)
+    """f' must be that of the winner's output, since its pre-activation is gone; its place is a byte."""
+    places = math.prod(pool_geometry(pool)[0])
+    return activation not in NEEDS_PRE_ACTIVATION and has_fused_pool(pool) and places <= 256
 
 
 def _is_layer(module: Any) -> bool:

@@ -235,7 +235,7 @@ class BlockPass:
             geometry = _geometry(module)
             y, ty, pre = fused.conv2d(x, tangent, module.weight, module.bias, *geometry, *rest)
         if end.pool is not None:
-            y, ty, pre = fused.max_pool2d_end(
+            y, ty, pre, _ = fused.max_pool2d_end(
                 y,
                 None if tangent is None else ty,
                 pre,

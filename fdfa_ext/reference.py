@@ -296,24 +296,37 @@ def max_pool2d_end(
     noise_state: Tensor,
     block: int,
     noise: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """handle is only looked at for its winners' places; autograd goes on from pre to it."""
-    y, winners = F.max_pool2d(x, tuple(kernel_size), tuple(stride), tuple(padding), return_indices=True)
-    ty = None if tangent is None else gather_winners(tangent, winners)
-    return y, perturb(y, ty, noise_state, block, noise), gather_winners(handle, winners)
+    y, indices = F.max_pool2d(x, tuple(kernel_size), tuple(stride), tuple(padding), return_indices=True)
+    ty = None if tangent is None else gather_winners(tangent, indices)
+    first_row, first_column = _window_corners(y, stride, padding)
+    row, column = indices // x.shape[3] - first_row, indices % x.shape[3] - first_column
+    winners = (row * kernel_size[1] + column).to(torch.uint8)
+    return y, perturb(y, ty, noise_state, block, noise), gather_winners(handle, indices), winners
+
+
+def _window_corners(y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """First row [H', 1] and column [W'] of the windows of y [N, C, H', W']; in the padding negative."""
+    first = [torch.arange(y.shape[i + 2], device=y.device) * stride[i] - padding[i] for i in range(2)]
+    return first[0][:, None], first[1]
 
 
 def max_pool2d_backward(
     delta: Tensor,
-    x: Tensor,
+    winners: Tensor,
+    input_size: Sequence[int],
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
 ) -> Tensor:
-    sizes = (tuple(kernel_size), tuple(stride), tuple(padding))
-    winners = F.max_pool2d(x, *sizes, return_indices=True)[1]
-    dx = torch.zeros_like(x).flatten(2)
-    return dx.scatter_add_(2, winners.flatten(2), delta.flatten(2)).view_as(x)
+    """δ at the windows [N, C, H', W'] put at their winners in images of input_size (H, W)."""
+    first_row, first_column = _window_corners(delta, stride, padding)
+    places = winners.long()
+    row, column = first_row + places // kernel_size[1], first_column + places % kernel_size[1]
+    dx = delta.new_zeros([*delta.shape[:2], *input_size]).flatten(2)
+    indices = (row * input_size[1] + column).flatten(2)
+    return dx.scatter_add_(2, indices, delta.flatten(2)).unflatten(2, tuple(input_size))
 
 
 def perturb(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:

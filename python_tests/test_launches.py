@@ -5,12 +5,8 @@ import torch
 
 from fdfa_ext.bench.launches import NETS, count_launches, launch_counts
 
-_POOLS = pytest.mark.xfail(strict=True, reason="max_pool2d_end takes two launches")
 
-
-@pytest.mark.parametrize(
-    "net", [pytest.param(net, marks=_POOLS if net == "alexnet" else ()) for net in NETS]
-)
+@pytest.mark.parametrize("net", NETS)
 def test_a_step_launches_no_more_than_backpropagations(net: str) -> None:
     counts = launch_counts(net)
     fdfa, bp = (counts[method].total() for method in ("fdfa", "bp"))

@@ -190,22 +190,42 @@ def test_max_pool2d_is_the_reference(
     "geometry", [((2, 2), (2, 2), (0, 0)), ((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (0, 1))]
 )
 @pytest.mark.parametrize("with_tangent", [False, True])
-@pytest.mark.parametrize("noise", ["gaussian", "none"])
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher", "none"])
 def test_max_pool2d_end_is_the_reference(
     device: torch.device, channels: int, geometry: Any, with_tangent: bool, noise: str
 ) -> None:
-    """Also its gradient, which goes to the handle's winners, with equal values among them."""
+    """Also its gradient, which goes to the handle's winners, with equal values and NaN among them."""
     x, tangent, handle = torch.randn(3, 3, channels, 9, 8, device=device).unbind()
     x, tangent = x.mul(3).round(), tangent if with_tangent else None
+    x[0, 0, 2, 3] = torch.nan
     results = []
     for ops in (fused, reference):
         leaf = handle.clone().requires_grad_()
-        y, ty, pre = ops.max_pool2d_end(x, tangent, leaf, *geometry, noise_state(device), 2, noise)
+        y, ty, pre, winners = ops.max_pool2d_end(
+            x, tangent, leaf, *geometry, noise_state(device), 2, noise
+        )
         delta = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(device)
         pre.backward(delta)
-        results.append((y, ty, leaf.grad, ops.max_pool2d_backward(delta, x, *geometry)))
+        dx = ops.max_pool2d_backward(delta, winners, x.shape[2:], *geometry)
+        results.append((y, ty, winners, leaf.grad, dx))
     for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6, check_stride=False)
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-6, atol=1e-6, equal_nan=True, check_stride=False
+        )
+
+
+@pytest.mark.parametrize("channels", [1, 4, 15])
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+def test_max_pool2d_end_perturbs_as_perturb_does(
+    device: torch.device, channels: int, noise: str
+) -> None:
+    """To the last bit: the feedback step makes the same noise again."""
+    x, tangent = torch.randn(2, 3, channels, 9, 7, device=device).unbind()
+    state, geometry = noise_state(device), ((3, 2), (2, 1), (1, 0))
+    for t in (None, tangent):
+        y, plain, *_ = fused.max_pool2d_end(x, t, x, *geometry, state, 2, "none")
+        ty = fused.max_pool2d_end(x, t, x, *geometry, state, 2, noise)[1]
+        assert torch.equal(ty, fused.perturb(y, None if t is None else plain, state, 2, noise))
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -322,6 +342,30 @@ def test_max_pool2d_says_what_is_wrong() -> None:
         fused.max_pool2d(x, x, (5, 2), (2, 2), (0, 0))
     with pytest.raises(RuntimeError, match="tangent must have shape"):
         fused.max_pool2d(x, x[:1], (2, 2), (2, 2), (0, 0))
+    with pytest.raises(RuntimeError, match="height, width, kernel and stride must be positive"):
+        fused.max_pool2d(x[:, :, :0], x[:, :, :0], (2, 2), (2, 2), (1, 0))
+    huge = torch.empty(1, 1, 1, 1).expand(1, 2**16, 2**15, 1)
+    with pytest.raises(RuntimeError, match=r"less than 2\^31 elements"):
+        fused.max_pool2d(huge, huge, (1, 1), (1, 1), (0, 0))
+
+
+def test_winners_are_checked() -> None:
+    x = torch.randn(2, 3, 32, 32)
+    state, geometry = noise_state(torch.device("cpu")), ((2, 2), (2, 2), (0, 0))
+    with pytest.raises(RuntimeError, match="max_pool2d_end: a window must have at most 256 places"):
+        fused.max_pool2d_end(x, x, x, (16, 17), (1, 1), (0, 0), state, 0, "gaussian")
+    y, _, _, winners = fused.max_pool2d_end(x, x, x, *geometry, state, 0, "gaussian")
+    for delta, places, size, message in (
+        (y, winners.int(), (32, 32), "winners must be uint8"),
+        (y, winners[:1], (32, 32), "winners must have shape"),
+        (y, winners, (34, 32), "delta must have shape"),
+        (y[0], winners, (32, 32), r"delta must be \[N, C, H', W'\] in float32"),
+        (y.double(), winners, (32, 32), r"delta must be \[N, C, H', W'\] in float32"),
+    ):
+        with pytest.raises((RuntimeError, TypeError), match=f"max_pool2d_backward: {message}"):
+            fused.max_pool2d_backward(delta, places, size, *geometry)
+    # What is no place of the window moves nothing.
+    assert not fused.max_pool2d_backward(y, winners.fill_(255), (32, 32), *geometry).any()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -698,8 +742,9 @@ def test_opcheck(device: torch.device) -> None:
             rest = (torch.ones(channels, device=device), True, 0.1, 1e-5, state, 0, "gelu", noise)
             args = (leaf, t, *norm, *rest, *pool)
             torch.library.opcheck(fused.batch_norm_max_pool2d.default, args)
-    delta = fused.max_pool2d(images, images, *pool)[0]
-    torch.library.opcheck(fused.max_pool2d_backward.default, (delta, images, *pool))
+    delta, _, _, winners = fused.max_pool2d_end(images, None, images, *pool, state, 0, "none")
+    args = (delta, winners, images.shape[2:], *pool)
+    torch.library.opcheck(fused.max_pool2d_backward.default, args)
     for gate in (
         torch.randn(4, 9, device=device),
         images.contiguous(memory_format=torch.channels_last),

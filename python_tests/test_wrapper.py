@@ -209,6 +209,7 @@ def test_a_block_with_batch_norm_trains_as_the_reference(end: Any) -> None:
         (lambda: [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2)], 0),
         (lambda: [nn.Conv2d(2, 4, 3, stride=2, bias=False), nn.Tanh(), nn.MaxPool2d(3, 2, 1)], 0),
         (lambda: [nn.Conv2d(2, 20, 3, padding=1), nn.MaxPool2d((2, 3))], 0),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(16, 8, 8)], 0),
         (lambda: [nn.Conv2d(2, 4, 3, dilation=2), nn.GELU()], 0),
         (lambda: [nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2)], 1),
         (lambda: [nn.Dropout2d(0.0), nn.BatchNorm2d(2), nn.MaxPool2d(2)], 1),
@@ -216,6 +217,7 @@ def test_a_block_with_batch_norm_trains_as_the_reference(end: Any) -> None:
         # Each has something that the operators do not do.
         (lambda: [nn.Conv2d(2, 4, 3), nn.GELU(), nn.MaxPool2d(2)], None),
         (lambda: [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)], None),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(17, 8, 8)], None),
         (lambda: [nn.Conv2d(2, 4, 3, padding_mode="circular", padding=1), nn.ReLU()], None),
         (lambda: [nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU()], None),
         (lambda: [nn.MaxPool2d(2)], None),
@@ -254,6 +256,26 @@ def test_a_chain_trains_as_the_reference(chain: Any, fused_from: int | None) -> 
 
     for actual, expected in zip(run("fused"), run("reference"), strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("normalizes", [False, True])
+def test_a_pooled_block_keeps_winners_in_the_place_of_what_it_pooled(normalizes: bool) -> None:
+    """A byte for each element of the pooled image, and none of the activation before the pool."""
+    x = torch.randn(4, 1, 12, 12)
+    norm = [nn.BatchNorm2d(5)] if normalizes else []
+    block = FDFABlock(nn.Conv2d(1, 5, 3), *norm, nn.ReLU(), nn.MaxPool2d(2))
+    model = FDFA(nn.Sequential(block, nn.Flatten(), nn.Linear(125, 3)), example_input=x)
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    assert [t.shape for t in saved if t.dtype == torch.uint8] == [(4, 5, 5, 5)]
+    # The normalisation keeps its input, as torch's does.
+    assert sum(t.shape == (4, 5, 10, 10) for t in saved) == normalizes
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -37,7 +37,8 @@ def images(outputs: int) -> nn.Sequential:
         nn.MaxPool2d(3, stride=2, padding=1),
         FDFABlock(nn.Conv2d(15, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
         FDFAConv2d(6, 6, 1, activation="gelu"),
-        FDFABlock(nn.Conv2d(6, 5, 2), nn.BatchNorm2d(5)),
+        FDFABlock(nn.Conv2d(6, 8, 1), nn.MaxPool2d(3, stride=1, padding=1)),  # whole quads of channels
+        FDFABlock(nn.Conv2d(8, 5, 2), nn.BatchNorm2d(5)),
         nn.MaxPool2d(2),
         FDFABlock(nn.Conv2d(5, 5, 1), nn.Softplus()),
         nn.MaxPool2d(1),
@@ -64,8 +65,13 @@ def main() -> None:
             options = {"feedback": RULES[(i + j) % len(RULES)], "noise": NOISES[(i + j) % len(NOISES)]}
             train(net, x, outputs, **options)
     x = torch.randn(4, 1, 19, 19, device=DEVICE)
-    for method in ("fdfa", "dfa", "dkp"):
-        train(images(MANY).to(DEVICE), x, MANY, method=method)
+    for method, noise in (
+        ("fdfa", "gaussian"),
+        ("fdfa", "rademacher"),
+        ("dfa", "gaussian"),
+        ("dkp", "gaussian"),
+    ):
+        train(images(MANY).to(DEVICE), x, MANY, method=method, noise=noise)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     print("every kernel has run")

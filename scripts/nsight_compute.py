@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-KERNELS = "regex:(epilogue|feedback|max_pool)_kernel"
+KERNELS = "regex:(epilogue|feedback|max_pool|max_pool_quads)_kernel"
 LAUNCHES = 24  # more than two passes have
 METRICS = {
     "µs": "gpu__time_duration.sum",  # in ns

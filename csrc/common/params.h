@@ -30,6 +30,7 @@ struct NoiseParams {
   int64_t block;         // which block of the network
   Noise kind;
 };
+constexpr NoiseParams kNoNoise{nullptr, 0, Noise::none};
 
 // What is done to channel c of a product z before the activation f, and to its tangent:
 //   a = scale[c] z + bias[c],  ta = scale[c] tz + slope[c] z + offset[c]
@@ -120,19 +121,31 @@ struct CombineParams {
   int64_t rows, channels;
 };
 
-// y = the greatest of each window of x, the first of equals or a NaN; ty = the tangent of that element.
-// Images are [samples, height, width, channels]; what a window covers of the padding does not count.
+// Images are [samples, height, width, channels]; what a window covers of the padding does not count. An
+// image of x, with its padding, has less than 2^31 elements, so that 32 bits count what lies within
+// one.
 struct PoolShape {
-  int64_t samples, height, width, channels, out_height, out_width;
-  int64_t kernel[2], stride[2], padding[2];  // along height and width
+  int64_t samples;
+  int32_t height, width, channels, out_height, out_width;
+  int32_t kernel[2], stride[2], padding[2];  // along height and width
+
+  // Elements of an image of x and of y.
+  FDFA_HD int64_t image() const { return int64_t{height} * width * channels; }
+  FDFA_HD int64_t out_image() const { return int64_t{out_height} * out_width * channels; }
 };
 
+// y = the greatest of each window of x, the first of equals or a NaN; ty = the tangent of that element
+// + u, whose features are those of y. The winner of a window is the place of that element among those
+// of the window, counted row by row, padding included.
 struct MaxPoolParams {
-  const float* x;   // [samples, height, width, channels]
-  const float* tx;  // the same, or null: there are no tangents
-  float* y;         // [samples, out_height, out_width, channels]
-  float* ty;        // the same; null as tx
+  const float* x;    // [samples, height, width, channels]
+  const float* tx;   // the same; null: zero
+  float* y;          // [samples, out_height, out_width, channels]
+  float* ty;         // the same; null where it would be zero: neither tx nor noise
+  uint8_t* winners;  // the same, where a window has at most 256 places; null: not wanted
   PoolShape shape;
+  NoiseParams noise;
+  float* zeros[2] = {};  // as EpilogueParams has them
 };
 
 // An epilogue, and the max-pool of its y and ty, which is not kept: only the pool's own tangent goes
@@ -146,9 +159,9 @@ struct PooledEpilogueParams {
 
 // dx: each window's delta at its winner, summed over the windows that an element wins.
 struct MaxPoolBackwardParams {
-  const float* x;      // [samples, height, width, channels]
-  const float* delta;  // [samples, out_height, out_width, channels]
-  float* dx;           // [samples, height, width, channels]
+  const uint8_t* winners;  // [samples, out_height, out_width, channels] as MaxPoolParams has them
+  const float* delta;      // the same
+  float* dx;               // [samples, height, width, channels]
   PoolShape shape;
 };
 

@@ -59,9 +59,11 @@ void for_each_channel(const Params& p, const F& f) {
   }
 }
 
+// By whoever has the first unit.
 template <class T>
-void write_zeros(const EpilogueParams<T>& p) {
-  for (T* zero : p.zeros) {
+void write_zeros(T* const (&zeros)[2], int64_t begin, int64_t end) {
+  if (begin > 0 || end == 0) return;
+  for (T* zero : zeros) {
     if (zero != nullptr) *zero = T{};
   }
 }
@@ -94,7 +96,7 @@ int64_t epilogue_units(const EpilogueParams<T>& p) {
 
 template <class T>
 void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
-  if (begin == 0 && end > 0) write_zeros(p);
+  write_zeros(p.zeros, begin, end);
   table(T{}).epilogue(p, begin, end);
 }
 
@@ -110,6 +112,7 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
 
 int64_t max_pool_units(const MaxPoolParams& p) { return p.shape.samples * p.shape.out_height; }
 void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
+  write_zeros(p.zeros, begin, end);
   current().load()->kernels->max_pool(p, begin, end);
 }
 
@@ -120,7 +123,7 @@ void max_pool_backward(const MaxPoolBackwardParams& p, int64_t begin, int64_t en
 
 int64_t pooled_epilogue_units(const PooledEpilogueParams& p) { return p.epilogue.samples; }
 void pooled_epilogue(const PooledEpilogueParams& p, int64_t begin, int64_t end) {
-  if (begin == 0 && end > 0) write_zeros(p.epilogue);
+  write_zeros(p.epilogue.zeros, begin, end);
   current().load()->kernels->pooled_epilogue(p, begin, end);
 }
 

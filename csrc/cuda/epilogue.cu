@@ -108,11 +108,7 @@ __device__ void pass_over_samples(const EpilogueParams<T>& p, int feature) {
 template <class T, Activation kActivation, Noise kNoise>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     epilogue_kernel(const __grid_constant__ EpilogueParams<T> p, bool whole) {
-  if (blockIdx.x + blockIdx.y + threadIdx.x + threadIdx.y == 0) {
-    for (T* zero : p.zeros) {
-      if (zero != nullptr) *zero = T{};
-    }
-  }
+  write_zeros(p.zeros);
   const int feature = 4 * (blockIdx.x * kQuads + threadIdx.x);
   if (feature >= p.features) return;
   if (whole) {

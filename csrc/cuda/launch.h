@@ -24,4 +24,13 @@ cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStre
 }
 #endif
 
+// The one thread that writes `zeros`, as EpilogueParams has them.
+template <class T>
+__device__ void write_zeros(T* const (&zeros)[2]) {
+  if (blockIdx.x + blockIdx.y + threadIdx.x + threadIdx.y > 0) return;
+  for (T* zero : zeros) {
+    if (zero != nullptr) *zero = T{};
+  }
+}
+
 }  // namespace fdfa::cuda

@@ -32,6 +32,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(4) uchar4 {
+  unsigned char x, y, z, w;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };

@@ -198,34 +198,39 @@ struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
                                c10::string_view noise) {
     static const auto op = find<decltype(fdfa::max_pool2d_end)>("fdfa::max_pool2d_end");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, ty, pre] = op.call(x, tangent, handle, kernel, stride, padding, noise_state, block, noise);
-    ctx->save_for_backward({x});
+    auto [y, ty, pre, winners] =
+        op.call(x, tangent, handle, kernel, stride, padding, noise_state, block, noise);
+    ctx->save_for_backward({winners});
+    ctx->saved_data["input_size"] = x.sym_sizes().slice(2);
     ctx->saved_data["kernel"] = kernel.vec();
     ctx->saved_data["stride"] = stride.vec();
     ctx->saved_data["padding"] = padding.vec();
-    ctx->mark_non_differentiable({y, ty});
+    ctx->mark_non_differentiable({y, ty, winners});
     ctx->set_materialize_grads(false);
-    return {y, ty, pre};
+    return {y, ty, pre, winners};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find<decltype(fdfa::max_pool2d_backward)>("fdfa::max_pool2d_backward");
+    using Op = Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, at::IntArrayRef,
+                      at::IntArrayRef, at::IntArrayRef);  // a compiler's sizes may be symbols
+    static const auto op = find<Op>("fdfa::max_pool2d_backward");
     variable_list result(9);
     if (const Tensor& delta = grads[2]; delta.defined()) {
       result[2] =
-          op.call(delta, ctx->get_saved_variables()[0], ctx->saved_data["kernel"].toIntVector(),
-                  ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector());
+          op.call(delta, ctx->get_saved_variables()[0], ctx->saved_data["input_size"].toSymIntVector(),
+                  ctx->saved_data["kernel"].toIntVector(), ctx->saved_data["stride"].toIntVector(),
+                  ctx->saved_data["padding"].toIntVector());
     }
     return result;
   }
 };
 
-Dual max_pool2d_end_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
-                             at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                             const Tensor& noise_state, int64_t block, c10::string_view noise) {
+PoolEnd max_pool2d_end_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
+                                at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                                const Tensor& noise_state, int64_t block, c10::string_view noise) {
   const auto out =
       MaxPoolEnd::apply(x, tangent, handle, kernel, stride, padding, noise_state, block, noise);
-  return {out[0], out[1], out[2]};
+  return {out[0], out[1], out[2], out[3]};
 }
 
 // Of torch's forward mode, which has one.

@@ -53,7 +53,9 @@ void launch_cuda(const MaxPoolBackwardParams& params, const at::Device& device) 
 void launch_cuda(const PooledEpilogueParams& params, const at::Device& device) {
   const EpilogueParams<float>& e = params.epilogue;
   launch_cuda(e, device);
-  launch_cuda(MaxPoolParams{e.y, e.ty, params.pooled, params.pooled_tangent, params.shape}, device);
+  launch_cuda(MaxPoolParams{e.y, e.ty, params.pooled, params.pooled_tangent, /*winners=*/nullptr,
+                            params.shape, kNoNoise},
+              device);
 }
 
 void launch_cuda(const MomentParams& params, const at::Device& device) {

@@ -57,9 +57,11 @@ Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noi
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
                                       at::IntArrayRef stride, at::IntArrayRef padding);
 
-Dual max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
-                    at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                    const Tensor& noise_state, int64_t block, c10::string_view noise);
+using PoolEnd = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, its tangent, pre-activation, winners
+
+PoolEnd max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
+                       at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                       const Tensor& noise_state, int64_t block, c10::string_view noise);
 
 // y, pre-activation, the pool of y, and its tangent.
 using Pooled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -79,8 +81,8 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at
 std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
                                       const PoolShape& shape, const Tensor& spare);
 
-Tensor max_pool2d_backward(const Tensor& delta, const Tensor& x, at::IntArrayRef kernel,
-                           at::IntArrayRef stride, at::IntArrayRef padding);
+Tensor max_pool2d_backward(const Tensor& delta, const Tensor& winners, at::IntArrayRef input_size,
+                           at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding);
 
 using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, pre-activation, mean, 1 / σ
 

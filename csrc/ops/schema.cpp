@@ -83,16 +83,17 @@ TORCH_LIBRARY(fdfa, m) {
 
   // The same at the end of a block whose x came from `linear`, `conv2d` or `batch_norm` with noise
   // "none" and whose `handle` is the pre of that: ty = tangent of the winner + u, and δ at pre goes on
-  // to handle. With noise "none" too there is no u.
+  // to handle. With noise "none" too there is no u. winners, uint8 in y's shape: the place of each
+  // window's winner within it, counted row by row with the padding, for which a window may have 256.
   m.def(
       "max_pool2d_end(Tensor x, Tensor? tangent, Tensor handle, int[2] kernel_size, int[2] stride, "
-      "int[2] padding, Tensor noise_state, int block, str noise) -> (Tensor y, Tensor ty, Tensor pre)");
+      "int[2] padding, Tensor noise_state, int block, str noise) -> "
+      "(Tensor y, Tensor ty, Tensor pre, Tensor winners)");
 
-  // From δ at the windows to their winners in x, found again.
+  // From δ at the windows [N, C, H', W'] to their winners in images of input_size (H, W).
   m.def(
-      "max_pool2d_backward(Tensor delta, Tensor x, int[2] kernel_size, int[2] stride, int[2] padding) "
-      "-> "
-      "Tensor");
+      "max_pool2d_backward(Tensor delta, Tensor winners, SymInt[2] input_size, int[2] kernel_size, "
+      "int[2] stride, int[2] padding) -> Tensor");
 
   // ty = tangent + u for a block's output y [N, *features], in y's shape; images in channels_last.
   m.def("perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise) -> Tensor");

@@ -1,107 +1,213 @@
 #include "common/max_pool.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
+#include <string>
 #include <vector>
 
+#include "common/noise.h"
 #include "common/philox.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "tests/check.h"
 
-// Max-pooling and its backward on the CPU and, in emulation, on CUDA against a search over the padded
-// window.
+// Max-pooling and its backward on the CPU, by every instruction set, and, in emulation, on CUDA against
+// a search over the padded window. The argument "small" takes few cases, for the run under a thread
+// sanitizer.
 
 namespace {
 
 using namespace fdfa;
 
+constexpr int64_t kState[3] = {7, 3, 2};
+
 struct Case {
-  int64_t samples, height, width, channels, kernel[2], stride[2], padding[2];
+  int64_t samples;
+  int32_t height, width, channels, kernel[2], stride[2], padding[2];
 };
 
-bool same(float a, float b) { return a == b || (a != a && b != b); }
-
-void test_case(const Case& c) {
-  const int64_t size = c.samples * c.height * c.width * c.channels;
-  std::vector<float> x(size), tx(size);
-  for (int64_t i = 0; i < size; ++i) {
-    const Philox4 r = philox4x32_10({static_cast<uint32_t>(i), 0, 0, 0}, 1, 0);
-    // Few values, so that windows have equals, and some NaN.
-    x[i] = r.x0 % 37 == 0 ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(r.x0 % 5) - 2;
-    tx[i] = static_cast<float>(i);
-  }
-  const auto out = [&](int64_t extent, int i) {
+PoolShape shape_of(const Case& c) {
+  const auto out = [&](int32_t extent, int i) {
     return (extent + 2 * c.padding[i] - c.kernel[i]) / c.stride[i] + 1;
   };
-  const int64_t out_height = out(c.height, 0), out_width = out(c.width, 1);
-  std::vector<float> y(c.samples * out_height * out_width * c.channels, -99), ty = y, cuda_y = y,
-                                                                              cuda_ty = y;
-  MaxPoolParams p{x.data(),
-                  tx.data(),
-                  y.data(),
-                  ty.data(),
-                  {c.samples,
-                   c.height,
-                   c.width,
-                   c.channels,
-                   out_height,
-                   out_width,
-                   {c.kernel[0], c.kernel[1]},
-                   {c.stride[0], c.stride[1]},
-                   {c.padding[0], c.padding[1]}}};
-  cpu::max_pool(p, 0, 1);
-  cpu::max_pool(p, 1, cpu::max_pool_units(p));
-  p.y = cuda_y.data();
-  p.ty = cuda_ty.data();
-  CHECK(cuda::launch_max_pool(p, nullptr) == cudaSuccess);
+  return {c.samples,
+          c.height,
+          c.width,
+          c.channels,
+          out(c.height, 0),
+          out(c.width, 1),
+          {c.kernel[0], c.kernel[1]},
+          {c.stride[0], c.stride[1]},
+          {c.padding[0], c.padding[1]}};
+}
 
-  std::vector<float> plain_y(y.size(), -99), cuda_plain_y = plain_y;
-  p.tx = p.ty = nullptr;
-  p.y = plain_y.data();
-  cpu::max_pool(p, 0, cpu::max_pool_units(p));
-  p.y = cuda_plain_y.data();
-  CHECK(cuda::launch_max_pool(p, nullptr) == cudaSuccess);
+// Of the same bits, so that NaN is NaN and zeros have a sign.
+bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
 
+struct Pooled {
+  std::vector<float> y, ty;
+  std::vector<uint8_t> winners;
+
+  bool operator==(const Pooled& other) const {
+    return same(y, other.y) && same(ty, other.ty) && winners == other.winners;
+  }
+};
+
+struct Images {
+  std::vector<float> x, tx, delta;  // delta is of the pooled ones
+};
+
+Images make_images(const PoolShape& s) {
+  Images images{std::vector<float>(s.samples * s.image()), std::vector<float>(s.samples * s.image()),
+                std::vector<float>(s.samples * s.out_image())};
+  for (size_t i = 0; i < images.x.size(); ++i) {
+    const Philox4 r = philox4x32_10({static_cast<uint32_t>(i), 0, 0, 0}, 1, 0);
+    // Few values, so that windows have equals, and some NaN.
+    images.x[i] =
+        r.x0 % 37 == 0 ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(r.x0 % 5) - 2;
+    images.tx[i] = static_cast<float>(i);
+  }
   // Whole numbers, whose sums have no rounding.
-  std::vector<float> delta(y.size()), dx(size, -99), cuda_dx = dx, expected_dx(size, 0.0f);
-  for (size_t i = 0; i < delta.size(); ++i) delta[i] = static_cast<float>(i % 101) - 50;
-  MaxPoolBackwardParams b{x.data(), delta.data(), dx.data(), p.shape};
-  cpu::max_pool_backward(b, 0, 1);
-  cpu::max_pool_backward(b, 1, cpu::max_pool_backward_units(b));
-  b.dx = cuda_dx.data();
-  CHECK(cuda::launch_max_pool_backward(b, nullptr) == cudaSuccess);
+  for (size_t i = 0; i < images.delta.size(); ++i) images.delta[i] = static_cast<float>(i % 101) - 50;
+  return images;
+}
 
-  int64_t at = 0;
-  for (int64_t n = 0; n < c.samples; ++n)
-    for (int64_t i = 0; i < out_height; ++i)
-      for (int64_t j = 0; j < out_width; ++j)
-        for (int64_t channel = 0; channel < c.channels; ++channel, ++at) {
-          int64_t best = -1;
-          for (int64_t a = 0; a < c.kernel[0]; ++a)
-            for (int64_t b = 0; b < c.kernel[1]; ++b) {
-              const int64_t row = i * c.stride[0] - c.padding[0] + a;
-              const int64_t column = j * c.stride[1] - c.padding[1] + b;
-              if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
-              const int64_t from = ((n * c.height + row) * c.width + column) * c.channels + channel;
+// Without noise.
+Pooled search(const PoolShape& s, const Images& images, bool has_tangent, std::vector<float>& dx) {
+  Pooled out;
+  const std::vector<float>& x = images.x;
+  dx.assign(x.size(), 0.0f);
+  size_t at = 0;
+  for (int64_t n = 0; n < s.samples; ++n)
+    for (int64_t i = 0; i < s.out_height; ++i)
+      for (int64_t j = 0; j < s.out_width; ++j)
+        for (int64_t channel = 0; channel < s.channels; ++channel, ++at) {
+          int64_t best = -1, winner = -1;
+          for (int64_t a = 0; a < s.kernel[0]; ++a)
+            for (int64_t b = 0; b < s.kernel[1]; ++b) {
+              const int64_t row = i * s.stride[0] - s.padding[0] + a;
+              const int64_t column = j * s.stride[1] - s.padding[1] + b;
+              if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+              const int64_t from = ((n * s.height + row) * s.width + column) * s.channels + channel;
               const bool best_is_nan = best >= 0 && x[best] != x[best];
-              if (best < 0 || (!best_is_nan && (x[from] > x[best] || x[from] != x[from]))) best = from;
+              if (best >= 0 && (best_is_nan || (x[from] <= x[best]))) continue;
+              best = from;
+              winner = a * s.kernel[1] + b;
             }
-          CHECK(same(y[at], x[best]) && ty[at] == tx[best]);
-          CHECK(same(cuda_y[at], x[best]) && cuda_ty[at] == tx[best]);
-          CHECK(same(plain_y[at], x[best]) && same(cuda_plain_y[at], x[best]));
-          expected_dx[best] += delta[at];
+          out.y.push_back(x[best]);
+          out.winners.push_back(static_cast<uint8_t>(winner));
+          out.ty.push_back(has_tangent ? images.tx[best] : 0.0f);
+          dx[best] += images.delta[at];
         }
-  CHECK(dx == expected_dx);
-  CHECK(cuda_dx == expected_dx);
+  return out;
+}
+
+// What run(params) makes of them in memory `shift` elements off its alignment.
+template <class Run>
+Pooled pool_by(const PoolShape& s, const Images& images, bool has_tangent, const NoiseParams& noise,
+               bool wants_winners, int shift, const Run& run) {
+  const auto shifted = [&](const auto& values) {
+    auto result = values;
+    result.insert(result.begin(), shift, 0);
+    return result;
+  };
+  const std::vector<float> x = shifted(images.x), tx = shifted(images.tx);
+  const size_t size = images.delta.size() + shift;
+  Pooled out{std::vector<float>(size, -99), std::vector<float>(size, -99),
+             std::vector<uint8_t>(size, 99)};
+  const bool has_ty = has_tangent || noise.kind != Noise::none;
+  run(MaxPoolParams{x.data() + shift, has_tangent ? tx.data() + shift : nullptr, out.y.data() + shift,
+                    has_ty ? out.ty.data() + shift : nullptr,
+                    wants_winners ? out.winners.data() + shift : nullptr, s, noise});
+  for (auto* values : {&out.y, &out.ty}) values->erase(values->begin(), values->begin() + shift);
+  out.winners.erase(out.winners.begin(), out.winners.begin() + shift);
+  if (!has_ty) out.ty.assign(size - shift, 0.0f);
+  return out;
+}
+
+struct Cpu {
+  static void run(const MaxPoolParams& p) {
+    const int64_t units = cpu::max_pool_units(p);
+    cpu::max_pool(p, 0, units / 2);
+    cpu::max_pool(p, units / 2, units);
+  }
+  static void run(const MaxPoolBackwardParams& p) {
+    const int64_t units = cpu::max_pool_backward_units(p);
+    cpu::max_pool_backward(p, 0, units / 2);
+    cpu::max_pool_backward(p, units / 2, units);
+  }
+  static void run(const EpilogueParams<float>& p) { cpu::epilogue(p, 0, cpu::epilogue_units(p)); }
+};
+
+struct EmulatedCuda {
+  static void run(const MaxPoolParams& p) { CHECK(cuda::launch_max_pool(p, nullptr) == cudaSuccess); }
+  static void run(const MaxPoolBackwardParams& p) {
+    CHECK(cuda::launch_max_pool_backward(p, nullptr) == cudaSuccess);
+  }
+  static void run(const EpilogueParams<float>& p) {
+    CHECK(cuda::launch_epilogue(p, nullptr) == cudaSuccess);
+  }
+};
+
+// With noise it is, to the last bit, as the pool without and the device's own perturbation after it.
+template <class Device>
+void test_forward(const PoolShape& s, const Images& images, bool has_tangent, const NoiseParams& noise,
+                  bool wants_winners, int shift, Pooled expected) {
+  if (noise.kind != Noise::none) {
+    EpilogueParams<float> perturbation{};
+    const std::vector<float> tangent = expected.ty;
+    perturbation.tz = has_tangent ? tangent.data() : nullptr;
+    perturbation.ty = expected.ty.data();
+    perturbation.samples = s.samples;
+    perturbation.features = perturbation.channels = s.out_image();
+    perturbation.noise = noise;
+    Device::run(perturbation);
+  }
+  if (!wants_winners) std::fill(expected.winners.begin(), expected.winners.end(), 99);
+  const auto run = [](const MaxPoolParams& p) { Device::run(p); };
+  CHECK(pool_by(s, images, has_tangent, noise, wants_winners, shift, run) == expected);
+}
+
+template <class Device>
+void test_backward(const PoolShape& s, const Images& images, const std::vector<uint8_t>& winners,
+                   int shift, const std::vector<float>& expected) {
+  std::vector<float> delta(shift), dx(images.x.size() + shift, -99);
+  std::vector<uint8_t> given(shift);
+  delta.insert(delta.end(), images.delta.begin(), images.delta.end());
+  given.insert(given.end(), winners.begin(), winners.end());
+  Device::run(MaxPoolBackwardParams{given.data() + shift, delta.data() + shift, dx.data() + shift, s});
+  CHECK(same({dx.begin() + shift, dx.end()}, expected));
+}
+
+void test_case(const Case& c, bool has_tangent, Noise kind) {
+  const PoolShape s = shape_of(c);
+  const NoiseParams noise{kState, 4, kind};
+  const Images images = make_images(s);
+  std::vector<float> dx;
+  const Pooled expected = search(s, images, has_tangent, dx);
+  const std::string best = cpu::isa();
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    if (!cpu::select_isa(isa)) continue;
+    test_forward<Cpu>(s, images, has_tangent, noise, /*wants_winners=*/true, 0, expected);
+    test_forward<Cpu>(s, images, has_tangent, noise, /*wants_winners=*/false, 0, expected);
+    test_backward<Cpu>(s, images, expected.winners, 0, dx);
+  }
+  cpu::select_isa(best.c_str());
+  for (int shift : {0, 1}) {  // as quads, where the channels are, and one by one
+    test_forward<EmulatedCuda>(s, images, has_tangent, noise, /*wants_winners=*/shift == 0, shift,
+                               expected);
+    test_backward<EmulatedCuda>(s, images, expected.winners, shift, dx);
+  }
 }
 
 // Its y, the pools of it and of the tangent that is not kept, as an epilogue and a pool after it make
 // them.
 void test_pooled_epilogue(const PoolShape& shape, bool has_tangent, Activation activation) {
-  constexpr int64_t kState[3] = {7, 3, 2};
-  const int64_t features = shape.height * shape.width * shape.channels, size = shape.samples * features;
-  const int64_t pooled_size = shape.samples * shape.out_height * shape.out_width * shape.channels;
+  const int64_t features = shape.image(), size = shape.samples * features;
+  const int64_t pooled_size = shape.samples * shape.out_image();
   std::vector<float> z(size), tz(size), bias(shape.channels);
   for (int64_t i = 0; i < size; ++i) {
     z[i] = static_cast<float>(i * 37 % 101) / 50 - 1;
@@ -125,7 +231,13 @@ void test_pooled_epilogue(const PoolShape& shape, bool has_tangent, Activation a
                           {},
                           {}};
   cpu::epilogue(e, 0, cpu::epilogue_units(e));
-  const MaxPoolParams m{y.data(), ty.data(), pooled.data(), pooled_ty.data(), shape};
+  const MaxPoolParams m{y.data(),
+                        ty.data(),
+                        pooled.data(),
+                        pooled_ty.data(),
+                        /*winners=*/nullptr,
+                        shape,
+                        kNoNoise};
   cpu::max_pool(m, 0, cpu::max_pool_units(m));
 
   std::vector<float> y2 = z, pre2(size), pooled2(pooled_size), pooled_ty2(pooled_size);
@@ -147,15 +259,31 @@ void test_pooled_epilogue(const PoolShape& shape, bool has_tangent, Activation a
   CHECK(y2 == y && pooled2 == pooled);
 }
 
+// Windows side by side, and overlapping or apart, with padding.
+void test_channels(int32_t channels) {
+  const Case cases[] = {{2, 8, 6, channels, {2, 2}, {2, 2}, {0, 0}},
+                        {1, 7, 9, channels, {3, 3}, {2, 2}, {1, 1}},
+                        {2, 5, 8, channels, {3, 2}, {1, 3}, {1, 0}},
+                        {1, 6, 7, channels, {5, 7}, {1, 1}, {2, 3}}};
+  for (int i = 0; i < 4; ++i) {
+    test_case(cases[i], true, static_cast<Noise>(i % kNoiseCount));
+    test_case(cases[i], false, static_cast<Noise>((i + 1) % kNoiseCount));
+  }
+}
+
 }  // namespace
 
-int main() {
-  for (const int64_t channels : {1, 3, 8, 15, 40, 130}) {
-    test_case({2, 8, 6, channels, {2, 2}, {2, 2}, {0, 0}});
-    test_case({1, 7, 9, channels, {3, 3}, {2, 2}, {1, 1}});
-    test_case({2, 5, 8, channels, {3, 2}, {1, 3}, {1, 0}});
-    test_case({1, 6, 7, channels, {5, 7}, {1, 1}, {2, 3}});
+int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
+    test_case({1, 8, 6, 15, {2, 2}, {2, 2}, {0, 0}}, true, Noise::gaussian);
+    test_case({1, 5, 5, 4, {3, 3}, {2, 2}, {1, 1}}, true, Noise::gaussian);
+    return test::failures();
   }
+  for (const int32_t channels : {1, 2, 4, 8, 15, 16, 40}) test_channels(channels);
+  // Several thread blocks of features that are no quads; the last of 256 places; nothing at all.
+  test_case({2, 8, 6, 130, {2, 2}, {2, 2}, {0, 0}}, true, Noise::gaussian);
+  test_case({1, 16, 17, 4, {16, 16}, {1, 1}, {0, 0}}, true, Noise::none);
+  test_case({0, 4, 4, 4, {2, 2}, {2, 2}, {0, 0}}, true, Noise::gaussian);
   for (const bool has_tangent : {false, true})
     for (const auto f : {Activation::relu, Activation::gelu}) {
       test_pooled_epilogue({3, 24, 24, 15, 12, 12, {2, 2}, {2, 2}, {0, 0}}, has_tangent, f);

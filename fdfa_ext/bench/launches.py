@@ -25,7 +25,10 @@ METHODS = ("fdfa", "bp")
 _Arguments = Mapping[str, Any]  # by the names of the operator's schema
 _Count = int | Callable[[_Arguments], int]
 
-_FEEDBACK_BLOCKS = 16  # of one launch: Group::kMost in csrc/cuda/feedback_step.cu
+# Of csrc/cuda/feedback_step.cu: blocks of one launch, and the columns of a thread block where all are wide.
+_FEEDBACK_BLOCKS = 16
+_WIDE_COLUMNS = 32
+_MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def count_launches(step: Callable[[], None]) -> Counter[str]:
@@ -88,8 +91,16 @@ def _operands(a: _Arguments) -> int:
 
 
 def _feedback_step(a: _Arguments) -> int:
-    blocks = Counter(gate.dtype for gate in a["gates"])
-    return sum(-(-n // _FEEDBACK_BLOCKS) for n in blocks.values())
+    """Blocks of one dtype; of wide columns, if there are enough to fill the device, and of narrow ones."""
+    launches = 0
+    for dtype in {gate.dtype for gate in a["gates"]}:
+        features = [gate[0].numel() for gate in a["gates"] if gate.dtype == dtype]
+        wide = [n for n in features if n % _WIDE_COLUMNS == 0]
+        if sum(wide) < _MULTIPROCESSORS * _WIDE_COLUMNS:
+            wide = []
+        for blocks in (len(wide), len(features) - len(wide)):
+            launches += -(-blocks // _FEEDBACK_BLOCKS)
+    return launches
 
 
 def _fused_adam(a: _Arguments) -> int:
@@ -115,8 +126,7 @@ _LAUNCHES: dict[str, _Count] = {
     "fdfa::batch_norm_max_pool2d": lambda a: 4 if a["training"] else 3,  # and the pool
     "fdfa::batch_norm_backward": 3,  # moments, maps, their use
     "fdfa::max_pool2d": 1,
-    # The pool and its noise; or the pool and two fills, of carriers whose zero no epilogue writes.
-    "fdfa::max_pool2d_end": lambda a: 3 if a["tangent"] is None and a["noise"] == "none" else 2,
+    "fdfa::max_pool2d_end": 1,  # which adds the noise and writes the zeros of carriers
     "fdfa::max_pool2d_backward": 1,
     "fdfa::perturb": 1,
     "fdfa::mm": 1,
