@@ -169,7 +169,7 @@ class BlockPass:
         dual = self._enter(x)
         x = x.detach()
         if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = channels_last(x)
         if tangent is not None:
             tangent = None if dual.tangents == "block" else tangent.detach()
         y, ty = x, tangent
@@ -305,6 +305,18 @@ class BlockPass:
                 self.name, self.index, output, handle, gate, activation, order, version, spare_gate
             )
         )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x [N, C, H, W] dense in channels_last, by strides that say so on CUDA.
+
+    With one channel or one pixel row-major strides describe the same memory, and torch keeps them.
+    cuDNN goes by the strides, and would compute in row-major order.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, c, h, w = x.shape
+    strides = (h * w * c, 1, w * c, c)
+    return x if x.stride() == strides or not x.is_cuda else x.as_strided(x.shape, strides)
 
 
 def _geometry(convolution: Any) -> tuple[Any, ...]:

@@ -121,36 +121,48 @@ struct LeftFactor {
 template <int kTiles>
 using Sums = float[kTiles][4];  // a warp's results, as multiply_tiles has them
 
+// Steps whose left factor a warp has under way at once. Narrow columns go with so few warps that each
+// must itself cover the latency of the caches; wide ones leave no registers for it.
+template <int kTiles>
+constexpr int kStepsAtOnce = kTiles == kNarrowTiles ? 4 : 1;
+
 // sums += left x right, in the share's steps. Every step's product is added in float: within one a
 // tensor core cuts off, which over a long sum would be a drift.
 template <bool kTf32, int kTiles>
 __device__ void multiply_steps(Sums<kTiles>& sums, const LeftFactor& left,
                                const RightFactor<kTiles>& right, const Share& share) {
+  constexpr int kAtOnce = kStepsAtOnce<kTiles>;
   const int lane = own_thread() % 32, steps = (left.depth + 7) / 8;
-  if (left.rows <= 0 || share.part >= steps) return;
-  float next[4];
-  left.load(share.part, next);
-  for (int step = share.part; step < steps; step += share.parts) {
-    uint32_t high[4], low[4];
+  if (left.rows <= 0) return;
+#pragma unroll 1
+  for (int first = share.part; first < steps; first += kAtOnce * share.parts) {
+    float values[kAtOnce][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Split s = split(next[i]);
-      high[i] = s.high;
-      low[i] = s.low;
-    }
-    left.load(step + share.parts, next);  // on its way while the tensor cores work
+    for (int i = 0; i < kAtOnce; ++i) left.load(first + i * share.parts, values[i]);
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      uint32_t b[4];
-      load_words(right.fragments[step][j][lane], b);
-      Product product{};
-      if constexpr (!kTf32) {
-        product = multiply_tiles(low, b[0], b[2], product);
-        product = multiply_tiles(high, b[1], b[3], product);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int step = first + i * share.parts;
+      if (step >= steps) break;
+      uint32_t high[4], low[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const Split s = split(values[i][j]);
+        high[j] = s.high;
+        low[j] = s.low;
       }
-      product = multiply_tiles(high, b[0], b[2], product);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[j][i] += product.c[i];
+      for (int j = 0; j < kTiles; ++j) {
+        uint32_t b[4];
+        load_words(right.fragments[step][j][lane], b);
+        Product product{};
+        if constexpr (!kTf32) {
+          product = multiply_tiles(low, b[0], b[2], product);
+          product = multiply_tiles(high, b[1], b[3], product);
+        }
+        product = multiply_tiles(high, b[0], b[2], product);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sums[j][k] += product.c[k];
+      }
     }
   }
 }

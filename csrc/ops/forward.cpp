@@ -4,8 +4,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 
-#include <cstring>
-
 #include "ops/checks.h"
 #include "ops/launch.h"
 #include "ops/ops.h"
@@ -112,11 +110,20 @@ struct Convolution {
   int64_t groups;
 };
 
+// Dense in channels_last. With one channel or one pixel the strides of row-major order describe the
+// same memory, and `contiguous` keeps them; cuDNN then computes in row-major order, and its result
+// would be copied.
+Tensor channels_last(const Tensor& t) {
+  const Tensor dense = t.contiguous(at::MemoryFormat::ChannelsLast);
+  return dense.is_cpu() ? dense
+                        : dense.as_strided(t.sizes(), c10::get_channels_last_strides_2d(t.sizes()));
+}
+
 Products convolve(const Convolution& c) {
   constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
-  const Tensor weight_dense = c.weight.contiguous(kOrder);
+  const Tensor weight_dense = channels_last(c.weight);
   const auto product = [&](const Tensor& input) {
-    return at::convolution(input.contiguous(kOrder), weight_dense, {}, c.stride, c.padding, c.dilation,
+    return at::convolution(channels_last(input), weight_dense, {}, c.stride, c.padding, c.dilation,
                            /*transposed=*/false, /*output_padding=*/{0, 0}, c.groups)
         .contiguous(kOrder);
   };
@@ -135,17 +142,6 @@ void check_images(const Convolution& c, const OptionalTensor& bias, const Tensor
 Tensor empty_carrier(const Tensor& y) {
   const std::vector<int64_t> strides(y.dim(), 0);
   return at::empty_strided(y.sizes(), strides, y.options());
-}
-
-Tensor gradient_carrier(const Tensor& y) {
-  Tensor zero = empty_carrier(y);
-  if (zero.numel() == 0) return zero;
-  if (zero.is_cpu()) {
-    std::memset(zero.data_ptr(), 0, zero.element_size());  // zero_() takes three times as long
-  } else {
-    zero.as_strided({1}, {1}).zero_();
-  }
-  return zero;
 }
 
 Tensor next_noise(Tensor state) {

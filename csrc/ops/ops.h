@@ -37,9 +37,8 @@ Tensor call_mm(const Tensor& a, const Tensor& b);
 // x Wᵀ + b of matrices without autograd, by the library that `mm` would take.
 Tensor plain_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 
-// `pre` where it only carries a gradient: zeros in the shape of y, in a single element of memory.
-Tensor gradient_carrier(const Tensor& y);
-// The same whose element the epilogue that has it in `zeros` writes.
+// `pre` where it only carries a gradient: zeros in the shape of y, in a single element of memory, which
+// the kernel that has it in `zeros` writes.
 Tensor empty_carrier(const Tensor& y);
 
 Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,

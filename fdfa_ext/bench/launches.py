@@ -25,7 +25,7 @@ METHODS = ("fdfa", "bp")
 _Arguments = Mapping[str, Any]  # by the names of the operator's schema
 _Count = int | Callable[[_Arguments], int]
 
-# Of csrc/cuda/feedback_step.cu: blocks of one launch, and the columns of a thread block where all are wide.
+# Of csrc/cuda/feedback_step.cu: blocks of one launch, and columns of a thread block that has wide ones.
 _FEEDBACK_BLOCKS = 16
 _WIDE_COLUMNS = 32
 _MULTIPROCESSORS = 132  # of an H100 or H200
@@ -91,7 +91,7 @@ def _operands(a: _Arguments) -> int:
 
 
 def _feedback_step(a: _Arguments) -> int:
-    """Blocks of one dtype; of wide columns, if there are enough to fill the device, and of narrow ones."""
+    """Blocks of one dtype: those of wide columns, if these fill the device, and the others."""
     launches = 0
     for dtype in {gate.dtype for gate in a["gates"]}:
         features = [gate[0].numel() for gate in a["gates"] if gate.dtype == dtype]
