@@ -229,6 +229,7 @@ __device__ Segment own_segment(const Columns<T, kTiles>& columns, int first_row,
   return {row * columns.p.features + (columns.first + column), row < rows ? count : 0};
 }
 
+// Of a row outside nothing is loaded, and what is made of it not stored.
 template <bool kWhole, class T, int n>
 __device__ void load_segment(const T* matrix, const Segment& s, float (&values)[n]) {
   if constexpr (kWhole) {

@@ -40,6 +40,7 @@ int main() {
       continue;
     }
     test::test_kernels<Cpu>(sizes, 11, 7);
+    test::test_feedback_of_long_sums<Cpu>();
     test::test_transposed_epilogue<Cpu, float>(sizes);
     test::test_transposed_epilogue<Cpu, bfloat16>(sizes);
     test::test_transposed_feedback<Cpu, float>(sizes);
