@@ -164,7 +164,8 @@ def _(
 def _(
     x: Tensor, tangent: Tensor | None, *args: Any, num_batches_tracked: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    *norm, pool_kernel, pool_stride, pool_padding = args
+    # num_batches_tracked may also be the last of args.
+    *norm, pool_kernel, pool_stride, pool_padding = args[:14]
     y, pre, mean, inverse_std = fused.batch_norm(x, tangent, torch.empty_like(x), *norm)
     pooled = _pooled(y, (pool_kernel, pool_stride, pool_padding), tangent, norm[-1])
     return y, pre, mean, inverse_std, *pooled

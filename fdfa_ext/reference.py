@@ -234,9 +234,10 @@ def batch_norm_max_pool2d(
     x: Tensor, tangent: Tensor | None, *args: Any, num_batches_tracked: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, pre, pooled, its tangent) by the arguments of batch_norm, without ty, and of max_pool2d."""
-    *norm, kernel_size, stride, padding = args
+    # num_batches_tracked may also be the last of args.
+    *norm, kernel_size, stride, padding = args[:14]
+    norm.append(args[14] if len(args) > 14 else num_batches_tracked)
     ty = torch.empty_like(x, requires_grad=False)
-    norm.append(num_batches_tracked)
     y, pre = batch_norm(x, tangent, ty, *norm)
     return y, pre, *max_pool2d(y, ty, kernel_size, stride, padding)
 

@@ -19,7 +19,7 @@ from fdfa_ext.arguments import UserError
 from fdfa_ext.bench import machine
 from fdfa_ext.bench.contenders import METHODS, Case, methods_for, training_step
 from fdfa_ext.bench.machine import Limits
-from fdfa_ext.bench.operators import record, time_operators
+from fdfa_ext.bench.operators import OperatorCall, necessary_bytes, record, time_operators
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
 from fdfa_ext.bench.report import StepFailure, StepTime, slope, step_lines, step_summary
 from fdfa_ext.bench.timing import OUT_OF_MEMORY, Contender, Spread, peak_memory, take_turns
@@ -92,10 +92,10 @@ def test_recorded_operators_are_those_of_a_step_with_their_bytes_and_flops(
     row = rows["fdfa::linear"]  # the first block has no tangent; its noise state has 3 words of 8 bytes
     assert row.n_flops == 2 * n * 784 * d
     assert row.n_bytes == 4 * (n * 784 + d * 784 + d + 2 * n * d + 1) + 24
-    # B and two moments, read and written; e, d; gate, δ; the bias's gradient, twice; counters
+    # B and two moments, read and written; e, d; gate, δ; the bias's gradient; counters
     row = rows["fdfa::feedback_step"]
     assert row.n_flops == 2 * 2 * n * k * d
-    assert row.n_bytes == 4 * (2 * 3 * k * d + 2 * n * k + 2 * n * d + 2 * d) + 24 + 2 * 8
+    assert row.n_bytes == 4 * (2 * 3 * k * d + 2 * n * k + 2 * n * d + d) + 24 + 2 * 8
     for row in rows.values():
         assert row.ms.median > 0
         assert row.calls == 1
@@ -105,6 +105,51 @@ def test_recorded_operators_are_those_of_a_step_with_their_bytes_and_flops(
         1e3 * share / rows["fdfa::feedback_step"].ms.median
     )
     assert rows["fdfa::linear"].reference_ms > 0
+
+
+def test_bytes_of_pools_and_norms_are_those_that_their_kernels_read_and_write() -> None:
+    """Nothing for autograd's node, one element for a placeholder, no reading of what is only written."""
+    fused = torch.ops.fdfa
+    order = torch.channels_last
+    x, tangent, ty, handle = (torch.randn(2, 3, 4, 4).to(memory_format=order) for _ in range(4))
+    noise_state = torch.zeros(3, dtype=torch.int64)
+    pool = ([2, 2], [2, 2], [0, 0])
+    end = OperatorCall(
+        fused.max_pool2d_end.default, (x, tangent, handle, *pool, noise_state, 0, "gaussian"), {}
+    )
+    # x, tangent; y and ty, pre, winners; noise state
+    assert necessary_bytes(end) == 4 * (2 * 96 + 2 * 24 + 1) + 24 + 24
+    y, *_, winners = end()
+    backward = OperatorCall(fused.max_pool2d_backward.default, (y, winners, [4, 4], *pool), {})
+    assert necessary_bytes(backward) == 4 * 24 + 24 + 4 * 96  # δ, winners; the images' gradient
+
+    weight, bias, mean, var = torch.ones(4, 3)
+    batches = torch.zeros(1, dtype=torch.int64)[0]
+    options = (True, 0.1, 1e-5, noise_state, 0, "relu", "gaussian", batches)
+    norm = OperatorCall(
+        fused.batch_norm.default, (x, tangent, ty, weight, bias, mean, var, *options), {}
+    )
+    # x, tangent; y, ty, pre; weight, bias, the batch's mean and 1 / σ; running ones, read and written
+    assert necessary_bytes(norm) == 4 * (2 * 96 + 2 * 96 + 1 + 4 * 3 + 2 * 2 * 3) + 24 + 2 * 8
+
+
+def test_fused_adam_reads_gradients_and_moves_weights_and_moments() -> None:
+    weights = [torch.ones(5, 7, requires_grad=True)]
+    optimizer = torch.optim.Adam(weights, fused=True)
+
+    def step() -> None:
+        weights[0].sum().backward()
+        optimizer.step()
+
+    step()
+    (adam,) = [call for call in record(step) if call.name == "aten::_fused_adam_"]
+    assert necessary_bytes(adam) == 4 * (35 + 3 * 2 * 35 + 1)  # and the count of steps
+
+
+def test_a_feedback_steps_products_are_three_of_tf32_unless_torch_allows_tf32(monkeypatch) -> None:
+    assert machine.feedback_flops(495e12) == 165e12
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert machine.feedback_flops(495e12) == 495e12
 
 
 def test_roofline_is_the_larger_of_both_limits() -> None:

@@ -18,8 +18,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdfa_ext.__main__ import main
+from fdfa_ext.bench import roofline
 from fdfa_ext.bench.contenders import Case
-from fdfa_ext.bench.operators import OperatorTime
+from fdfa_ext.bench.operators import OperatorTime, Work
 from fdfa_ext.bench.report import (
     OPERATOR_HEAD,
     STEP_HEAD,
@@ -29,6 +30,7 @@ from fdfa_ext.bench.report import (
     step_lines,
     step_summary,
 )
+from fdfa_ext.bench.roofline import Measured, Part
 from fdfa_ext.bench.timing import Spread
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -47,7 +49,7 @@ STEPS = [
         "kernels",
         "tests-operators",
     ),
-    *("tests-others", "memcheck", "racecheck", "synccheck", "train", "nsight"),
+    *("tests-others", "memcheck", "racecheck", "synccheck", "train", "nsight", "roofline"),
 ]
 QUICK = ["build", "info", "tables-float32", "tests-operators"]
 
@@ -65,6 +67,7 @@ case $words in
   *" info") echo "CUDA kernels   CUDA 13.0, architectures 9.0" ;;
   *" bench "*) cat bench.txt ;;
   *" profile "*) cat profile.txt ;;
+  *.roofline*) cat roofline.txt ;;
   *" train "*) echo "test accuracy  95.0%  96.0%" ;;
   *pytest\\ -q*) echo "12 passed, 3 deselected in 4.5s" ;;
   *every_kernel.py) echo "every kernel has run" ;;
@@ -101,6 +104,9 @@ def folder(tmp_path: Path) -> Path:
         operator_summary(operators),
     ]
     (tmp_path / "profile.txt").write_text("\n".join(table))
+    parts = [Part(Work("fdfa::perturb", 100, 0), "2×3", 1, 1)]
+    table = [title, "", roofline.HEAD, roofline.table_lines(case, parts)]
+    (tmp_path / "roofline.txt").write_text("\n".join(table))
     programs = {"python": PYTHON, "cuda/bin/nvcc": "", "cuda/bin/ncu": ""}
     for name, text in (programs | {"cuda/bin/compute-sanitizer": SANITIZER}).items():
         (tmp_path / name).write_text(text)
@@ -154,7 +160,7 @@ def test_all_steps_pass_once_and_their_tables_come_home(folder: Path) -> None:
     status, output = check(folder)
     assert status == 0
     assert results(output) == dict.fromkeys(STEPS, "pass")
-    assert "13 passed, 0 failed, 0 not run" in output
+    assert "14 passed, 0 failed, 0 not run" in output
     with tarfile.open(folder / "out" / "check_gpu.tar.gz") as archive:
         names = {Path(name).name for name in archive.getnames()}
         tables = archive.extractfile("./tables.md").read().decode()
@@ -168,6 +174,8 @@ def test_all_steps_pass_once_and_their_tables_come_home(folder: Path) -> None:
         "## tables-tf32",
         "## kernels",
         "| fdfa::perturb |",
+        "## roofline",
+        "| fdfa's operators |",
         "## nsight",
         "| wide_feedback",
     ):
@@ -228,7 +236,7 @@ def test_a_limit_ends_what_hangs_and_only_what_failed_runs_again(folder: Path) -
     assert status == 1
     failed = {"info": "FAIL (time limit)", "train": "FAIL (3)"}
     assert results(output) == dict.fromkeys(STEPS, "pass") | failed
-    assert "11 passed, 2 failed, 0 not run" in output
+    assert "12 passed, 2 failed, 0 not run" in output
     assert "what is known so far" in output  # for it was interrupted before it was killed
     (folder / "hang-info").unlink()
     (folder / "break-train").unlink()
@@ -280,7 +288,7 @@ def test_tools_that_are_missing_or_refuse_are_not_run_and_errors_fail(folder: Pa
     sanitizers = ("memcheck", "racecheck", "synccheck")
     expected = dict.fromkeys(STEPS, "pass") | dict.fromkeys((*sanitizers, "nsight"), "not run")
     assert results(output) == expected
-    assert "9 passed, 0 failed, 4 not run" in output
+    assert "10 passed, 0 failed, 4 not run" in output
     assert "| ncu is missing |" in output
     assert "Device not supported |" in output
     (folder / "refusal").write_text("========= Invalid __global__ write of size 4 bytes\n")
@@ -341,10 +349,15 @@ def test_the_commands_exist_with_these_arguments(folder: Path, monkeypatch) -> N
     monkeypatch.setattr("fdfa_ext.bench.command.profile", parsed.append)
     monkeypatch.setattr("fdfa_ext.train.command.train", parsed.append)
     commands = [
-        line.replace("cuda", "cpu").split()[2:] for line in calls(folder) if "-m fdfa_ext" in line
+        line.replace("cuda", "cpu").split()[2:] for line in calls(folder) if "-m fdfa_ext " in line
     ]
     for command in commands:
         main(command)
+    monkeypatch.setattr("fdfa_ext.bench.roofline.Measured.of", lambda file: read.append(file) or empty)
+    read, empty = [], Measured("")
+    (line,) = [line for line in calls(folder) if "roofline" in line]
+    roofline.main(line.split()[2:])
+    assert f"--json {read[0]}" in " ".join(commands[4])
     assert [command[0] for command in commands] == ["info", *["bench"] * 3, "profile", "train"]
     tables = parsed[:3]
     assert [each.dtype for each in tables] == ["float32", "bfloat16", "tf32"]

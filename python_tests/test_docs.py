@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFALinear
 from fdfa_ext.__main__ import main
+from fdfa_ext.bench.roofline import CASES, HEAD, parts_of_step, table_lines
 from fdfa_ext.experiments.report import mean_and_deviation
 from fdfa_ext.experiments.tables import paper_accuracies
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 METHODS = (ROOT / "docs" / "methods.md").read_text()
 RESULTS = (ROOT / "docs" / "results.md").read_text()
+CUDA = (ROOT / "docs" / "cuda.md").read_text()
 RECORDS = ROOT / "docs" / "records"
 NETS = {"784-800-10": "mlp-2", "784-800-800-10": "mlp-3", "784-800-800-800-10": "mlp-4", "cnn": "cnn"}
 
@@ -104,3 +106,12 @@ def test_the_documented_means_of_three_seeds_are_those_of_the_records() -> None:
         assert each == ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
         assert mean == "{:.2f} ± {:.2f}".format(*mean_and_deviation(accuracies))
         assert paper == "{:.2f} ± {:.2f}".format(*paper_accuracies()["mlp-2", method, "fashion-mnist"])
+
+
+def test_the_documented_roofline_is_what_the_command_prints() -> None:
+    table = CUDA[CUDA.index(HEAD) :]
+    # Of alexnet, which takes seconds, with one number of outputs.
+    checked = [case for case in CASES if (case.model, case.outputs) != ("alexnet", 100)]
+    for case in checked:
+        assert table_lines(case, parts_of_step(case)) in table
+    assert "| alexnet | 100 | whole step |" in table

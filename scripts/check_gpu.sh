@@ -107,7 +107,7 @@ tables() {
   local name
   echo "# $machine, commit $commit, $(date -u +%F)"
   echo && summary && ratios
-  for name in tables-float32 tables-bfloat16 tables-tf32 kernels nsight; do
+  for name in tables-float32 tables-bfloat16 tables-tf32 kernels roofline nsight; do
     [ ! -e "$logs/$name.log" ] || printf '\n## %s\n\n%s\n\n%s\n' "$name" \
       "$(grep -m 1 ', commit ' "$logs/$name.log")" "$(grep '^|' "$logs/$name.log")"
   done
@@ -224,4 +224,6 @@ full sanitize synccheck 20
 full step train 15 '^test accuracy.*' "$python" -m fdfa_ext train --dataset digits --method fdfa,bp \
   --device cuda --epochs 10 --output "$logs/train"
 full tool ncu nsight 10 'feedback_kernel.*' "$python" scripts/nsight_compute.py "$logs/nsight.csv"
+# The times of `kernels` beside those that the data sheets of an H100 and an H200 allow.
+full step roofline 4 "fdfa's operators .*" "$python" -m fdfa_ext.bench.roofline --measured "$logs/kernels.json"
 finish

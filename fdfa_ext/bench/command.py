@@ -274,7 +274,7 @@ def profile(args: argparse.Namespace) -> int:
         sep="\n",
         flush=True,
     )
-    facts = machine_facts(args.device)
+    facts = {**machine_facts(args.device), "dtype": args.dtype, "method": args.method}
     rows: list[OperatorTime] = []
     records = []
     failed = False

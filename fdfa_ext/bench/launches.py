@@ -10,7 +10,8 @@ call, as cuDNN and cuBLAS do for a sum in parts, one is counted, for all methods
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,15 +39,21 @@ def count_launches(step: Callable[[], None]) -> Counter[str]:
         LookupError: the table lacks an operator of the step.
     """
     counter = _Counter()
+    with operators_of_cuda(), counter:
+        step()
+    return counter.launches
+
+
+@contextmanager
+def operators_of_cuda() -> Iterator[None]:
+    """Has a step on the CPU call them: oneDNN has operators of its own for what is cuBLAS's on CUDA."""
     onednn: Any = torch.backends.mkldnn
     enabled = onednn.enabled
-    onednn.enabled = False  # it has operators of its own for what is cuBLAS's on CUDA
+    onednn.enabled = False
     try:
-        with counter:
-            step()
+        yield
     finally:
         onednn.enabled = enabled
-    return counter.launches
 
 
 class _Counter(TorchDispatchMode):
@@ -58,11 +65,16 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.launches[func.name()] += _launches(func, args, kwargs)
+        self.launches[func.name()] += launches_of(func, args, kwargs)
         return func(*args, **kwargs)
 
 
-def _launches(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+def launches_of(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Of one call.
+
+    Raises:
+        LookupError: the table lacks the operator.
+    """
     name = operator.name()
     if name not in _LAUNCHES:
         raise LookupError(

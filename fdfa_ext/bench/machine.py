@@ -55,15 +55,46 @@ def _commit() -> str:
 
 
 class Limits(NamedTuple):
-    """What the machine was measured to do at best, in units a second."""
+    """What a machine does at best, in units a second."""
 
     bytes: float  # read and written by a copy larger than the caches
     flops: float  # of a matrix product by the faster library, in the dtype in question
-    feedback_flops: float  # of a feedback step's products, which are in single precision
+    feedback_flops: float  # of a feedback step's products, which are in single precision or tf32
 
     def seconds(self, n_bytes: float, n_flops: float) -> float:
         """The roofline: no faster can it be, unless its data are in a cache."""
         return max(n_bytes / self.bytes, n_flops / self.flops)
+
+
+def feedback_flops(tf32_flops: float) -> float:
+    """Of a feedback step on CUDA: three products of tf32 for each (csrc/cuda/tensor_core.h), or one
+    where torch allows tf32.
+    """
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return tf32_flops / 3 if exact else tf32_flops
+
+
+class DataSheet(NamedTuple):
+    """What the maker of a GPU promises, in units a second."""
+
+    name: str
+    device: str  # as torch.cuda.get_device_name has it
+    bytes: float
+    flops: float  # in float32
+    tf32_flops: float  # dense
+
+    @property
+    def limits(self) -> Limits:
+        """In float32 throughout: torch must not allow tf32."""
+        return Limits(self.bytes, self.flops, feedback_flops(self.tf32_flops))
+
+
+# NVIDIA's "H100 Tensor Core GPU Datasheet" and "H200 Tensor Core GPU Datasheet", columns SXM. Their 989
+# TFLOP/s of tf32 are with sparsity, of which half are dense.
+DATA_SHEETS = (
+    DataSheet("H100 SXM", "NVIDIA H100 80GB HBM3", 3.35e12, 67e12, 495e12),
+    DataSheet("H200 SXM", "NVIDIA H200", 4.8e12, 67e12, 495e12),
+)
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
@@ -76,7 +107,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     return Limits(
         2 * source.nbytes / _best(lambda: target.copy_(source), device),
         flops,
-        _tf32_flops(a) / 3 if on_gpu else _product_flops(a),  # three products of tf32 (tensor_core.h)
+        feedback_flops(_tf32_flops(a)) if on_gpu else _product_flops(a),
     )
 
 

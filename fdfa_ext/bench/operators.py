@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from fdfa_ext.bench.timing import Contender, Spread, attempt, take_turns
 _SECONDS = 0.25  # of timing for each operator
 _COLD_BYTES = 2**28  # several times a GPU's L2 cache
 _MOST_COPIES = 64  # of an operator's arguments, to make them so many bytes
+# Arguments that a schema says an operator changes: results, which it does not read; and the gradients
+# of fused Adam, which it writes only where it unscales them.
+_MOVED_ONCE = ("deltas", "bias_grads", "ty", "grads")
 
 
 @dataclass
@@ -60,6 +63,21 @@ class OperatorCall:
         return OperatorCall(self.operator, args, kwargs, self.calls)
 
 
+class Work(NamedTuple):
+    """What one call of an operator cannot avoid."""
+
+    name: str
+    n_bytes: int  # each tensor that it reads or writes, once
+    n_flops: int  # of matrix products alone
+
+    def roof(self, limits: Limits) -> tuple[float, str]:
+        """The seconds that it takes at least, and the limit that sets them: "bytes" or "products"."""
+        if self.name.startswith("fdfa::feedback"):
+            limits = limits._replace(flops=limits.feedback_flops)
+        by_bytes = limits.seconds(self.n_bytes, 0) >= limits.seconds(0, self.n_flops)
+        return limits.seconds(self.n_bytes, self.n_flops), "bytes" if by_bytes else "products"
+
+
 @dataclass
 class OperatorTime:
     """What `profile` prints of an operator; a time in milliseconds is one call's."""
@@ -68,24 +86,28 @@ class OperatorTime:
     shapes: str
     calls: int
     ms: Spread
-    n_bytes: int  # that it cannot avoid: each tensor that it reads or writes, once
-    n_flops: int  # of matrix products alone
+    n_bytes: int  # its Work
+    n_flops: int
     of_roofline: float
     bound: str  # which roof is the lower: "bytes" or "products"
     reference_ms: float | None = None
 
 
-def record(step: Callable[[], None]) -> list[OperatorCall]:
-    """The operators that `step` calls, in order; equal calls are counted and not repeated."""
-    recorder = _Recorder()
+def record(step: Callable[[], None], device: str | None = None) -> list[OperatorCall]:
+    """The operators that `step` calls, in order; equal calls are counted and not repeated.
+
+    Their arguments are copied to `device`: "meta" keeps shapes alone, None means where they are.
+    """
+    recorder = _Recorder(device)
     with recorder:
         step()
     return list(recorder.calls.values())
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, device: str | None) -> None:
         super().__init__()
+        self.device = device
         self.calls: dict[Any, OperatorCall] = {}
 
     def __torch_dispatch__(
@@ -97,7 +119,7 @@ class _Recorder(TorchDispatchMode):
             if key in self.calls:
                 self.calls[key].calls += 1
             else:
-                self.calls[key] = OperatorCall(func, *_copied(arguments))
+                self.calls[key] = OperatorCall(func, *_copied(arguments, self.device))
         return func(*arguments[0], **arguments[1])
 
 
@@ -113,8 +135,11 @@ def _looks(value: Any) -> Any:
     return (value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value
 
 
-def _copied(arguments: Any) -> Any:
-    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, arguments)
+def _copied(arguments: Any, device: str | None = None) -> Any:
+    def copied(value: Any) -> Any:
+        return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+
+    return tree_map(copied, arguments)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -129,10 +154,10 @@ def time_operators(
 
 
 def _time(call: OperatorCall, limits: Limits, device: torch.device) -> Iterator[OperatorTime]:
-    n_bytes, n_flops = necessary_bytes(call), _flops(call)
+    whole, *passes = works(call)
     copies = 1
     if device.type == "cuda":
-        copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(n_bytes, 1)))
+        copies = min(_MOST_COPIES, math.ceil(_COLD_BYTES / max(whole.n_bytes, 1)))
     runs: dict[str, Callable[[OperatorCall], Any]] = {"itself": OperatorCall.__call__}
     if call.is_ours:
         runs["reference"] = _in_plain_torch
@@ -149,25 +174,20 @@ def _time(call: OperatorCall, limits: Limits, device: torch.device) -> Iterator[
     with torch.no_grad():
         take_turns(contenders, _SECONDS, device)
     ms = {c.name: Spread(*(q / counts[c.name] for q in c.spread)) for c in contenders if not c.error}
-    if call.name.startswith("fdfa::feedback"):
-        limits = limits._replace(flops=limits.feedback_flops)
 
-    def row(name: str, spread: Spread, moved: int, flops: int, plain: float | None) -> OperatorTime:
-        share = 1e3 * limits.seconds(moved, flops) / spread.median
-        bound = "bytes" if limits.seconds(moved, 0) >= limits.seconds(0, flops) else "products"
-        return OperatorTime(name, call.shapes, call.calls, spread, moved, flops, share, bound, plain)
+    def row(work: Work, spread: Spread, plain: float | None) -> OperatorTime:
+        seconds, bound = work.roof(limits)
+        amounts = (work.n_bytes, work.n_flops, 1e3 * seconds / spread.median, bound)
+        return OperatorTime(work.name, call.shapes, call.calls, spread, *amounts, plain)
 
     if "itself" not in ms:
         raise RuntimeError(f"{call.name} could not be timed")
     plain = ms["reference"].median if "reference" in ms else None
-    yield row(call.name, ms["itself"], n_bytes, n_flops, plain)
+    yield row(whole, ms["itself"], plain)
     # Where the products' time scatters by more than the pass takes, a difference says nothing.
     if products and "products" in ms and ms["products"].median < ms["itself"].lower:
         pass_ms = Spread(*(q - ms["products"].median for q in ms["itself"]))
-        # z and tz are read, y and ty, or what is pooled of them, written.
-        results = sum(map(_held_bytes, _tensors(call.copy()())))
-        moved = sum(t.nbytes for t in products(call)) + results
-        yield row(f"{call.name} less its products", pass_ms, moved, 0, None)
+        yield from (row(work, pass_ms, None) for work in passes)
 
 
 def _repeated(
@@ -213,6 +233,19 @@ _PRODUCTS = {
 }
 
 
+def works(call: OperatorCall) -> list[Work]:
+    """Of the call as a whole and, if it has products of a library in it, of the pass behind them."""
+    found = [Work(call.name, necessary_bytes(call), _flops(call))]
+    products = _PRODUCTS.get(call.name)
+    if products:
+        with torch.no_grad():
+            # z and tz are read, y and ty, or what is pooled of them, written.
+            results = sum(map(_held_bytes, _tensors(call.copy()())))
+            moved = sum(t.nbytes for t in products(call)) + results
+        found.append(Work(f"{call.name} less its products", moved, 0))
+    return found
+
+
 def _held_bytes(t: Tensor) -> int:
     """Of its memory, which is less than its elements' where strides are 0."""
     return min(t.nbytes, t.untyped_storage().nbytes())
@@ -225,10 +258,11 @@ def necessary_bytes(call: OperatorCall) -> int:
     if "gates" in given:
         both = zip(given["gates"], given["activations"], strict=True)
         given["gates"] = [gate for gate, f in both if f != "identity"]  # whose f' is one
+    given.pop("handle", None)  # a node of autograd's graph
     total = 0
     for argument in schema.arguments:
         changed = argument.alias_info is not None and argument.alias_info.is_write
-        times = 2 if changed and argument.name != "deltas" else 1  # they are written alone
+        times = 2 if changed and argument.name not in _MOVED_ONCE else 1
         total += times * sum(t.nbytes for t in _tensors(given.get(argument.name)))
     with torch.no_grad():
         result = call.copy()()

@@ -34,12 +34,12 @@ class StepFailure:
     error: str
 
 
-def _line(cells: Iterable[object]) -> str:
+def table_line(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _head(cells: Sequence[str]) -> str:
-    return f"{_line(cells)}\n|{'---|' * len(cells)}"
+def table_head(cells: Sequence[str]) -> str:
+    return f"{table_line(cells)}\n|{'---|' * len(cells)}"
 
 
 def _best_bp(row: StepTime, group: Sequence[StepTime]) -> StepTime | None:
@@ -61,7 +61,7 @@ def by_case(rows: Sequence[StepTime]) -> dict[Case, list[StepTime]]:
     return cases
 
 
-STEP_HEAD = _head(
+STEP_HEAD = table_head(
     ["net", "input", "batch", "outputs", "method", "ms", "/ best BP", "peak MiB", "/ best BP"]
 )
 
@@ -85,7 +85,7 @@ def step_lines(rows: Sequence[StepTime], failures: Sequence[StepFailure] = ()) -
         return [*named(row), row.ms, f"{ratio:.2f}" if ratio else "", memory, memory_ratio]
 
     lines = [*map(cells, rows), *([*named(row), row.error, "", "", ""] for row in failures)]
-    return "\n".join(map(_line, lines))
+    return "\n".join(map(table_line, lines))
 
 
 def step_summary(rows: Sequence[StepTime]) -> str:
@@ -100,7 +100,7 @@ def step_summary(rows: Sequence[StepTime]) -> str:
     return ", ".join(found)
 
 
-OPERATOR_HEAD = _head(
+OPERATOR_HEAD = table_head(
     [
         "net",
         "operator",
@@ -150,7 +150,7 @@ def operator_lines(net: str, rows: Sequence[OperatorTime], step: Spread) -> str:
     lines += map(cells, sorted(shown, key=lambda row: -total[id(row)]))
     if others:
         lines.append([net, "others", "", "", f"{others:.3g}", f"{others / step_ms:.1%}", *[""] * 6])
-    return "\n".join(map(_line, lines))
+    return "\n".join(map(table_line, lines))
 
 
 def operator_summary(rows: Sequence[OperatorTime]) -> str:
