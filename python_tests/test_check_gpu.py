@@ -75,7 +75,7 @@ case $words in
 esac
 """
 SANITIZER = """#!/usr/bin/env bash
-[ -z "$(cat refusal)" ] || { cat refusal; exit 1; }
+[ -z "$(cat refusal)" ] || { cat refusal; exit "$(tail -n 1 refusal | grep -o '[0-9]*$')"; }
 "${@: -2}" && echo "========= ERROR SUMMARY: 0 errors"
 """
 
@@ -282,7 +282,7 @@ def test_python_without_torch_is_told_apart(folder: Path) -> None:
 
 def test_tools_that_are_missing_or_refuse_are_not_run_and_errors_fail(folder: Path) -> None:
     (folder / "cuda/bin/ncu").unlink()
-    (folder / "refusal").write_text("========= Error: Device not supported\n")
+    (folder / "refusal").write_text("========= Error: Device not supported\nexit 1\n")
     status, output = check(folder)
     assert status == 0
     sanitizers = ("memcheck", "racecheck", "synccheck")
@@ -291,10 +291,16 @@ def test_tools_that_are_missing_or_refuse_are_not_run_and_errors_fail(folder: Pa
     assert "10 passed, 0 failed, 4 not run" in output
     assert "| ncu is missing |" in output
     assert "Device not supported |" in output
-    (folder / "refusal").write_text("========= Invalid __global__ write of size 4 bytes\n")
+    nothing_seen = "No attachable process found\n========= ERROR SUMMARY: 0 errors\nexit 0\n"
+    (folder / "refusal").write_text(nothing_seen)
+    status, output = check(folder)
+    assert status == 0
+    assert {results(output)[name] for name in sanitizers} == {"not run"}
+    errors = "Device not supported for some feature\n========= Invalid __global__ write\nexit 9\n"
+    (folder / "refusal").write_text(errors)
     status, output = check(folder)
     assert status == 1
-    assert results(output)["racecheck"] == "FAIL (1)"
+    assert results(output)["racecheck"] == "FAIL (9)"
 
 
 def wait_for(found: Callable[[], bool]) -> None:

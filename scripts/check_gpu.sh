@@ -77,11 +77,18 @@ tool() {
   shift
   if ! command -v "$program" >/dev/null; then
     results+=("| $1 | not run | 0 | $program is missing |")
-  elif ! step "$@" && refusal=$(grep -m 1 -E "$refusals" "$logs/$1.log" | tr -d '|'); then
+    return
+  fi
+  step "$@"
+  # Even an exit status of 0 is none where the tool saw nothing; errors that it found are no refusal.
+  if [[ ${results[-1]} != *"FAIL ($errors_found)"* ]] &&
+    refusal=$(grep -m 1 -E "$refusals" "$logs/$1.log" | tr -d '|'); then
+    rm -f "$logs/$1.passed"
     results[-1]="| $1 | not run | 0 | $refusal |"
   fi
 }
-refusals='Device not supported|Failed to initialize the profiler|ERR_NVGPUCTRPERM'
+errors_found=9  # exit status of a sanitizer
+refusals='Device not supported|No attachable process|Failed to initialize the profiler|ERR_NVGPUCTRPERM'
 
 full() { "$quick" || "$@"; }
 
@@ -139,7 +146,7 @@ mkdir -p "$logs" || exit 1
 # An nvcc on PATH may be a wrapper, beside which torch would look for the headers.
 [ -n "${CUDA_HOME:-}" ] || [ ! -x /usr/local/cuda/bin/nvcc ] || export CUDA_HOME=/usr/local/cuda
 command -v "$python" >/dev/null || fail "no Python named '$python'; set PYTHON to one that holds torch."
-facts=$("$python" - <<'PYTHON' 2>"$logs/python.log"
+facts=$(timeout 60 "$python" - <<'PYTHON' 2>"$logs/python.log"
 import torch
 from torch.utils.cpp_extension import CUDA_HOME
 
@@ -167,7 +174,7 @@ MAX_JOBS=$(nproc)
 sources() {
   echo "$facts $commit"
   find csrc fdfa_ext python_tests scripts setup.py pyproject.toml -type f \
-    ! -name '*.so' ! -name '*.pyc' ! -name _built_for.txt -print0 | sort -z | xargs -0 sha256sum
+    ! -name '*.so' ! -name '*.pyc' ! -name _built_for.txt -print0 | sort -z | xargs -0 sha256sum 2>/dev/null
 }
 if ! sources | cmp -s "$logs/sources" || ! sha256sum --status --check "$logs/module" 2>/dev/null; then
   rm -rf "$logs"
@@ -177,7 +184,7 @@ fi
 
 # In order of worth. The limits add up to less than `planned`.
 end=$SECONDS
-step build 110 'fdfa_ext/_C.*' "$python" setup.py build_ext --inplace || finish
+step build 102 'fdfa_ext/_C.*' "$python" setup.py build_ext --inplace || finish
 sha256sum fdfa_ext/_C*.so >"$logs/module"
 step info 10 'CUDA kernels +CUDA .*' "$python" -m fdfa_ext info
 
@@ -190,13 +197,14 @@ measure() {
 measure float32 55
 full measure bfloat16 35
 full measure tf32 45
+[ -e "$logs/kernels.passed" ] || rm -f "$logs/roofline.passed"  # which is made of its figures
 full step kernels 45 'kernels reach .* of the roofline' "$python" -m fdfa_ext profile --device cuda \
   --model mlp4,alexnet,cnn,other-ends --batch-size 128 --only-fdfa --json "$logs/kernels.json"
 
 # Small shares for each worker, since a few files compile for long. After an access out of bounds every
 # later test of a process fails: the first failures tell.
 workers=()
-"$python" -m pytest --help 2>/dev/null | grep -q maxschedchunk && workers=(-n 12 --maxschedchunk 1)
+timeout 20 "$python" -m pytest --help 2>/dev/null | grep -q maxschedchunk && workers=(-n 12 --maxschedchunk 1)
 run_tests() {
   local name=$1 limit=$2
   shift 2
@@ -211,9 +219,8 @@ full run_tests tests-others 35 python_tests --ignore python_tests/test_ops.py
 sanitize() {
   local name=$1 limit=$2
   shift 2
-  tool compute-sanitizer "$name" "$limit" '(ERROR|RACECHECK) SUMMARY.*' timeout --signal=INT 40 \
-    compute-sanitizer --tool "$name" "$@" \
-    --launch-timeout 60 --kernel-name kns=fdfa --error-exitcode 9 "$python" scripts/every_kernel.py
+  tool compute-sanitizer "$name" "$limit" '(ERROR|RACECHECK) SUMMARY.*' timeout --signal=INT --kill-after=5 35 \
+    compute-sanitizer --tool "$name" "$@" --launch-timeout 60 --kernel-name kns=fdfa --error-exitcode "$errors_found" "$python" scripts/every_kernel.py
 }
 # torch itself provokes errors of the API that harm no one
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 full sanitize memcheck 25 --report-api-errors no
@@ -225,5 +232,5 @@ full step train 15 '^test accuracy.*' "$python" -m fdfa_ext train --dataset digi
   --device cuda --epochs 10 --output "$logs/train"
 full tool ncu nsight 10 'feedback_kernel.*' "$python" scripts/nsight_compute.py "$logs/nsight.csv"
 # The times of `kernels` beside those that the data sheets of an H100 and an H200 allow.
-full step roofline 4 "fdfa's operators .*" "$python" -m fdfa_ext.bench.roofline --measured "$logs/kernels.json"
+full step roofline 12 "fdfa's operators .*" "$python" -m fdfa_ext.bench.roofline --measured "$logs/kernels.json"
 finish

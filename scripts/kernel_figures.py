@@ -1,8 +1,8 @@
 """What the compiled CUDA kernels tell without a GPU: a Markdown table, and an error for a broken limit.
 
 Registers, spills and shared memory are ptxas's; instructions and loads are read from the disassembly.
-Needs nvcc, and nvdisasm from the CUDA toolkit or `pip install nvidia-cuda-nvdisasm`. The argument is an
-architecture (default sm_90).
+Needs nvcc, and nvdisasm from the CUDA toolkit or `pip install nvidia-cuda-nvdisasm`. Arguments are an
+architecture (default sm_90) and a document that is to have the table.
 """
 
 import os
@@ -215,9 +215,13 @@ def main() -> int:
         add(title, kernels, lambda _: "")
 
     head = ["kernel", "compiled", "registers", "spilled, B", "shared, B", "warps / SM", ""]
-    print(f"{architecture}, {run(['nvcc', '--version']).strip().splitlines()[-1]}", end="\n\n")
-    for line in [head, ["---"] * len(head), *rows]:
-        print("|", " | ".join(map(str, line)), "|")
+    title = f"{architecture}, {run(['nvcc', '--version']).strip().splitlines()[-1]}"
+    lines = [f"| {' | '.join(map(str, line))} |" for line in [head, ["---"] * len(head), *rows]]
+    print(title, "", *lines, sep="\n")
+    for document in map(Path, sys.argv[2:]):
+        text = document.read_text()
+        if title in text:  # another compiler has other figures
+            broken += [f"{document} lacks: {line}" for line in lines if line not in text]
     for line in broken:
         print(f"kernel_figures: {line}", file=sys.stderr)
     return 1 if broken else 0

@@ -299,6 +299,39 @@ __device__ float result(const Sums<kTiles>& sums, int row, int column) {
   return sums[column % kTiles][2 * row + column / kTiles];
 }
 
+template <int kTiles>
+__device__ bool all_finite(const Sums<kTiles>& sums) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < 4 * kTiles; ++i) finite = finite && is_finite(sums[i / 4][i % 4]);
+  return finite;
+}
+
+// The thread's elements of ∇B in plain float, for where the tensor cores' results are not finite: an
+// infinity splits into an infinity and a NaN.
+template <Noise kNoise, class T, int kTiles>
+__device__ void estimate_plainly(const Columns<T, kTiles>& columns, int first_row) {
+  const FeedbackParams<T>& p = columns.p;
+#pragma unroll 1
+  for (int i = 0; i < 2 * kSegment<kTiles>; ++i) {
+    const Segment s =
+        own_segment<false>(columns, first_row, i / kSegment<kTiles>, i % kSegment<kTiles>, p.outputs);
+    if (s.count <= 0) continue;
+    const int output = static_cast<int>(s.at / p.features),
+              feature = static_cast<int>(s.at % p.features);
+    float g = 0.0f;
+#pragma unroll 1
+    for (int sample = 0; sample < p.samples; ++sample) {
+      float values[4];
+      make_quad<kNoise>(columns, sample, (feature - columns.first) / 4, values);
+      const float pairs[2] = {feature % 2 == 0 ? values[0] : values[1],
+                              feature % 2 == 0 ? values[2] : values[3]};
+      g += p.factor[sample * p.outputs + output] * (feature % 4 < 2 ? pairs[0] : pairs[1]);
+    }
+    p.gradient[s.at] = p.decay * p.feedback[s.at] - p.scale * g;
+  }
+}
+
 // B moved by the rule, with the products of factor and s as they lie in the thread's sums.
 template <Rule kRule, bool kWhole, class T, int kTiles>
 __device__ void move_by_rule(const Columns<T, kTiles>& columns, const AdamStep& adam, int first_row,
@@ -339,7 +372,7 @@ __device__ void move_by_rule(const Columns<T, kTiles>& columns, const AdamStep& 
   });
 }
 
-template <bool kWhole, class T, int kTiles>
+template <Noise kNoise, bool kWhole, class T, int kTiles>
 __device__ void move_feedback(const Columns<T, kTiles>& columns, const AdamStep& adam, int first_row,
                               const Sums<kTiles>& sums) {
   switch (columns.p.rule) {
@@ -348,6 +381,7 @@ __device__ void move_feedback(const Columns<T, kTiles>& columns, const AdamStep&
     case Rule::ema:
       return move_by_rule<Rule::ema, kWhole>(columns, adam, first_row, sums);
     case Rule::gradient:
+      if (!all_finite(sums)) return estimate_plainly<kNoise>(columns, first_row);
       return move_by_rule<Rule::gradient, kWhole>(columns, adam, first_row, sums);
     case Rule::fixed:
       return;
@@ -364,16 +398,7 @@ __device__ void multiply_by_slope(Activation activation, const float (&gate)[n],
   });
 }
 
-template <int kTiles>
-__device__ bool all_finite(const Sums<kTiles>& sums) {
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < 4 * kTiles; ++i) finite = finite && is_finite(sums[i / 4][i % 4]);
-  return finite;
-}
-
-// The thread's elements of delta in plain float, for where the tensor cores' results are not finite: an
-// infinity splits into an infinity and a NaN.
+// The thread's elements of delta in plain float, likewise.
 template <class T, int kTiles>
 __device__ void project_plainly(const Columns<T, kTiles>& columns, int first_row) {
   const FeedbackParams<T>& p = columns.p;
@@ -501,9 +526,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     add_parts(sums, right, share);
     if (share.part > 0) continue;
     if (columns.whole) {
-      move_feedback<true>(columns, adam, first + share.first_row, sums);
+      move_feedback<kNoise, true>(columns, adam, first + share.first_row, sums);
     } else if constexpr (kTiles == kNarrowTiles) {
-      move_feedback<false>(columns, adam, first + share.first_row, sums);
+      move_feedback<kNoise, false>(columns, adam, first + share.first_row, sums);
     }
   }
 

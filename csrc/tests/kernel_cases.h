@@ -333,10 +333,10 @@ void test_transposed_feedback(const Sizes& sizes) {
 template <class Backend, class T>
 void test_overflow(const Sizes& sizes) {
   for (int64_t outputs : sizes.outputs)
-    for (Rule rule : {Rule::ema, Rule::adam})
-      test_feedback_blocks<Backend, T>(
-          {{sizes.samples.back(), sizes.features.back(), outputs, 3, Activation::relu, Noise::gaussian,
-            rule, true, false, false, true, true}});
+    for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient})
+      for (int64_t features : {sizes.features.back(), int64_t{64}})
+        test_feedback_blocks<Backend, T>({{sizes.samples.back(), features, outputs, 3, Activation::relu,
+                                           Noise::gaussian, rule, true, false, false, true, true}});
 }
 
 template <class Backend>
