@@ -19,3 +19,7 @@ for source in csrc/cuda/*.cu; do
     -c "$source" -o "$objects/$(basename "$source").o"
   echo "compiled $source"
 done
+# The operators include the kernels' header in C++, which knows less than CUDA.
+echo '#include "cuda/kernels.h"' >"$objects/header.cpp"
+"$nvcc" -std=c++20 -Icsrc -Xcompiler -Wall,-Wextra,-Werror -c "$objects/header.cpp" -o "$objects/header.o"
+echo "compiled csrc/cuda/kernels.h"

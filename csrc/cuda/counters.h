@@ -18,7 +18,10 @@ __device__ inline int64_t update_number(const int64_t* updates, int64_t* counter
   if (counter != nullptr) {
     auto* halves = reinterpret_cast<unsigned*>(counter);  // of a little-endian word
     __threadfence();
-    if (atomicInc(halves + 1, gridDim.x - 1) == gridDim.x - 1) halves[0] = before + 1;
+    if (atomicInc(halves + 1, gridDim.x - 1) == gridDim.x - 1) {
+      __threadfence();
+      halves[0] = before + 1;
+    }
   }
   return int64_t{before} + 1;
 }

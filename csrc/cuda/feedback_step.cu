@@ -31,7 +31,8 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kBlocksPerSm = 3;  // so that some load while others multiply; 85 registers are left each
+// So that some load while others multiply (reckoned). A thread has 80 registers then.
+constexpr int kBlocksPerSm = 3;
 constexpr int kRows = 16 * kWarps;  // of a product that a thread block makes at once
 constexpr int kDepth = 128;         // of one in shared memory: 32 KiB for 32 columns
 constexpr int kSteps = kDepth / 8;
@@ -122,7 +123,8 @@ template <int kTiles>
 using Sums = float[kTiles][4];  // a warp's results, as multiply_tiles has them
 
 // Steps whose left factor a warp has under way at once. Narrow columns go with so few warps that each
-// must itself cover the latency of the caches; wide ones leave no registers for it.
+// must itself cover the latency of the caches: four steps are 16 loads (reckoned). Wide ones leave no
+// registers for it.
 template <int kTiles>
 constexpr int kStepsAtOnce = kTiles == kNarrowTiles ? 4 : 1;
 
@@ -175,7 +177,8 @@ __device__ void multiply(Sums<kTiles>& sums, const LeftFactor& left, const Right
 }
 
 // Of warps that have the same rows, the first gets the sum of all, in the order of their parts. The
-// right factor gives its memory. All threads take part.
+// right factor gives its memory: rows are few enough for parts in the last product of a phase alone,
+// after which nobody reads it. All threads take part.
 template <int kTiles>
 __device__ void add_parts(Sums<kTiles>& sums, RightFactor<kTiles>& right, const Share& share) {
   if (share.parts == 1) return;

@@ -24,6 +24,7 @@ cudaError_t launch(void (*kernel)(Arguments...), dim3 grid, dim3 block, cudaStre
 }
 #endif
 
+#if defined(FDFA_EMULATE_CUDA) || defined(__CUDACC__)
 // The one thread that writes `zeros`, as EpilogueParams has them.
 template <class T>
 __device__ void write_zeros(T* const (&zeros)[2]) {
@@ -32,5 +33,6 @@ __device__ void write_zeros(T* const (&zeros)[2]) {
     if (zero != nullptr) *zero = T{};
   }
 }
+#endif
 
 }  // namespace fdfa::cuda

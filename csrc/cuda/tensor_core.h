@@ -47,7 +47,8 @@ __device__ inline Product multiply_tiles(const uint32_t (&a)[4], uint32_t b0, ui
 #if defined(FDFA_EMULATE_CUDA)
   emulation::multiply_tiles(d.c, a, {b0, b1});
 #else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%10, %11, %12, %13};"
       : "=f"(d.c[0]), "=f"(d.c[1]), "=f"(d.c[2]), "=f"(d.c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c.c[0]), "f"(c.c[1]),

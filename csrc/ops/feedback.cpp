@@ -96,6 +96,13 @@ struct Results {
   at::TensorList deltas, bias_grads;
 };
 
+// As cuBLAS asks, by the setting that torch.backends.cuda.matmul has however it was set.
+// `allowTF32CuBLAS` would refuse settings made by `fp32_precision`.
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 // The blocks whose gates are of this dtype, in one launch. counter: of Adam steps, where it counts
 // them.
 void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion, const Tensor& error,
@@ -103,6 +110,7 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
   const auto matrix = [](at::TensorList list, size_t i) {
     return list.empty() ? nullptr : pointer<float>(list[i]);
   };
+  const bool tf32 = error.is_cuda() && allows_tf32();
   std::vector<Tensor> kept;  // until the launch
   with_storage(dtype, [&](auto storage) {
     using T = decltype(storage);
@@ -147,7 +155,7 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
       p.beta1 = static_cast<float>(motion.beta1);
       p.beta2 = static_cast<float>(motion.beta2);
       p.eps = static_cast<float>(motion.eps);
-      p.tf32 = at::globalContext().allowTF32CuBLAS();
+      p.tf32 = tf32;
       launched.push_back(p);
     }
     launch(launched, counter, error.device());

@@ -36,7 +36,7 @@ void test_next_noise() {
 int main(int argc, char** argv) {
   test_next_noise();
   if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
-    test::test_kernels<EmulatedCuda>({{33}, {33, 64}, {65}}, 307, 23);
+    test::test_kernels<EmulatedCuda>({{33}, {33, 64}, {65}}, 307, 47);
   } else {
     test::test_kernels<EmulatedCuda>(test::all_sizes(), 307, 97);
     test::test_feedback_of_long_sums<EmulatedCuda>();
