@@ -582,13 +582,18 @@ def test_a_batch_that_overflowed_leaves_what_it_reached_of_the_feedback_alone(
         assert_close(actual, expected, torch.float32)
 
 
-def test_the_feedback_step_takes_either_setting_of_tf32(device: torch.device, monkeypatch) -> None:
+def test_the_feedback_step_takes_either_setting_of_tf32(device: torch.device) -> None:
     """torch refuses to read the older one once the newer one differs from it."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     gate, error = torch.randn(5, 70, device=device), torch.randn(5, 4, device=device)
     feedback = torch.randn(4, 70, device=device)
     rest = (error, error, noise_state(device), 0, "identity", "gaussian")
-    delta = feedback_step(fused, [feedback], None, gate, *rest)
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        delta = feedback_step(fused, [feedback], None, gate, *rest)
+    finally:
+        settings.fp32_precision = before
     torch.testing.assert_close(delta, error @ feedback, rtol=1e-2, atol=1e-2)
 
 
