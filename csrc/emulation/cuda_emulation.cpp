@@ -20,7 +20,7 @@ namespace {
 
 constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kStackBytes = 1 << 18;
+constexpr size_t kStackBytes = 1 << 16;
 
 // What the thread sanitizer is told. Fibers are threads to it, ordered by nothing but barriers.
 // Inlined, because it keeps the calls of each fiber apart, and a call may not end in another fiber.

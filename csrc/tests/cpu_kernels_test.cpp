@@ -41,6 +41,7 @@ int main() {
     }
     test::test_kernels<Cpu>(sizes, 11, 7);
     test::test_feedback_of_long_sums<Cpu>();
+    test::test_feedback_of_many_blocks<Cpu>();
     test::test_transposed_epilogue<Cpu, float>(sizes);
     test::test_transposed_epilogue<Cpu, bfloat16>(sizes);
     test::test_transposed_feedback<Cpu, float>(sizes);

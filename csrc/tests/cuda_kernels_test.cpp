@@ -40,6 +40,7 @@ int main(int argc, char** argv) {
   } else {
     test::test_kernels<EmulatedCuda>(test::all_sizes(), 307, 97);
     test::test_feedback_of_long_sums<EmulatedCuda>();
+    test::test_feedback_of_many_blocks<EmulatedCuda>();
   }
   return test::failures();
 }

@@ -386,7 +386,6 @@ void test_kernels(const Sizes& sizes, int epilogue_stride, int feedback_stride) 
   test_epilogue_of_many_samples<Backend>();
   test_overflow<Backend, float>(sizes);
   test_feedback_in_tf32<Backend>(sizes);
-  test_feedback_of_many_blocks<Backend>();
 }
 
 }  // namespace fdfa::test
