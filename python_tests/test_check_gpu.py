@@ -71,7 +71,7 @@ case $words in
   *" train "*) echo "test accuracy  95.0%  96.0%" ;;
   *pytest\\ -q*) echo "12 passed, 3 deselected in 4.5s" ;;
   *every_kernel.py) echo "every kernel has run" ;;
-  *nsight_compute.py*) echo "| wide_feedback_kernel | 3 |" ;;
+  *nsight_compute.py*) echo "| feedback_kernel | 3 |" ;;
 esac
 """
 SANITIZER = """#!/usr/bin/env bash
@@ -177,7 +177,7 @@ def test_all_steps_pass_once_and_their_tables_come_home(folder: Path) -> None:
         "## roofline",
         "| fdfa's operators |",
         "## nsight",
-        "| wide_feedback",
+        "| feedback_kernel",
     ):
         assert section in tables
     assert "cnn ..." not in tables  # progress
