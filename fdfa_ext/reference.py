@@ -389,6 +389,7 @@ def feedback_step(
     eps: float,
     deltas: list[Tensor],
     bias_grads: list[Tensor],
+    output_bias_grad: Tensor | None = None,
 ) -> None:
     if updates is not None:
         updates.add_(1)
@@ -411,6 +412,8 @@ def feedback_step(
         deltas[i].copy_(_project(matrix, error, gate, activations[i]))
         if bias_grads and bias_grads[i].numel() > 0:
             bias_grads[i].copy_(deltas[i].float().sum(0))
+    if output_bias_grad is not None:
+        output_bias_grad.copy_(error.float().sum(0))
 
 
 def feedback_gradient(

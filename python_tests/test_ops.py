@@ -469,7 +469,9 @@ def feedback_step(
     rest = (error, tangent, [gate], outputs, state, [block], [activation], noise, *numbers, [delta])
     biased = gate.dim() == 2
     bias_grads = [torch.full(gate.shape[1:], torch.nan, device=gate.device)] if biased else []
-    ops.feedback_step(feedback, *moments, updates, *rest, bias_grads)
+    output_bias_grad = torch.full(error.shape[1:], torch.nan, device=gate.device)
+    ops.feedback_step(feedback, *moments, updates, *rest, bias_grads, output_bias_grad)
+    torch.testing.assert_close(output_bias_grad, error.float().sum(0), rtol=1e-4, atol=1e-4)
     if biased:
         torch.testing.assert_close(bias_grads[0], delta.float().sum(0), rtol=1e-4, atol=1e-4)
     return delta
@@ -851,6 +853,7 @@ def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
         ({"deltas": [delta, torch.zeros(3, 10, device=device)[:, ::2]]}, "delta must have the memory order"),
         ({"bias_grads": [delta[0]]}, "bias_grads must have one entry for each of 2 blocks; got 1"),
         ({"bias_grads": [delta[0], delta[0, :4]]}, r"bias_grads must have shape \[5\]; got \[4\]"),
+        ({"output_bias_grad": delta[0]}, r"output_bias_grad must have shape \[2\]; got \[5\]"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="fdfa::feedback_step: " + message):
             fused.feedback_step(**{**good, **change})

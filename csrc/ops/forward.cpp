@@ -21,6 +21,7 @@ int64_t features_of(const Tensor& t) { return t.size(0) == 0 ? 0 : t.numel() / t
 struct Products {
   Tensor z, tz;
   bool transposed = false;
+  Tensor ty = {};  // memory for it where tz is undefined; may itself be undefined
 };
 
 // The pass after them.
@@ -60,10 +61,13 @@ Tensor empty_pre(const Finish& finish, const Tensor& y) {
 
 // y and ty overwrite the products, unless these are transposed.
 Dual run(const Finish& finish, const Products& products) {
-  const auto& [z, tz, transposed] = products;
+  const auto& [z, tz, transposed, spare] = products;
   const Tensor y = transposed ? at::empty({z.size(1), z.size(0)}, z.options()) : z;
   const bool zero = !tz.defined() && finish.noise == Noise::none;
-  const Tensor ty = zero ? empty_carrier(y) : tz.defined() && !transposed ? tz : at::empty_like(y);
+  const Tensor ty = zero                          ? empty_carrier(y)
+                    : tz.defined() && !transposed ? tz
+                    : spare.defined()             ? spare
+                                                  : at::empty_like(y);
   const Tensor pre = empty_pre(finish, y);
   with_storage(y.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
@@ -173,6 +177,11 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out_features;
   const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
+  const bool has_tangent = tangent || finish.noise != Noise::none;
+  if (x.is_cuda() && has_tangent && rows <= kMostPairedRows) {
+    const auto [z, tz] = paired_products(x, tangent, weight);
+    return run(finish, {z, tangent ? tz : Tensor(), /*transposed=*/false, tz});
+  }
   const auto product = [&](const Tensor& input) {
     return mm(input.reshape({rows, weight.size(1)}), weight.t()).view(sizes);
   };

@@ -108,12 +108,14 @@ TORCH_LIBRARY(fdfa, m) {
   // turned over, [D, N]), and not returned, because torch.compile wants no lists from operators that
   // change their arguments. So is each block's sum of δ over the samples to `bias_grads`, [D] in
   // float32, for blocks of [N, D]: the gradient of a bias. Without entries there are none; an empty one
-  // is not wanted.
+  // is not wanted. `output_bias_grad`, [K] in float32, gets the sum of error, as the gradient of the
+  // output layer's bias.
   m.def(
       "feedback_step(Tensor(a!)[] feedback, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
       "Tensor(d!)? updates, Tensor error, Tensor? tangent, Tensor[] gates, Tensor[] outputs, "
       "Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, float lr, "
-      "float beta1, float beta2, float eps, Tensor(e!)[] deltas, Tensor(f!)[] bias_grads) -> ()");
+      "float beta1, float beta2, float eps, Tensor(e!)[] deltas, Tensor(f!)[] bias_grads, "
+      "Tensor(g!)? output_bias_grad=None) -> ()");
 
   // (δ from the feedback as it is, ∇B) for each block, for a torch optimizer to move B (eq. 10).
   m.def(

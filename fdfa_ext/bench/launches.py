@@ -60,13 +60,20 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()
+        self.pairs: set[tuple[int, int]] = set()  # where a primal and its tangent lie side by side
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.launches[func.name()] += launches_of(func, args, kwargs)
-        return func(*args, **kwargs)
+        name = func.name()
+        self.launches[name] += launches_of(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if name == "fdfa::linear":
+            # On CUDA those that another one made are one operand (paired_products in csrc/ops).
+            self.launches[name] -= _places(args[:2]) in self.pairs
+            self.pairs.add(_places(result[:2]))
+        return result
 
 
 def launches_of(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -87,6 +94,11 @@ def launches_of(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     arguments.update(zip(arguments, args, strict=False))
     arguments.update(kwargs)
     return count(arguments)
+
+
+def _places(tensors: Sequence[Tensor | None]) -> tuple[int, int]:
+    primal, tangent = (0 if t is None else t.data_ptr() for t in tensors)
+    return primal, tangent
 
 
 def _copies(t: Tensor | None, like: Tensor) -> int:
@@ -143,7 +155,7 @@ _LAUNCHES: dict[str, _Count] = {
     "fdfa::perturb": 1,
     "fdfa::mm": 1,
     "fdfa::next_noise": 1,  # the copy and the step counted up
-    "fdfa::feedback_step": _feedback_step,  # which counts its step up, and sums δ for biases
+    "fdfa::feedback_step": _feedback_step,  # which counts its step up, and sums δ and e for biases
     "fdfa::feedback_gradient": _feedback_step,
     # Products by cuBLAS.
     "aten::mm": 1,
