@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fdfa_ext import reference
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
 from fdfa_ext.tangents import (
     GLOBAL_HOOKS,
@@ -32,6 +33,12 @@ def _check_activation(layer: str, activation: str) -> None:
         )
 
 
+NOT_SCRIPTABLE = (
+    "FDFA: torch.jit.script cannot compile a model that FDFA trains; use "
+    "torch.jit.trace(model.eval(), example_input) or torch.export"
+)
+
+
 class Block:
     """What FDFA looks for, and gives a `block_pass`."""
 
@@ -43,6 +50,9 @@ class Block:
         While FDFA makes a training step. None in one that perturbs nothing.
         """
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> "Block":
+        raise RuntimeError(NOT_SCRIPTABLE)
 
     def own_pass(self) -> BlockPass:
         if self.block_pass is None:
@@ -142,6 +152,12 @@ class FDFAConv2d(nn.Conv2d, Block):
 
     def _plain(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](super().forward(x))
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not reference.skips_pixels(input, weight, self.stride, self.padding):
+            return super()._conv_forward(input, weight, bias)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return reference.convolve(input, weight, bias, *geometry)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._ops import fused
@@ -36,6 +37,10 @@ class Method:
         """Whether no later module may change the outputs of blocks in place."""
         return self.reads_output
 
+    def declare(self, model: "FDFA") -> None:
+        """Gives the model the parameters that `prepare` will know the shapes of, so that an optimizer
+        made before it can have them."""
+
     def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
         """Checks the module on an input, and makes what the method needs beside its parameters."""
 
@@ -51,7 +56,8 @@ class Backpropagation(Method):
     """Exact gradients by torch's autograd, for comparison."""
 
     def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = model.module(*args, **kwargs)
+        with function_rules():
+            output: Tensor = model.module(*args, **kwargs)
         return output
 
 
@@ -181,6 +187,11 @@ class BlockMethod(Method):
     def feedback_gradient(self, block: BlockStep) -> Tensor:
         """∇B [K, D] for feedback = "learned". B moves by it before the errors are computed."""
         raise NotImplementedError
+
+    def declare(self, model: "FDFA") -> None:
+        if self.feedback == "learned" and model.rule == "grad":
+            for name in model.block_names:
+                model.feedback.declare(name)
 
     def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
         model.prepare_blocks(*args, **kwargs)
@@ -341,6 +352,51 @@ class ActivityPerturbation(BlockMethod):
         return block.perturbation.mul_((block.error * block.tangent).sum(1, keepdim=True))
 
 
+class LocalHead(nn.Linear):
+    """The linear head of a block, [N, features] → [N, outputs], of a shape to come."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.in_features = self.out_features = 0
+        self.weight: Any = UninitializedParameter()
+        self.bias: Any = UninitializedParameter()
+
+    @property
+    def has_shape(self) -> bool:
+        return not is_lazy(self.weight)
+
+    def take_shape(self, shape: Sequence[int], like: Tensor) -> bool:
+        """Gives the weight this shape [outputs, features] unless it has one; whether it had none.
+
+        like: has the device and dtype.
+        """
+        if self.has_shape:
+            return False
+        self.out_features, self.in_features = shape
+        self.weight.materialize(shape, like.device, like.dtype)
+        self.bias.materialize(shape[:1], like.device, like.dtype)
+        self.reset_parameters()
+        return True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(fn, recurse) if self.has_shape else self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if self.has_shape:
+            super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.has_shape:
+            super()._load_from_state_dict(*args)
+
+
+def head_of(model: "FDFA", key: str) -> LocalHead:
+    if key not in model.heads:
+        model.heads[key] = LocalHead()
+    head: Any = model.heads[key]
+    return head
+
+
 class LocalGreedy(ActivityPerturbation):
     """LG-FG-A: FG-A within each block, for a loss of its own (Appendix A; Ren et al. 2023).
 
@@ -352,6 +408,10 @@ class LocalGreedy(ActivityPerturbation):
 
     tangents = "block"
 
+    def declare(self, model: "FDFA") -> None:
+        for name in model.block_names[:-1]:
+            head_of(model, model.feedback.key(name))
+
     @property
     def keeps_output(self) -> bool:  # for the heads, which come after the pass
         return True
@@ -359,11 +419,15 @@ class LocalGreedy(ActivityPerturbation):
     def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
         records, outputs = model.prepare_blocks(*args, **kwargs)
         like = next(model.module.parameters())
+        last = records[-1].name
+        if model.feedback.key(last) in model.heads:
+            raise RuntimeError(
+                f"FDFA: lg-fg-a: block '{last}' is the last to be called but not to be defined, so its "
+                "head was declared in vain; pass example_input"
+            )
         for record in records[:-1]:
-            key = model.feedback.key(record.name)
-            if key not in model.heads:
-                features = record.output.shape[1:].numel()
-                model.heads[key] = nn.Linear(features, outputs, device=like.device, dtype=like.dtype)
+            features = record.output.shape[1:].numel()
+            head_of(model, model.feedback.key(record.name)).take_shape((outputs, features), like)
 
     def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
         used = dual.use_noise()
@@ -424,7 +488,7 @@ class ProjectedError(BlockMethod):
                 model.noise,
                 model.rule if self.feedback == "learned" else "fixed",
                 self.decay,
-                model.feedback_lr,
+                model.learning_rate,
                 *model.betas,
                 model.eps,
             )

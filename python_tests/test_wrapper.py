@@ -1139,14 +1139,6 @@ def test_a_block_that_came_after_wrapping_is_refused() -> None:
         custom(x)
 
 
-def test_grad_feedback_without_matrices_says_how_to_get_them() -> None:
-    model = FDFA(mlp(), feedback="grad")
-    with pytest.raises(RuntimeError, match=r"pass example_input"):
-        model.feedback_parameters()
-    model(torch.randn(2, 6))
-    assert len(list(model.feedback_parameters())) == 2
-
-
 def test_the_probe_leaves_no_trace() -> None:
     net = block_net()
     before = copy.deepcopy(net.state_dict())

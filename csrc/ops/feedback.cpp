@@ -58,6 +58,13 @@ void check_moments(const Network& net, const Motion& motion) {
   }
 }
 
+double check_lr(const Tensor& lr) {
+  TORCH_CHECK(lr.is_cpu() && lr.dim() == 0 && lr.scalar_type() == at::kDouble,
+              "fdfa::feedback_step: lr must be a float64 scalar on the CPU; got ", lr.scalar_type(),
+              " ", lr.sizes(), " on ", lr.device());
+  return *lr.const_data_ptr<double>();
+}
+
 bool is_turned(const Tensor& delta) {
   return delta.is_cpu() && delta.dim() == 2 && !delta.is_contiguous() && delta.t().is_contiguous();
 }
@@ -256,14 +263,14 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
                    const OptionalTensor& updates, const Tensor& error, const OptionalTensor& tangent,
                    at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
                    at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-                   double decay, double lr, double beta1, double beta2, double eps,
+                   double decay, const Tensor& lr, double beta1, double beta2, double eps,
                    at::TensorList deltas, at::TensorList bias_grads,
                    const OptionalTensor& output_bias_grad) {
   const Network net{"feedback_step", error,   tangent, noise_state, feedback,
                     gates,           outputs, blocks,  activations, noise};
   const bool learns = tangent || !outputs.empty();
   const Rule rule = !learns ? Rule::fixed : updates ? Rule::adam : Rule::ema;
-  const Motion motion{rule, exp_avg, exp_avg_sq, {}, updates, decay, lr, beta1, beta2, eps};
+  const Motion motion{rule, exp_avg, exp_avg_sq, {}, updates, decay, check_lr(lr), beta1, beta2, eps};
   check_network(net);
   check_moments(net, motion);
   check_deltas(net, deltas);

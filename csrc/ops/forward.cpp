@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_strided.h>
 
 #include "ops/checks.h"
+#include "ops/convolution.h"
 #include "ops/launch.h"
 #include "ops/ops.h"
 
@@ -127,7 +128,8 @@ Products convolve(const Convolution& c) {
   constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
   const Tensor weight_dense = channels_last(c.weight);
   const auto product = [&](const Tensor& input) {
-    return at::convolution(channels_last(input), weight_dense, {}, c.stride, c.padding, c.dilation,
+    const auto [pixels, stride] = read_pixels(input, c.weight, c.stride, c.padding);
+    return at::convolution(channels_last(pixels), weight_dense, {}, stride, c.padding, c.dilation,
                            /*transposed=*/false, /*output_padding=*/{0, 0}, c.groups)
         .contiguous(kOrder);
   };

@@ -137,7 +137,7 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
                    const OptionalTensor& updates, const Tensor& error, const OptionalTensor& tangent,
                    at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
                    at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-                   double decay, double lr, double beta1, double beta2, double eps,
+                   double decay, const Tensor& lr, double beta1, double beta2, double eps,
                    at::TensorList deltas, at::TensorList bias_grads,
                    const OptionalTensor& output_bias_grad);
 

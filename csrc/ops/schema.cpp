@@ -102,7 +102,8 @@ TORCH_LIBRARY(fdfa, m) {
   //   G = tangentᵀ u / N      where tangent [N, K] is given, FDFA with decay 1, or
   //   G = -errorᵀ outputs     where outputs, each y [N, *features], are: Kolen-Pollack.
   // B moves by lr ∇B (no exp_avg, no updates; eq. 8) or by a step of Adam, where G is finite;
-  // `updates`, int64 [1], counts these steps. With neither tangent nor outputs B stays. Then δ =
+  // `updates`, int64 [1], counts these steps; lr is a float64 scalar on the CPU, a tensor so that a
+  // compiled program follows a schedule. With neither tangent nor outputs B stays. Then δ =
   // (error B) ⊙ f'(gate), in gate's shape [N, *features]: y, or the pre-activation for gelu and silu;
   // error [N, K]. Each δ is written to `deltas`, in B's memory order (dense ones on the CPU may be
   // turned over, [D, N]), and not returned, because torch.compile wants no lists from operators that
@@ -113,7 +114,7 @@ TORCH_LIBRARY(fdfa, m) {
   m.def(
       "feedback_step(Tensor(a!)[] feedback, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
       "Tensor(d!)? updates, Tensor error, Tensor? tangent, Tensor[] gates, Tensor[] outputs, "
-      "Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, float lr, "
+      "Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, Tensor lr, "
       "float beta1, float beta2, float eps, Tensor(e!)[] deltas, Tensor(f!)[] bias_grads, "
       "Tensor(g!)? output_bias_grad=None) -> ()");
 
@@ -136,7 +137,7 @@ TORCH_LIBRARY(fdfa, m) {
       "Tensor[] handles, Tensor[] biases, int[] biased, Tensor[] gates, bool[] spare_gates, Tensor[] "
       "outputs, Tensor[] feedback, "
       "Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, int[] blocks, str[] activations, "
-      "str noise, str rule, float decay, float lr, float beta1, float beta2, float eps) -> Tensor");
+      "str noise, str rule, float decay, Tensor lr, float beta1, float beta2, float eps) -> Tensor");
 }
 
 #define FDFA_IMPLEMENT(key)                                       \

@@ -22,12 +22,12 @@ using torch::autograd::variable_list;
 // step to step, so autograd must not watch their versions.
 struct Options : torch::CustomClassHolder {
   std::vector<Tensor> feedback, exp_avg, exp_avg_sq;
-  Tensor updates;
+  Tensor updates, lr;
   std::vector<int64_t> blocks, biased;
   c10::List<bool> spare_gates;
   Names activations;
   std::string noise, rule;
-  double decay, lr, beta1, beta2, eps;
+  double decay, beta1, beta2, eps;
   bool wants_weight = false, wants_bias = false;
 };
 
@@ -147,7 +147,8 @@ Tensor star(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor
             const c10::List<bool>& spare_gates, at::TensorList outputs, at::TensorList feedback,
             at::TensorList exp_avg, at::TensorList exp_avg_sq, const Tensor& updates,
             at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-            c10::string_view rule, double decay, double lr, double beta1, double beta2, double eps) {
+            c10::string_view rule, double decay, const Tensor& lr, double beta1, double beta2,
+            double eps) {
   TORCH_CHECK(!weight || !x.requires_grad(),
               "fdfa::star: x must need no gradient where weight is given");
   auto options = c10::make_intrusive<Options>();
