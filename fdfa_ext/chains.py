@@ -1,4 +1,4 @@
-"""The ends of an FDFABlock's chain of modules that have fused operators.
+"""An FDFABlock's chain of modules: its calls, and the ends that have fused operators.
 
 (Conv2d or Linear) → activation → max-pool, and BatchNorm → activation → max-pool, where activation and
 pool may be missing. Other chains end with a perturbation of their own; the results are the same.
@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from fdfa_ext.tangents import (
     ACTIVATION_NAMES,
     BATCH_NORMS,
+    Step,
+    forward_mode_step,
     has_fused_pool,
+    makes_tangent,
     plain_type,
     pool_geometry,
+    rule_step,
     single_precision,
 )
 
 NEEDS_PRE_ACTIVATION = ("gelu", "silu")
+# Of the inputs that the operators take; a norm has no other in common with them.
+_NORM_DIMENSIONS = {nn.BatchNorm1d: 2, nn.BatchNorm2d: 4}
 
 
 @dataclass(slots=True)
@@ -42,7 +48,7 @@ class ChainEnd:
         if self.normalizes:
             return (
                 x.device.type in ("cpu", "cuda")
-                and x.dim() in (2, 4)
+                and x.dim() == _NORM_DIMENSIONS.get(type(module))
                 and (module.weight is None or module.weight.dtype == torch.float32)
                 and (module.running_mean is None or module.running_mean.dtype == torch.float32)
                 and module.momentum is not None
@@ -50,6 +56,28 @@ class ChainEnd:
                 and (x.numel() > x.shape[1] == module.num_features)
             )
         return not x.requires_grad and x.dim() == (2 if isinstance(module, nn.Linear) else 4)
+
+
+@dataclass(slots=True)
+class Chain:
+    """The calls of a block that perturbs what they return, with autograd within."""
+
+    steps: Sequence[Step]  # each is given what the one before returned
+    names: Sequence[str]  # of the modules that they call, for errors
+    end: ChainEnd | None = None
+    makes_tangent: bool = False  # whether the tangent that the end is given is nobody else's
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module]) -> "Chain":
+        """The shortest way through modules one after the other, as long as none of them changes."""
+        end = find_end(modules)
+        before = [] if end is None else modules[: end.start]
+        return cls(
+            [rule_step(module) or forward_mode_step(module) for module in modules],
+            [type(module).__name__ for module in modules],
+            end,
+            bool(before) and makes_tangent(before[-1]),
+        )
 
 
 def find_end(modules: Sequence[nn.Module]) -> ChainEnd | None:
@@ -97,11 +125,13 @@ def _activation(module: Any) -> str | None:
 
 def norm_arguments(module: Any) -> tuple[Any, ...]:
     """What its operators take of a batch normalisation."""
+    # One told to stop tracking keeps its statistics for evaluation.
+    tracks = module.track_running_stats or not module.training
     return (
         module.weight,
         module.bias,
-        module.running_mean,
-        module.running_var,
+        module.running_mean if tracks else None,
+        module.running_var if tracks else None,
         module.training or module.running_mean is None,
         module.momentum,
         module.eps,
@@ -111,4 +141,4 @@ def norm_arguments(module: Any) -> tuple[Any, ...]:
 def counter_of(module: Any) -> Tensor | None:
     """What its operators count up in a pass with the batch's statistics."""
     counter: Tensor | None = module.num_batches_tracked
-    return counter if module.training else None
+    return counter if module.training and module.track_running_stats else None

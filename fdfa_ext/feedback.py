@@ -61,6 +61,18 @@ class TensorMap(nn.Module):
     def get(self, name: str, default: Any = None) -> Any:
         return self._tensors.get(self.key(name), default)
 
+    def undeclared(self, names: Iterable[str]) -> list[str]:
+        """Those that have come since the first ones, as parameters that no optimizer can have."""
+        known = self._parameters if self._as_parameters else self._buffers
+        return [name for name in names if known and self.key(name) not in known]
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Drops the tensors of all other blocks, and puts the rest in the order of these names."""
+        store: dict[str, Any] = self._parameters if self._as_parameters else self._buffers
+        kept = {key: store[key] for key in map(self.key, names) if key in store}
+        store.clear()
+        store.update(kept)
+
     def select(self, names: Iterable[str]) -> list[Tensor]:
         tensors: dict[str, Any] = self._parameters if self._as_parameters else self._buffers
         return [tensors[name.replace(".", "/")] for name in names]  # as `key`, without its calls

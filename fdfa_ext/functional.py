@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
-from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, ChainEnd, counter_of, find_end, norm_arguments
+from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, Chain, ChainEnd, counter_of, norm_arguments
 from fdfa_ext.tangents import (
     MaybePair,
     forward_dual,
     has_fused_pool,
     make_dual,
-    makes_tangent,
     pool_geometry,
     single_precision,
     unpack_dual,
@@ -85,12 +84,13 @@ class DualPass:
         return bias.detach()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class BlockPass:
-    """A block's own name and place in the noise, and the dual pass while one runs."""
+    """A block's own name, place in the noise and planned calls, and the dual pass while one runs."""
 
     name: str
     index: int
+    planned: Chain | None = None  # None for a block that is one fused operator
     dual: DualPass | None = None
 
     def through_duals(self, x: Tensor, block: Callable[[Tensor, Tensor | None], MaybePair]) -> Tensor:
@@ -162,10 +162,10 @@ class BlockPass:
         self,
         x: Tensor,
         tangent: Tensor | None,
-        modules: Sequence[nn.Module],
+        chain: Chain,
         pool: nn.MaxPool2d | None = None,
     ) -> MaybePair:
-        """Torch modules one after the other, perturbed at the end of the last; pool as in conv2d."""
+        """Calls one after the other, perturbed at the end of the last; pool as in conv2d."""
         dual = self._enter(x)
         x = x.detach()
         if x.dim() == 4:
@@ -173,16 +173,16 @@ class BlockPass:
         if tangent is not None:
             tangent = None if dual.tangents == "block" else tangent.detach()
         y, ty = x, tangent
-        end = find_end(modules) if dual.backend is fused and not dual.compiling else None
-        for position, module in enumerate(modules):
+        end = chain.end if dual.backend is fused else None
+        for position, step in enumerate(chain.steps):
             if end is not None and position == end.start and end.takes(y):
                 # The tangent that a layer just made is nobody else's: it may be overwritten.
-                spare = ty if position > 0 and makes_tangent(modules[position - 1]) else None
+                spare = ty if chain.makes_tangent else None
                 return self._fused_end(dual, end, y, ty, spare, pool)
             had_tangent = ty is not None
-            which = f"FDFA: block '{self.name}': its module {position} ({type(module).__name__}) "
+            which = f"FDFA: block '{self.name}': its module {position} ({chain.names[position]}) "
             try:
-                y, ty = forward_dual(module, y, ty)
+                y, ty = step(y, ty)
             except NotImplementedError as error:
                 if not had_tangent:
                     raise

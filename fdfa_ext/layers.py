@@ -4,26 +4,17 @@ Inside FDFA's training step a block takes part in the dual pass. Anywhere else i
 counterpart followed by the activation, with ordinary autograd.
 """
 
-from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import reference
+from fdfa_ext.chains import Chain
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
-from fdfa_ext.tangents import (
-    GLOBAL_HOOKS,
-    MaybePair,
-    has_fused_pool,
-    has_own_forward,
-    hooks_of,
-    known_way,
-)
-
-Step = Callable[[Tensor, Tensor | None], MaybePair]
+from fdfa_ext.tangents import MaybePair, forward_dual, forward_mode_step, is_patched
 
 
 def _check_activation(layer: str, activation: str) -> None:
@@ -40,9 +31,14 @@ NOT_SCRIPTABLE = (
 
 
 class Block:
-    """What FDFA looks for, and gives a `block_pass`."""
+    """What FDFA looks for, and gives a `block_pass`. Its forward calls `dual` while a pass runs."""
 
+    torch_type: type[nn.Module]  # whose forward the block's own has in it
     block_pass: BlockPass | None = None
+
+    def plain(self, x: Tensor) -> Tensor:
+        """What the block computes outside FDFA's training step."""
+        raise NotImplementedError
 
     def dual(self, x: Tensor, tangent: Tensor | None) -> MaybePair:
         """The block's output and its tangent, perturbed, for an input with a tangent or none.
@@ -55,9 +51,23 @@ class Block:
         raise RuntimeError(NOT_SCRIPTABLE)
 
     def own_pass(self) -> BlockPass:
-        if self.block_pass is None:
-            raise RuntimeError("FDFA: a block was put in after wrapping; wrap the module again")
+        assert self.block_pass is not None, "a block outside a pass of FDFA"
         return self.block_pass
+
+    def plan(self) -> Chain | None:
+        """The block's calls as it stands; None where it is one fused operator."""
+        return None if self._is_torchs() else self._by_forward_mode()
+
+    def _is_torchs(self) -> bool:
+        """Whether the torch module in it computes what that does in torch."""
+        own = "_conv_forward" in vars(self) or (
+            getattr(type(self), "_conv_forward", None)
+            is not getattr(self.torch_type, "_conv_forward", None)
+        )
+        return not own and not is_patched(self.torch_type)
+
+    def _by_forward_mode(self) -> Chain:
+        return Chain([forward_mode_step(self.plain)], [type(self).__name__])
 
     @property
     def running_pass(self) -> BlockPass | None:
@@ -75,6 +85,8 @@ class FDFALinear(nn.Linear, Block):
     "sigmoid", "gelu" or "silu". The state_dict has torch.nn.Linear's keys.
     """
 
+    torch_type = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -89,13 +101,16 @@ class FDFALinear(nn.Linear, Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if (running := self.running_pass) is None:
-            return self._plain(x)
+            return self.plain(x)
         return running.through_duals(x, self.dual)
 
     def dual(self, x: Tensor, tangent: Tensor | None) -> MaybePair:
-        return self.own_pass().linear(x, tangent, self.weight, self.bias, self.activation)
+        own = self.own_pass()
+        if own.planned is not None:
+            return own.chain(x, tangent, own.planned)
+        return own.linear(x, tangent, self.weight, self.bias, self.activation)
 
-    def _plain(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](super().forward(x))
 
     def extra_repr(self) -> str:
@@ -108,6 +123,8 @@ class FDFAConv2d(nn.Conv2d, Block):
     Arguments are those of torch.nn.Conv2d, and activation as for FDFALinear. The state_dict has
     torch.nn.Conv2d's keys.
     """
+
+    torch_type = nn.Conv2d
 
     def __init__(
         self,
@@ -124,11 +141,14 @@ class FDFAConv2d(nn.Conv2d, Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if (running := self.running_pass) is None:
-            return self._plain(x)
+            return self.plain(x)
         return running.through_duals(x, self.dual)
 
     def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
         """pool: one that comes after the block, to be done with it."""
+        own = self.own_pass()
+        if own.planned is not None:
+            return own.chain(x, tangent, own.planned, pool)
         padding = self.padding
         if isinstance(padding, str) or self.padding_mode != "zeros":
             # Padding of its own kind is a linear map before the convolution.
@@ -137,7 +157,7 @@ class FDFAConv2d(nn.Conv2d, Block):
             x = F.pad(x, sides, mode=mode)
             tangent = None if tangent is None else F.pad(tangent, sides, mode=mode)
             padding = (0, 0)
-        return self.own_pass().conv2d(
+        return own.conv2d(
             x,
             tangent,
             self.weight,
@@ -150,14 +170,13 @@ class FDFAConv2d(nn.Conv2d, Block):
             pool,
         )
 
-    def _plain(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](super().forward(x))
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not reference.skips_pixels(input, weight, self.stride, self.padding):
-            return super()._conv_forward(input, weight, bias)
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return reference.convolve(input, weight, bias, *geometry)
+    def plain(self, x: Tensor) -> Tensor:
+        if reference.skips_pixels(x, self.weight, self.stride, self.padding) and self._is_torchs():
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+            pre = reference.convolve(x, self.weight, self.bias, *geometry)
+        else:
+            pre = super().forward(x)
+        return ACTIVATIONS[self.activation](pre)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -171,6 +190,8 @@ class FDFABlock(nn.Sequential, Block):
     statistics, move once a step, from the primal alone. Images are computed in channels_last.
     """
 
+    torch_type = nn.Sequential
+
     def __init__(self, *modules: nn.Module) -> None:
         if not modules:
             raise ValueError("FDFABlock: needs at least one module")
@@ -178,73 +199,23 @@ class FDFABlock(nn.Sequential, Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if (running := self.running_pass) is None:
-            return super().forward(x)
+            return self.plain(x)
         return running.through_duals(x, self.dual)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def plan(self) -> Chain:
+        return Chain.of(list(self)) if self._is_torchs() else self._by_forward_mode()
 
     def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
         """pool: one that comes after the block, to be done with it."""
-        return self.own_pass().chain(x, tangent, list(self), pool)
-
-
-class SideBySide:
-    """A net of blocks and known modules in sequence, as calls that take primal and tangent side by
-    side, without dual tensors, while FDFA makes a training step."""
-
-    output_layer: nn.Linear | None  # the last step, if it is one: `steps` does not have it
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._plan()
-
-    def steps(self) -> list[Step] | None:
-        """The calls, each to be given what the one before returned.
-
-        None where the net needs dual tensors: for a hook or another forward put on a module, which may
-        do anything, or for a module between blocks whose way with a tangent is not known.
-        """
-        for sequence, members in self._sequences:
-            if list(sequence._modules.values()) != members:  # someone exchanged a module
-                self._plan()
-                break
-        changed = any(GLOBAL_HOOKS) or any(self._hooks) or any(map(has_own_forward, self._members))
-        return None if changed else self._steps
-
-    def _plan(self) -> None:
-        self._sequences: list[tuple[nn.Module, list[Any]]] = []
-        self._members = list(self._module.modules())
-        # The dictionaries themselves, since each step looks into all of them.
-        self._hooks = [hooks for member in self._members for hooks in hooks_of(member)]
-        self._steps = self._steps_of(self._module)
-        outermost = self._sequences[0][1] if self._sequences else []
-        self.output_layer = None
-        if self._steps and type(outermost[-1]) is nn.Linear:
-            self.output_layer = outermost[-1]
-            self._steps.pop()
-
-    def _steps_of(self, module: Any) -> list[Step] | None:
-        kind = type(module)
-        if kind is FDFALinear or kind is FDFAConv2d:
-            return [module.dual]
-        if kind is not nn.Sequential and kind is not FDFABlock:
-            way = known_way(module)
-            return None if way is None else [way]
-        members = list(module._modules.values())
-        self._sequences.append((module, members))
-        if kind is FDFABlock:  # which asks itself how each of its modules takes a tangent
-            return [module.dual]
-        steps: list[Step] = []
-        for before, inner in pairwise([None, *members]):
-            if _pools(before, inner):
-                steps[-1] = partial(before.dual, pool=inner)
-                continue
-            inner_steps = self._steps_of(inner)
-            if inner_steps is None:
-                return None
-            steps += inner_steps
-        return steps
-
-
-def _pools(before: Any, module: Any) -> bool:
-    """Whether it is a max-pool that the block before it can do."""
-    is_block = type(before) is FDFAConv2d or type(before) is FDFABlock
-    return is_block and type(module) is nn.MaxPool2d and has_fused_pool(module)
+        own = self.own_pass()
+        chain = own.planned
+        if chain is None or torch.compiler.is_compiling():
+            # A compiler sees for itself when a module changes.
+            chain = Chain(
+                [partial(forward_dual, module) for module in self],
+                [type(module).__name__ for module in self],
+            )
+        return own.chain(x, tangent, chain, pool)

@@ -419,22 +419,33 @@ class LocalGreedy(ActivityPerturbation):
     def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
         records, outputs = model.prepare_blocks(*args, **kwargs)
         like = next(model.module.parameters())
-        last = records[-1].name
-        if model.feedback.key(last) in model.heads:
+        keys = [model.feedback.key(record.name) for record in records[:-1]]
+        new = [key for key in keys if len(model.heads) > 0 and key not in model.heads]
+        if new:
             raise RuntimeError(
-                f"FDFA: lg-fg-a: block '{last}' is the last to be called but not to be defined, so its "
-                "head was declared in vain; pass example_input"
+                f"FDFA: block '{new[0].replace('/', '.')}' needs a local head that no optimizer has: "
+                "it came after wrapping, or the module calls its blocks in another order than it "
+                "defines them. Wrap the module again, with example_input"
             )
-        for record in records[:-1]:
+        for record, key in zip(records, keys, strict=False):
             features = record.output.shape[1:].numel()
-            head_of(model, model.feedback.key(record.name)).take_shape((outputs, features), like)
+            head_of(model, key).take_shape((outputs, features), like)
+        for key in model.heads.keys() - set(keys):
+            del model.heads[key]
 
     def join(self, model: "FDFA", dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
         used = dual.use_noise()
         model.local_outputs = []
         for record in dual.records[:-1]:
             head: Any = model.heads[model.feedback.key(record.name)]
-            local: Tensor = head(rows(record.output))
+            features = rows(record.output)
+            if (head.out_features, head.in_features) != (output.shape[1], features.shape[1]):
+                raise ValueError(
+                    f"FDFA: block '{record.name}': its local head makes {head.out_features} outputs of "
+                    f"{head.in_features} features, but {output.shape[1]} outputs and "
+                    f"{features.shape[1]} features came; both are fixed, so wrap the module again"
+                )
+            local: Tensor = head(features)
             u = _perturbation(model, used, record.index, record.gate).to(local.dtype)
             local_tangent = F.linear(u, head.weight.detach().to(local.dtype))
             model.local_outputs.append(self.tie(model, [record], local, local_tangent, used))
@@ -465,7 +476,8 @@ class ProjectedError(BlockMethod):
         records, layer = dual.records, dual.output_layer
         weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
         outputs = output.shape[1] if weight is None else len(weight)
-        if dual.compiling or any([record.output._version != record.version for record in records]):
+        checks = dual.backend is fused and not dual.compiling  # the operator does
+        if not checks or any([record.output._version != record.version for record in records]):
             model.check_blocks(dual, len(output), outputs)
         names = [record.name for record in records]
         try:

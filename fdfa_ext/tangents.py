@@ -1,8 +1,9 @@
 """How a tangent passes through torch's modules, and through some functions anywhere.
 
 torch's forward mode is right for every module, but records the tangent's own graph, works through
-several passes over memory and costs calls from Python. Most modules of real nets have a shorter way
-with the library's own kernels, which takes the tangent beside its primal and needs no dual tensors:
+several passes over memory and costs calls from Python. Most modules of real nets have a JVP rule, a
+shorter way with the library's own kernels, which takes the tangent beside its primal and needs no dual
+tensors:
 
 - those that are affine in their input: the tangent goes through the module without its bias;
 - those with a symmetric Jacobian: elementwise functions, and batch-norm, whose Jacobian for each
@@ -13,6 +14,7 @@ On two cores, Conv-BatchNorm-ReLU from [64, 15, 24, 24] to [64, 40, 20, 20] take
 forward mode's time, and the forward pass of 64-128-10 with 32 samples 0.7 of it.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,6 +34,7 @@ from fdfa_ext.reference import batch_norm_tangent
 
 Pair = tuple[Tensor, Tensor]  # primal and tangent
 MaybePair = tuple[Tensor, Tensor | None]
+Step = Callable[[Tensor, Tensor | None], MaybePair]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATION_NAMES: dict[Any, str] = {  # of the operators
@@ -58,28 +61,30 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
     the module drops comes back as None. While torch.compile traces, it must be called within a dual
     level.
     """
-    way = _way(module)
+    rule = _jvp_rule(module)
     if ty is not None and torch.compiler.is_compiling():
         # It traces no gradient within the forward pass, and no forward mode of batch-norm.
-        if way is _symmetric and isinstance(module, BATCH_NORMS):
+        if rule is _symmetric and isinstance(module, BATCH_NORMS):
             fixed: Any = None if module.training else module.running_var
             weight: Any = module.weight
             ty = batch_norm_tangent(y.detach(), ty, weight, fixed, module.eps).to(ty.dtype)
             return module(y), ty
-        if way in (_symmetric, _max_pool):
-            way = None
-    if way is not None:
-        return way(module, y, ty)
+        if rule in (_symmetric, _max_pool):
+            rule = None
+    return (_forward_mode if rule is None else rule)(module, y, ty)
+
+
+def _forward_mode(function: Callable[[Tensor], Tensor], y: Tensor, ty: Tensor | None) -> MaybePair:
     if ty is None:
         with function_rules():
-            return module(y), None
+            return function(y), None
     with nullcontext() if torch.compiler.is_compiling() else _some_forward_mode(), function_rules():
         dual = make_dual(y, ty)
         if torch.compiler.is_compiling():
             # A dual is a view, and of modules that change views in place torch 2.11 compiles some
             # wrongly. The compiled program has no such copy.
             dual = dual.clone()
-        result = module(dual)
+        result = function(dual)
         if not isinstance(result, Tensor):  # the caller has the words for it
             return result, None
         out, tangent = unpack_dual(result)
@@ -137,16 +142,21 @@ def slow_attention() -> Iterator[None]:
             mha.set_fastpath_enabled(fast)
 
 
-def known_way(module: nn.Module) -> Callable[[Tensor, Tensor | None], MaybePair] | None:
-    """forward_dual of this module with its way found in advance, as long as no hook is put on it and
-    nothing compiles; None where there is no way but torch's forward mode."""
-    way = _way_of(type(module), module)
-    return None if way is None else partial(way, module)
+def rule_step(module: nn.Module) -> Step | None:
+    """forward_dual of this module with its JVP rule found in advance, for passes that nothing compiles;
+    None where it has none. The answer holds as long as the module, its class and its hooks do."""
+    rule = _jvp_rule(module)
+    return None if rule is None else partial(rule, module)
+
+
+def forward_mode_step(function: Callable[[Tensor], Tensor]) -> Step:
+    """Primal and tangent of a function by torch's forward mode."""
+    return partial(_forward_mode, function)
 
 
 def makes_tangent(module: nn.Module) -> bool:
     """Whether forward_dual's tangent is new memory, never the input's or a view of it."""
-    return _way(module) in (_linear, _convolution)
+    return _jvp_rule(module) in (_linear, _convolution)
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -158,18 +168,28 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
     )
 
 
-def plain_type(module: nn.Module) -> type[nn.Module] | None:
-    """Its type, by which its function is known, or None where a hook may do something else.
+def plain_type(module: nn.Module | None) -> type[nn.Module] | None:
+    """Its type, by which its function is known, or None where something else may be done: by a hook, or
+    by a function in the place of its own.
 
-    To be compared with exact types: so may a subclass or a parametrization.
+    To be compared with exact types: a subclass or a parametrization is another function too.
     """
-    changed = any(hooks_of(module)) or any(GLOBAL_HOOKS) or has_own_forward(module)
-    return None if changed else type(module)
+    if module is None:  # torch allows it among a module's children
+        return None
+    kind = type(module)
+    changed = any(hooks_of(module)) or any(GLOBAL_HOOKS) or has_own_forward(module) or is_patched(kind)
+    return None if changed else kind
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether someone put another function in the place of its type's."""
-    return "forward" in module.__dict__
+    """Whether the instance has another function in the place of its class's."""
+    return any([name in module.__dict__ for name in FORWARD_NAMES])
+
+
+def is_patched(kind: type[nn.Module]) -> bool:
+    """Whether a class of torch's has lost the functions that torch gave it."""
+    functions = FORWARD_FUNCTIONS.get(kind, ())
+    return any([getattr(kind, name) is not function for name, function in functions])
 
 
 def _linear(module: Any, y: Tensor, ty: Tensor | None) -> MaybePair:
@@ -240,8 +260,8 @@ def has_fused_pool(pool: nn.MaxPool2d) -> bool:
     return not (pool.ceil_mode or pool.return_indices) and pool.dilation in (1, (1, 1))
 
 
-Way = Callable[[Any, Tensor, Tensor | None], MaybePair]
-_WAYS: dict[type[nn.Module], Way] = {
+JvpRule = Callable[[Any, Tensor, Tensor | None], MaybePair]
+_JVP_RULES: dict[type[nn.Module], JvpRule] = {
     nn.Linear: _linear,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
     nn.Flatten: _flatten,
@@ -251,19 +271,36 @@ _WAYS: dict[type[nn.Module], Way] = {
     **dict.fromkeys((*BATCH_NORMS, *ACTIVATION_NAMES), _symmetric),
     nn.MaxPool2d: _max_pool,
 }
+# What a module's call comes down to, in its class or, patched, in the instance.
+FORWARD_NAMES = ("forward", "_conv_forward")
 
 
-def _way(module: nn.Module) -> Way | None:
-    return _way_of(plain_type(module), module)
+def _torchs_own(kind: type[nn.Module], name: str) -> Any:
+    """A function of a class; None if it had been patched before this package was imported."""
+    function = getattr(kind, name)
+    home = nn_module if name in vars(nn.Module) and name != "forward" else sys.modules[kind.__module__]
+    return function if function.__globals__ is vars(home) else None
 
 
-def _way_of(kind: type[nn.Module] | None, module: Any) -> Way | None:
-    way = None if kind is None else _WAYS.get(kind)
-    if way is _symmetric and getattr(module, "inplace", False):
+# By class, the functions that the rules and the fused operators stand for.
+FORWARD_FUNCTIONS: dict[type[nn.Module], list[tuple[str, Any]]] = {
+    kind: [
+        (name, _torchs_own(kind, name))
+        for name in (*FORWARD_NAMES, "__call__", "_call_impl")
+        if hasattr(kind, name)
+    ]
+    for kind in (*_JVP_RULES, nn.Sequential)
+}
+
+
+def _jvp_rule(module: Any) -> JvpRule | None:
+    kind = plain_type(module)
+    rule = None if kind is None else _JVP_RULES.get(kind)
+    if rule is _symmetric and getattr(module, "inplace", False):
         return None  # the input would be gone by the time its gradient is asked for
-    if way is _max_pool and module.return_indices:
+    if rule is _max_pool and module.return_indices:
         return None
-    return way
+    return rule
 
 
 _HALF = (torch.bfloat16, torch.float16)

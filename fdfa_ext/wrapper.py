@@ -6,18 +6,22 @@ import math
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from fdfa_ext._ops import fused
 from fdfa_ext.feedback import TensorMap
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
-from fdfa_ext.layers import NOT_SCRIPTABLE, Block, SideBySide
+from fdfa_ext.layers import NOT_SCRIPTABLE
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import METHODS, Method, head_of
+from fdfa_ext.plan import BLOCKS, Plan, find_blocks, is_overridden
 from fdfa_ext.tangents import (
+    GLOBAL_HOOKS,
     forward_dual,
     forward_mode,
     function_rules,
@@ -40,6 +44,10 @@ class FDFA(nn.Module):
 
     Each backward updates the feedback once, so N accumulated batches are N updates of B. The input gets
     no gradient. One thread at a time may run a model.
+
+    The module may be changed between two steps: each training forward runs it as it is then. A block
+    that replaces another under its name trains on with that one's B; a new name gets a new B. A module
+    within that is compiled by itself runs uncompiled in training.
 
     Args:
         module: a model whose output is [N, K], K outputs for each of N samples.
@@ -74,9 +82,11 @@ class FDFA(nn.Module):
     Raises, as its first training forward may:
         ValueError: an option is unknown or out of range; the module has no block or is one; its output
             is not [N, K].
-        TypeError: method is a class; the module returns no tensor; a dtype that the backend lacks.
+        TypeError: method is a class; the module returns no tensor; a dtype that the backend lacks; a
+            block of a kind of its own.
         RuntimeError: no tangent, or a zero one, reaches the output; a block is unused, used twice,
-            exchanged, or behind parameters that belong to no block.
+            behind parameters that belong to no block, or has a forward of its own that leaves out that
+            of its base class; a backward hook could not be called.
     """
 
     @torch.inference_mode(False)  # what is made here changes in training
@@ -131,12 +141,12 @@ class FDFA(nn.Module):
         self.exp_avg_sq = TensorMap()
         self.heads = nn.ModuleDict()
         self.local_outputs: list[Tensor] = []
-        if any(isinstance(inner, FDFA) for inner in module.modules()):
-            raise ValueError("FDFA: the module has an FDFA within it; wrap it once, as a whole")
-        self._blocks = dict(_find_blocks(module))
         self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
-        self._passes = [BlockPass(name, index) for index, name in enumerate(self._blocks)]
-        self._side_by_side = SideBySide(module)
+        self._plan: Plan | None = None
+        self._blocks: dict[str, Any] = {}
+        self._passes: list[BlockPass] = []
+        self._checked = False
+        self._current_plan()
 
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         if device.type == "cpu":
@@ -146,7 +156,6 @@ class FDFA(nn.Module):
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64, device=device))
         self.noise_state: Tensor
         self.updates: Tensor
-        self._checked = False
         if example_input is None:
             self.method.declare(self)
         elif isinstance(example_input, dict) and _takes_keywords(module, example_input):
@@ -170,6 +179,7 @@ class FDFA(nn.Module):
     @property
     def prepared(self) -> bool:
         """Whether all that the method keeps beside the module, such as its feedback, exists."""
+        self._current_plan()
         return self._checked
 
     @property
@@ -187,8 +197,13 @@ class FDFA(nn.Module):
             self.local_outputs = []
         if not (self.training and torch.is_grad_enabled()):
             return self.module(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            self._check_places()
+        else:
+            self._current_plan()
         if not self._checked:
             self._prepare(*args, **kwargs)
+            self._current_plan()  # the dry run had a hook
         return self.method.forward(self, *args, **kwargs)
 
     def forward_parameters(self) -> Iterator[nn.Parameter]:
@@ -249,6 +264,23 @@ class FDFA(nn.Module):
         noise = "none" if tangents == "none" else self.noise
         return DualPass(noise_state, noise, BACKENDS[self.backend], compiling, tangents)
 
+    def _current_plan(self) -> Plan:
+        """The plan of the module as it is, made again where something has changed since."""
+        module: Any = self._modules.get("module")
+        if self._plan is not None and self._plan.holds(module):
+            return self._plan
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"FDFA: module must be a torch.nn.Module; got {type(self.module).__name__}")
+        if any(isinstance(inner, FDFA) for inner in module.modules()):
+            raise ValueError("FDFA: the module has an FDFA within it; wrap it once, as a whole")
+        plan = Plan(module)
+        if plan.blocks != self._blocks or any(map(is_overridden, plan.blocks.values())):
+            self._checked = False
+        self._blocks = plan.blocks
+        self._passes = plan.passes
+        self._plan = plan
+        return plan
+
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
         args = tuple([_without_grad(value) for value in args])
@@ -258,47 +290,92 @@ class FDFA(nn.Module):
             if block.block_pass is not block_pass:
                 block.block_pass = block_pass
         try:
-            plain = not dual.compiling and len(args) == 1 and not kwargs
-            if plain and (steps := self._side_by_side.steps()) is not None:
-                output, tangent = args[0], None
-                for step in steps:
-                    output, tangent = step(output, tangent)
-                layer = self._side_by_side.output_layer
-                if layer is not None:
-                    complete = tangent is not None or not dual.perturbs
-                    if dual.takes_output_layer and complete and _is_simple(layer, output):
-                        dual.output_layer = layer
-                    else:
-                        output, tangent = forward_dual(layer, output, tangent)
-                return self._tensor(output), tangent
-            if not dual.compiling:
-                self._check_places()
-            if not dual.perturbs:
-                with function_rules():
-                    return self._tensor(self.module(*args, **kwargs)), None
-            with forward_mode(), function_rules():
-                output = self._tensor(self.module(*args, **kwargs))
-                with without_rules():
-                    output, tangent = unpack_dual(output)
-                    return output, None if tangent is None else tangent.detach()
+            if dual.compiling:
+                result = self._on_dual_tensors(dual, args, kwargs)
+                self._check_overridden(dual)
+                return result
+            plan = self._plan
+            assert plan is not None, "forward and the dry run have made it"
+            if plan.backward_hooked or plan.has_global_hooks:
+                self._refuse_backward_hooks(plan.backward_hooked, dual)
+            if plan.steps is None or len(args) != 1 or kwargs:
+                # A module compiled by itself has no forward mode, and its blocks do not see the pass.
+                eager = torch.compiler.set_stance("force_eager") if plan.is_compiled else nullcontext()
+                with eager:
+                    result = self._on_dual_tensors(dual, args, kwargs)
+                self._check_overridden(dual)
+                return result
+            output, tangent = args[0], None
+            for step in plan.steps:
+                output, tangent = step(output, tangent)
+            layer = plan.output_layer
+            if layer is not None:
+                complete = tangent is not None or not dual.perturbs
+                if dual.takes_output_layer and complete and _is_simple(layer, output):
+                    dual.output_layer = layer
+                else:
+                    output, tangent = forward_dual(layer, output, tangent)
+            return self._tensor(output), tangent
         finally:
             for block_pass in self._passes:
                 block_pass.dual = None
 
+    def _on_dual_tensors(
+        self, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        if not dual.perturbs:
+            with function_rules():
+                return self._tensor(self.module(*args, **kwargs)), None
+        with forward_mode(), function_rules():
+            output = self._tensor(self.module(*args, **kwargs))
+            with without_rules():
+                output, tangent = unpack_dual(output)
+                return output, None if tangent is None else tangent.detach()
+
     def _check_places(self) -> None:
-        """A block that came later would get gradients by backpropagation, without a word."""
+        """For a compiler, which cannot plan: a block that came later would learn by backpropagation."""
+        if dict(find_blocks(self.module)) != self._blocks:
+            raise RuntimeError(
+                "FDFA: blocks were exchanged since the last training forward; run one without "
+                "torch.compile, or wrap the module again"
+            )
+
+    def _check_overridden(self, dual: DualPass) -> None:
+        """A block may be left out of a forward, but not run by another function than perturbs it."""
+        if len(dual.records) == len(self._blocks):
+            return
+        run = [record.name for record in dual.records]
         for name, block in self._blocks.items():
-            if self.module.get_submodule(name) is not block:
+            if name not in run and is_overridden(block):
+                base = next(kind for kind in BLOCKS if isinstance(block, kind))
                 raise RuntimeError(
-                    f"FDFA: block '{name}' was exchanged after wrapping; wrap the module again"
+                    f"FDFA: block '{name}' ({type(block).__name__}) has a forward of its own that has "
+                    f"not called {base.__name__}.forward, so it was not perturbed; call it, or put the "
+                    "module into an FDFABlock"
                 )
+
+    def _refuse_backward_hooks(self, names: list[str], dual: DualPass) -> None:
+        """A block's output gets no gradient from autograd, and backward hooks have no forward mode."""
+        hooked = [name for name in names if dual.perturbs or name in self._blocks]
+        if any(GLOBAL_HOOKS[2:]):
+            whose = "there is a global backward hook"
+        elif hooked:
+            whose = f"module '{hooked[0]}' has a backward hook"
+        else:
+            return
+        raise RuntimeError(
+            f"FDFA: {whose}, which cannot be called: no gradient passes between blocks. Remove it, or "
+            "register a hook on parameters"
+        )
 
     def __prepare_scriptable__(self) -> "FDFA":
         raise RuntimeError(NOT_SCRIPTABLE)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without the last outputs of local heads, which hold a graph."""
-        return {k: v for k, v in self.__dict__.items() if k != "_copies"} | {"local_outputs": []}
+        """For copies: without the last outputs of local heads, which hold a graph, and the plan."""
+        state = self.__dict__ | {"local_outputs": [], "_plan": None}
+        del state["_copies"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -348,7 +425,8 @@ class FDFA(nn.Module):
             if feedback.shape != (outputs, *shape[1:]):
                 raise ValueError(
                     f"FDFA: block '{record.name}': its feedback has shape {list(feedback.shape)}, but "
-                    f"{outputs} outputs and features {list(shape[1:])} came; a sample's size is fixed"
+                    f"{outputs} outputs and features {list(shape[1:])} came; both are fixed, "
+                    "so wrap the module again after changing them"
                 )
             if not feedback.is_contiguous(memory_format=record.order):
                 raise ValueError(
@@ -363,24 +441,23 @@ class FDFA(nn.Module):
         Also returns the names of the modules that were given a tangent and returned none.
         """
         droppers: list[str] = []
+        names = {module: name for name, module in self.module.named_modules() if name}
 
-        def watch(name: str, module: nn.Module) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
-                if _has_tangent(inputs) and not _has_tangent(result):
-                    droppers.append(f"'{name}' ({type(module).__name__})")
-
-            return module.register_forward_hook(hook)
+        def watch(module: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
+            if module in names and _has_tangent(inputs) and not _has_tangent(result):
+                droppers.append(f"'{names[module]}' ({type(module).__name__})")
 
         modes = {module: module.training for module in self.module.modules()}
-        hooks = [watch(name, module) for name, module in self.module.named_modules() if name]
         dual = self._dual_pass(self.noise_state.clone())
+        # For all modules at once, so that no error can leave one on the user's.
+        hook = register_module_forward_hook(watch)
         try:
             self.module.eval()
+            self._current_plan()
             with slow_attention():
                 output, tangent = self._run(dual, *args, **kwargs)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
             for module, mode in modes.items():
                 module.training = mode
         return dual, output, tangent, droppers
@@ -403,6 +480,8 @@ class FDFA(nn.Module):
                     "cannot be trained; make the module outside"
                 )
         self.method.prepare(self, *args, **kwargs)
+        for tensors in (self.feedback, self.exp_avg, self.exp_avg_sq):
+            tensors.keep(self._blocks)
         self._checked = True
         self._share()
 
@@ -454,6 +533,12 @@ class FDFA(nn.Module):
         if unused:
             raise RuntimeError(f"FDFA: block '{unused[0]}' was not used by the forward pass")
         if self.method.feedback != "none":
+            new = self.feedback.undeclared(self._blocks)
+            if new and self.rule == "grad":
+                raise RuntimeError(
+                    f"FDFA: block '{new[0]}' came after wrapping, and no optimizer has its feedback "
+                    "matrix; wrap the module again and make the optimizer anew"
+                )
             for record in dual.records:
                 self._create(record, output)
             self.check_blocks(dual, *output.shape)
@@ -473,11 +558,13 @@ class FDFA(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback and heads that a saved model has and this one has not yet."""
+        self._current_plan()
         for tensors, name in (
             (self.feedback, "feedback"),
             (self.exp_avg, "exp_avg"),
             (self.exp_avg_sq, "exp_avg_sq"),
         ):
+            tensors.keep(self._blocks)
             for block in self._blocks:
                 saved = state_dict.get(f"{prefix}{name}.{TensorMap.key(block)}")
                 if saved is not None and block not in tensors:
@@ -523,26 +610,6 @@ def _is_simple(layer: nn.Linear, x: Tensor) -> bool:
         and layer.weight.requires_grad
         and not torch.is_autocast_enabled(x.device.type)
     )
-
-
-def _find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Blocks by qualified name, in the order of the module; not the ones within a block."""
-    if isinstance(module, Block):
-        raise ValueError(
-            f"FDFA: the module is itself a block ({type(module).__name__}); put it and an output layer "
-            "into a torch.nn.Sequential"
-        )
-    inside: list[str] = []
-    found = False
-    for name, candidate in module.named_modules():
-        if isinstance(candidate, Block) and not any(name.startswith(outer + ".") for outer in inside):
-            inside.append(name)
-            found = True
-            yield name, candidate
-    if not found:
-        raise ValueError(
-            "FDFA: the module has no block; use FDFALinear, FDFAConv2d or FDFABlock for hidden layers"
-        )
 
 
 def _has_tangent(value: Any) -> bool:

@@ -1127,18 +1127,6 @@ def test_a_block_may_have_any_name(rule: str) -> None:
     assert FDFA(copy.deepcopy(net), feedback=rule).load_state_dict(model.state_dict())
 
 
-def test_a_block_that_came_after_wrapping_is_refused() -> None:
-    x = torch.randn(4, 6)
-    plain = FDFA(mlp(), example_input=x)
-    plain.module[1] = FDFALinear(8, 7)
-    with pytest.raises(RuntimeError, match="a block was put in after wrapping; wrap the module again"):
-        plain(x)
-    custom = FDFA(_Both(FDFALinear(8, 8)), example_input=x)
-    custom.module.second = FDFALinear(8, 8)
-    with pytest.raises(RuntimeError, match="block 'second' was exchanged after wrapping"):
-        custom(x)
-
-
 def test_the_probe_leaves_no_trace() -> None:
     net = block_net()
     before = copy.deepcopy(net.state_dict())
