@@ -269,7 +269,7 @@ def test_local_heads_declared_for_another_order_are_refused_by_name() -> None:
 
     x, y = batch("mlp")
     with pytest.raises(
-        RuntimeError, match=r"block 'second' is the last to be called .* pass example_input"
+        RuntimeError, match=r"block 'first' needs a local head .* another order .* with example_input"
     ):
         FDFA(Backwards(), method="lg-fg-a")(x)
     losses(FDFA(Backwards(), method="lg-fg-a", example_input=x), x, y).backward()
