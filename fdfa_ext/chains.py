@@ -103,6 +103,8 @@ def find_end(modules: Sequence[nn.Module]) -> ChainEnd | None:
 def _suits(pool: Any, activation: str | None) -> bool:
     """f' must be that of the winner's output, since its pre-activation is gone; its place is a byte."""
     places = math.prod(pool_geometry(pool)[0])
+    if isinstance(pool.kernel_size, list):  # may change in place, which no plan sees
+        return False
     return activation not in NEEDS_PRE_ACTIVATION and has_fused_pool(pool) and places <= 256
 
 

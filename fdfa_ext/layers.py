@@ -50,10 +50,6 @@ class Block:
     def __prepare_scriptable__(self) -> "Block":
         raise RuntimeError(NOT_SCRIPTABLE)
 
-    def own_pass(self) -> BlockPass:
-        assert self.block_pass is not None, "a block outside a pass of FDFA"
-        return self.block_pass
-
     def plan(self) -> Chain | None:
         """The block's calls as it stands; None where it is one fused operator."""
         return None if self._is_torchs() else self._by_forward_mode()
@@ -105,7 +101,8 @@ class FDFALinear(nn.Linear, Block):
         return running.through_duals(x, self.dual)
 
     def dual(self, x: Tensor, tangent: Tensor | None) -> MaybePair:
-        own = self.own_pass()
+        own = self.block_pass
+        assert own is not None, "a plan gives each block a pass"
         if own.planned is not None:
             return own.chain(x, tangent, own.planned)
         return own.linear(x, tangent, self.weight, self.bias, self.activation)
@@ -146,7 +143,8 @@ class FDFAConv2d(nn.Conv2d, Block):
 
     def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
         """pool: one that comes after the block, to be done with it."""
-        own = self.own_pass()
+        own = self.block_pass
+        assert own is not None, "a plan gives each block a pass"
         if own.planned is not None:
             return own.chain(x, tangent, own.planned, pool)
         padding = self.padding
@@ -210,7 +208,8 @@ class FDFABlock(nn.Sequential, Block):
 
     def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
         """pool: one that comes after the block, to be done with it."""
-        own = self.own_pass()
+        own = self.block_pass
+        assert own is not None, "a plan gives each block a pass"
         chain = own.planned
         if chain is None or torch.compiler.is_compiling():
             # A compiler sees for itself when a module changes.

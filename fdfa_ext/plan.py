@@ -2,26 +2,28 @@
 which says at each step whether the module still stands so.
 
 Whatever a user can change between two steps, and the plan was made by, is compared at each step: the
-modules, their order, classes and attributes, the functions that the classes call, and hooks. Parameters
-and buffers are no part of a plan: each call reads them anew.
+modules, their order and classes, the functions that these call, hooks, and the options that decide which
+calls are made. Parameters, buffers and all other attributes are no part of a plan: each call reads them
+anew. The comparison itself is in csrc/guard.h.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
+from fdfa_ext._ops import extension
 from fdfa_ext.functional import BlockPass
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.tangents import (
     FORWARD_FUNCTIONS,
     FORWARD_NAMES,
     GLOBAL_HOOKS,
+    OPTIONS,
     Step,
     has_fused_pool,
     has_own_forward,
@@ -33,6 +35,7 @@ from fdfa_ext.tangents import (
 
 BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
 _BLOCK_FORWARDS = [kind.forward for kind in BLOCKS]
+# Attributes whose contents a plan depends on.
 _CONTENTS = (
     "_modules",
     "_forward_hooks",
@@ -40,9 +43,6 @@ _CONTENTS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_OPTION_TYPES = (bool, int, float, str, tuple, list, type(None))
-_PLAIN_TYPES = (*_OPTION_TYPES, dict, set, BlockPass)
-_FORWARD_AND_CALL = attrgetter("forward", "__call__")
 
 
 def find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -112,74 +112,36 @@ class Plan:
         if self.steps and isinstance(module, nn.Sequential) and type(module[-1]) is nn.Linear:
             self.output_layer = module[-1]
             self.steps.pop()
-        self._watch(list(named.values()))
+        self._guard = self._watch(named.values())
 
     def holds(self, module: nn.Module) -> bool:
-        """The guard: whether the plan is that of this module, unchanged."""
-        try:
-            return module is self.module and self._facts() == self._seen
-        except (RuntimeError, TypeError, ValueError):
-            return False  # an attribute became a tensor or an array, whose comparison has no one answer
+        """Whether the plan is that of this module, unchanged."""
+        return module is self.module and self._guard.holds()
 
-    def _watch(self, everything: list[Any]) -> None:
-        # What torch.jit has made cannot be changed.
-        members = [member for member in everything if not isinstance(member, torch.jit.ScriptModule)]
-        self._members = members
-        self._plain = [member for member in members if _has_plain_attributes(member)]
-        self._others = [
-            (member, _watched_names(member)) for member in members if not _has_plain_attributes(member)
-        ]
-        self._sequences = [member for member in members if isinstance(member, nn.Sequential)]
-        kinds = {
-            kind for member in members for kind in type(member).__mro__ if kind in FORWARD_FUNCTIONS
-        }
-        kinds |= {type(block) for block in self.blocks.values()}
-        self._kinds = list(kinds)
-        self._convolutions = [kind for kind in kinds if hasattr(kind, "_conv_forward")]
-        self._seen = _copy(self._facts())
-
-    def _facts(self) -> list[Any]:
-        return [
-            [*map(type, self._members)],
-            [*map(vars, self._plain)],
-            [[*map(vars(member).get, names)] for member, names in self._others],
-            [[*sequence._modules] for sequence in self._sequences],  # their order
-            [*map(_FORWARD_AND_CALL, self._kinds)],
-            [kind._conv_forward for kind in self._convolutions],
-            nn.Module._call_impl,
-            any(GLOBAL_HOOKS),
-        ]
-
-
-def _copy(facts: Any) -> Any:
-    """With copies of what changes in place, which would be equal to itself."""
-    if isinstance(facts, dict):
-        return {
-            key: _copy(value) if key in _CONTENTS or isinstance(value, list) else value
-            for key, value in facts.items()
-        }
-    return [*map(_copy, facts)] if isinstance(facts, list) else facts
-
-
-def _is_known(module: nn.Module) -> bool:
-    return type(module) in BLOCKS or type(module).__module__.startswith("torch.nn.")
-
-
-def _has_plain_attributes(module: nn.Module) -> bool:
-    """Whether all attributes may be compared at once, which is faster than to look for some."""
-    return _is_known(module) and all(isinstance(value, _PLAIN_TYPES) for value in vars(module).values())
-
-
-def _watched_names(module: nn.Module) -> list[str]:
-    """The attributes that a plan may depend on: options are those of known classes alone."""
-    options = [name for name, value in vars(module).items() if isinstance(value, _OPTION_TYPES)]
-    return [
-        *_CONTENTS,
-        *FORWARD_NAMES,
-        "_compiled_call_impl",
-        "block_pass",
-        *options * _is_known(module),
-    ]
+    def _watch(self, members: Iterable[nn.Module]) -> Any:
+        guard = extension.Guard()
+        for member in members:
+            guard.watch_type(member)
+            if isinstance(
+                member, torch.jit.ScriptModule
+            ):  # has a type of its own, and cannot be changed
+                continue
+            guard.watch_attribute(member, "__dict__")
+            attributes = vars(member)
+            for name in _CONTENTS:
+                guard.watch_entry(attributes, name)
+                guard.watch_contents(attributes[name])
+            for name in (*FORWARD_NAMES, "_compiled_call_impl", *OPTIONS.get(type(member), ())):
+                guard.watch_entry(attributes, name)
+        for hooks in GLOBAL_HOOKS:
+            guard.watch_contents(hooks)
+        for kind in {kind for member in members for kind in type(member).__mro__}:
+            if kind in FORWARD_FUNCTIONS or issubclass(kind, BLOCKS):
+                for name in (*FORWARD_NAMES, "__call__"):
+                    if hasattr(kind, name):
+                        guard.watch_attribute(kind, name)
+        guard.watch_attribute(nn.Module, "_call_impl")
+        return guard
 
 
 def is_overridden(block: Any) -> bool:

@@ -293,6 +293,17 @@ FORWARD_FUNCTIONS: dict[type[nn.Module], list[tuple[str, Any]]] = {
 }
 
 
+# By class, the attributes that decide between rules and between fused operators. Each call reads all
+# others anew.
+OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict.fromkeys((nn.ReLU, nn.SiLU), ("inplace",)),
+    nn.LeakyReLU: ("inplace", "negative_slope"),
+    nn.GELU: ("approximate",),
+    nn.MaxPool2d: ("kernel_size", "dilation", "ceil_mode", "return_indices"),
+    nn.Conv2d: ("padding", "padding_mode"),
+}
+
+
 def _jvp_rule(module: Any) -> JvpRule | None:
     kind = plain_type(module)
     rule = None if kind is None else _JVP_RULES.get(kind)

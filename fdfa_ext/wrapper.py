@@ -197,13 +197,8 @@ class FDFA(nn.Module):
             self.local_outputs = []
         if not (self.training and torch.is_grad_enabled()):
             return self.module(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            self._check_places()
-        else:
-            self._current_plan()
         if not self._checked:
             self._prepare(*args, **kwargs)
-            self._current_plan()  # the dry run had a hook
         return self.method.forward(self, *args, **kwargs)
 
     def forward_parameters(self) -> Iterator[nn.Parameter]:
@@ -233,6 +228,13 @@ class FDFA(nn.Module):
         For a method that takes the output layer these may be what goes into it, if it is in the pass.
         """
         dual = self._dual_pass(self._buffers["noise_state"])  # type: ignore[arg-type]
+        if dual.compiling:
+            self._check_places()
+        else:
+            self._current_plan()
+            if not self._checked:  # other blocks have come
+                self._prepare(*args, **kwargs)
+                self._current_plan()  # the dry run had a hook
         dual.takes_output_layer = takes_output_layer
         dual.takes_biases = takes_output_layer and dual.backend is fused and not dual.compiling
         output, tangent = self._run(dual, *args, **kwargs)
@@ -284,7 +286,8 @@ class FDFA(nn.Module):
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
         args = tuple([_without_grad(value) for value in args])
-        kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
+        if kwargs:
+            kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
         for block, block_pass in zip(self._blocks.values(), self._passes, strict=True):
             block_pass.dual = dual
             if block.block_pass is not block_pass:
