@@ -58,6 +58,9 @@ def extension(cuda: bool):
     ]
     # OpenMP at compile time only: the pool is the one torch brings. Linking another would give two.
     flags = {"cxx": [*CPU_FLAGS, "-fopenmp"]}
+    # torch's own. A compiler that links it statically would give this module a second one, and a
+    # stream of one in the hands of the other crashes, as where an error message has a number in it.
+    link = ["-l:libstdc++.so.6"]
     include_dirs = [str(ROOT / "csrc")]
     if not cuda:
         return cpp_extension.CppExtension(
@@ -66,6 +69,7 @@ def extension(cuda: bool):
             include_dirs=include_dirs,
             define_macros=macros,
             extra_compile_args=flags,
+            extra_link_args=link,
         )
     # -lineinfo costs no speed, and lets profilers and sanitizers name lines.
     flags["nvcc"] = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
@@ -75,6 +79,7 @@ def extension(cuda: bool):
         include_dirs=include_dirs,
         define_macros=[*macros, ("FDFA_WITH_CUDA", None)],
         extra_compile_args=flags,
+        extra_link_args=link,
     )
 
 

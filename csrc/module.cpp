@@ -3,8 +3,8 @@
 #include "cpu/kernels.h"
 #include "guard.h"
 
-// Importing this module registers torch.ops.fdfa (ops/schema.cpp); to Python it gives what was built, what
-// it runs on, and the guard of fdfa_ext/plan.py.
+// Importing this module registers torch.ops.fdfa (ops/schema.cpp). To Python it gives what was built,
+// what it runs on, and the guard of fdfa_ext/plan.py.
 PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = FDFA_TORCH_VERSION;
   m.attr("cuda_version") = FDFA_CUDA_VERSION;  // empty: built for the CPU alone

@@ -99,9 +99,9 @@ class BlockPass:
         Without a tangent both are plain tensors.
         """
         assert self.dual is not None
-        if not self.dual.perturbs:
-            return block(x, None)[0]
         with without_rules():
+            if not self.dual.perturbs:
+                return block(x, None)[0]
             y, ty = block(*unpack_dual(x))
             assert ty is not None
             return make_dual(y, ty)
@@ -179,11 +179,27 @@ class BlockPass:
                 # The tangent that a layer just made is nobody else's: it may be overwritten.
                 spare = ty if chain.makes_tangent else None
                 return self._fused_end(dual, end, y, ty, spare, pool)
-            y, ty = step(y, ty)
+            had_tangent = ty is not None
+            which = f"FDFA: block '{self.name}': its module {position} ({chain.names[position]}) "
+            try:
+                y, ty = step(y, ty)
+            except NotImplementedError as error:
+                if not had_tangent:
+                    raise
+                raise RuntimeError(
+                    which
+                    + "cannot carry a tangent, since torch has no forward mode for it; use a method "
+                    f"without tangents, such as dfa or dkp, or another module. torch says: {error}"
+                ) from error
+            if not isinstance(y, Tensor):
+                raise TypeError(
+                    which
+                    + f"returned a {type(y).__name__}, but a block's modules must return one tensor "
+                    "each; put it into a module of your own that returns the tensor you want"
+                )
             if tangent is not None and ty is None:
                 raise RuntimeError(
-                    f"FDFA: block '{self.name}': its module {position} ({chain.names[position]}) "
-                    "dropped the tangent; it is not differentiable in torch's forward mode"
+                    which + "dropped the tangent; it is not differentiable in torch's forward mode"
                 )
         if 0 in y.stride():  # expanded: its elements must be apart to be perturbed
             y = y.contiguous()

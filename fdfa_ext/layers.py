@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fdfa_ext import reference
 from fdfa_ext.chains import Chain
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
 from fdfa_ext.tangents import MaybePair, forward_dual, forward_mode_step, is_patched
@@ -21,6 +22,12 @@ def _check_activation(layer: str, activation: str) -> None:
         raise ValueError(
             f"{layer}: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
         )
+
+
+NOT_SCRIPTABLE = (
+    "FDFA: torch.jit.script cannot compile a model that FDFA trains; use "
+    "torch.jit.trace(model.eval(), example_input) or torch.export"
+)
 
 
 class Block:
@@ -39,6 +46,9 @@ class Block:
         While FDFA makes a training step. None in one that perturbs nothing.
         """
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> "Block":
+        raise RuntimeError(NOT_SCRIPTABLE)
 
     def plan(self) -> Chain | None:
         """The block's calls as it stands; None where it is one fused operator."""
@@ -159,7 +169,12 @@ class FDFAConv2d(nn.Conv2d, Block):
         )
 
     def plain(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](super().forward(x))
+        if reference.skips_pixels(x, self.weight, self.stride, self.padding) and self._is_torchs():
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+            pre = reference.convolve(x, self.weight, self.bias, *geometry)
+        else:
+            pre = super().forward(x)
+        return ACTIVATIONS[self.activation](pre)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

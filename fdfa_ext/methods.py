@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._ops import fused
@@ -36,6 +37,10 @@ class Method:
         """Whether no later module may change the outputs of blocks in place."""
         return self.reads_output
 
+    def declare(self, model: "FDFA") -> None:
+        """Gives the model the parameters that `prepare` will know the shapes of, so that an optimizer
+        made before it can have them."""
+
     def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
         """Checks the module on an input, and makes what the method needs beside its parameters."""
 
@@ -51,7 +56,8 @@ class Backpropagation(Method):
     """Exact gradients by torch's autograd, for comparison."""
 
     def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = model.module(*args, **kwargs)
+        with function_rules():
+            output: Tensor = model.module(*args, **kwargs)
         return output
 
 
@@ -181,6 +187,11 @@ class BlockMethod(Method):
     def feedback_gradient(self, block: BlockStep) -> Tensor:
         """∇B [K, D] for feedback = "learned". B moves by it before the errors are computed."""
         raise NotImplementedError
+
+    def declare(self, model: "FDFA") -> None:
+        if self.feedback == "learned" and model.rule == "grad":
+            for name in model.block_names:
+                model.feedback.declare(name)
 
     def prepare(self, model: "FDFA", *args: Any, **kwargs: Any) -> None:
         model.prepare_blocks(*args, **kwargs)
@@ -341,6 +352,51 @@ class ActivityPerturbation(BlockMethod):
         return block.perturbation.mul_((block.error * block.tangent).sum(1, keepdim=True))
 
 
+class LocalHead(nn.Linear):
+    """The linear head of a block, [N, features] → [N, outputs], of a shape to come."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.in_features = self.out_features = 0
+        self.weight: Any = UninitializedParameter()
+        self.bias: Any = UninitializedParameter()
+
+    @property
+    def has_shape(self) -> bool:
+        return not is_lazy(self.weight)
+
+    def take_shape(self, shape: Sequence[int], like: Tensor) -> bool:
+        """Gives the weight this shape [outputs, features] unless it has one; whether it had none.
+
+        like: has the device and dtype.
+        """
+        if self.has_shape:
+            return False
+        self.out_features, self.in_features = shape
+        self.weight.materialize(shape, like.device, like.dtype)
+        self.bias.materialize(shape[:1], like.device, like.dtype)
+        self.reset_parameters()
+        return True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(fn, recurse) if self.has_shape else self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if self.has_shape:
+            super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if self.has_shape:
+            super()._load_from_state_dict(*args)
+
+
+def head_of(model: "FDFA", key: str) -> LocalHead:
+    if key not in model.heads:
+        model.heads[key] = LocalHead()
+    head: Any = model.heads[key]
+    return head
+
+
 class LocalGreedy(ActivityPerturbation):
     """LG-FG-A: FG-A within each block, for a loss of its own (Appendix A; Ren et al. 2023).
 
@@ -352,6 +408,10 @@ class LocalGreedy(ActivityPerturbation):
 
     tangents = "block"
 
+    def declare(self, model: "FDFA") -> None:
+        for name in model.block_names[:-1]:
+            head_of(model, model.feedback.key(name))
+
     @property
     def keeps_output(self) -> bool:  # for the heads, which come after the pass
         return True
@@ -360,17 +420,16 @@ class LocalGreedy(ActivityPerturbation):
         records, outputs = model.prepare_blocks(*args, **kwargs)
         like = next(model.module.parameters())
         keys = [model.feedback.key(record.name) for record in records[:-1]]
-        had_heads = len(model.heads) > 0
+        new = [key for key in keys if len(model.heads) > 0 and key not in model.heads]
+        if new:
+            raise RuntimeError(
+                f"FDFA: block '{new[0].replace('/', '.')}' needs a local head that no optimizer has: "
+                "it came after wrapping, or the module calls its blocks in another order than it "
+                "defines them. Wrap the module again, with example_input"
+            )
         for record, key in zip(records, keys, strict=False):
-            if key in model.heads:
-                continue
-            if had_heads:
-                raise RuntimeError(
-                    f"FDFA: block '{record.name}' came after wrapping, and no optimizer has its local "
-                    "head; wrap the module again and make the optimizer anew"
-                )
             features = record.output.shape[1:].numel()
-            model.heads[key] = nn.Linear(features, outputs, device=like.device, dtype=like.dtype)
+            head_of(model, key).take_shape((outputs, features), like)
         for key in model.heads.keys() - set(keys):
             del model.heads[key]
 
@@ -441,7 +500,7 @@ class ProjectedError(BlockMethod):
                 model.noise,
                 model.rule if self.feedback == "learned" else "fixed",
                 self.decay,
-                model.feedback_lr,
+                model.learning_rate,
                 *model.betas,
                 model.eps,
             )

@@ -2,8 +2,8 @@
 which says at each step whether the module still stands so.
 
 Whatever a user can change between two steps, and the plan was made by, is compared at each step: the
-modules, their order and classes, the functions that these call, hooks, and the options that decide which
-calls are made. Parameters, buffers and all other attributes are no part of a plan: each call reads them
+modules, their order and classes, the functions that these call, hooks, and the options that decide
+between calls. Parameters, buffers and all other attributes are no part of a plan: each call reads them
 anew. The comparison itself is in csrc/guard.h.
 """
 

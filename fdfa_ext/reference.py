@@ -158,6 +158,36 @@ def linear(
     return _dual(pre, tz, noise_state, block, activation, noise)
 
 
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """F.conv2d; an unpadded 1×1 kernel is given the pixels alone that it reads, on the CPU.
+
+    There oneDNN's gradient of its weight writes beyond its buffer for a stride above 1, fewer than 16
+    channels and channels_last (torch 2.13).
+    """
+    if skips_pixels(x, weight, stride, padding):
+        rows, columns = (stride, stride) if isinstance(stride, int) else (stride[0], stride[-1])
+        x, stride = x[..., ::rows, ::columns], 1
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
+def skips_pixels(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
+    """Whether an unpadded 1×1 kernel leaves out pixels of x [N, C, H, W], on the CPU."""
+    return (
+        stride not in (1, (1,), (1, 1))
+        and x.device.type == "cpu"
+        and weight.shape[-2:] == (1, 1)
+        and padding in (0, (0,), (0, 0), "valid", "same")
+    )
+
+
 def conv2d(
     x: Tensor,
     tangent: Tensor | None,
@@ -174,12 +204,12 @@ def conv2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     order = torch.channels_last
-    pre = F.conv2d(x.contiguous(memory_format=order), weight, bias, *geometry).contiguous(
+    pre = convolve(x.contiguous(memory_format=order), weight, bias, *geometry).contiguous(
         memory_format=order
     )
     tz = None
     if tangent is not None:
-        tz = F.conv2d(tangent.contiguous(memory_format=order), weight.detach(), None, *geometry)
+        tz = convolve(tangent.contiguous(memory_format=order), weight.detach(), None, *geometry)
     return _dual(pre, tz, noise_state, block, activation, noise)
 
 
@@ -383,12 +413,13 @@ def feedback_step(
     activations: list[str],
     noise: str,
     decay: float,
-    lr: float,
+    lr: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     deltas: list[Tensor],
     bias_grads: list[Tensor],
+    output_bias_grad: Tensor | None = None,
 ) -> None:
     if updates is not None:
         updates.add_(1)
@@ -411,6 +442,8 @@ def feedback_step(
         deltas[i].copy_(_project(matrix, error, gate, activations[i]))
         if bias_grads and bias_grads[i].numel() > 0:
             bias_grads[i].copy_(deltas[i].float().sum(0))
+    if output_bias_grad is not None:
+        output_bias_grad.copy_(error.float().sum(0))
 
 
 def feedback_gradient(
@@ -444,7 +477,7 @@ class _Star(torch.autograd.Function):
         output: Tensor,
         tangent: Tensor | None,
         noise_state: Tensor | None,
-        rule: tuple[str, float, float, float, float, float],
+        rule: tuple[str, float, Tensor, float, float, float],
         noise: str,
         updates: Tensor,
         blocks: list[int],
@@ -507,7 +540,7 @@ def star(
     noise: str,
     rule: str,
     decay: float,
-    lr: float,
+    lr: Tensor,
     beta1: float,
     beta2: float,
     eps: float,

@@ -15,6 +15,7 @@ forward mode's time, and the forward pass of 64-128-10 with 32 samples 0.7 of it
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -66,7 +67,8 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
         if rule is _symmetric and isinstance(module, BATCH_NORMS):
             fixed: Any = None if module.training else module.running_var
             weight: Any = module.weight
-            return module(y), batch_norm_tangent(y.detach(), ty, weight, fixed, module.eps)
+            ty = batch_norm_tangent(y.detach(), ty, weight, fixed, module.eps).to(ty.dtype)
+            return module(y), ty
         if rule in (_symmetric, _max_pool):
             rule = None
     return (_forward_mode if rule is None else rule)(module, y, ty)
@@ -74,22 +76,24 @@ def forward_dual(module: nn.Module, y: Tensor, ty: Tensor | None) -> MaybePair:
 
 def _forward_mode(function: Callable[[Tensor], Tensor], y: Tensor, ty: Tensor | None) -> MaybePair:
     if ty is None:
-        return function(y), None
-    # A net that runs side by side has no level.
-    within = forward_ad._current_level >= 0
-    with nullcontext() if within else forward_mode(), function_rules():
+        with function_rules():
+            return function(y), None
+    with nullcontext() if torch.compiler.is_compiling() else _some_forward_mode(), function_rules():
         dual = make_dual(y, ty)
         if torch.compiler.is_compiling():
             # A dual is a view, and of modules that change views in place torch 2.11 compiles some
             # wrongly. The compiled program has no such copy.
             dual = dual.clone()
-        out, tangent = unpack_dual(function(dual))
+        result = function(dual)
+        if not isinstance(result, Tensor):  # the caller has the words for it
+            return result, None
+        out, tangent = unpack_dual(result)
         return out, None if tangent is None else tangent.detach()
 
 
 def forward_mode() -> AbstractContextManager[Any]:
     """A level of torch's forward mode, with attention by plain products: fused, it has no such mode."""
-    return forward_ad.dual_level() if torch.compiler.is_compiling() else _plain_attention()
+    return forward_ad.dual_level() if torch.compiler.is_compiling() else _own_forward_mode()
 
 
 # What torch.nn.attention.sdpa_kernel does, in a third of its 40 us.
@@ -100,17 +104,42 @@ _FUSED_ATTENTION = [
 ]
 
 
+# torch has one level of forward mode for all threads, and one choice of attention's kernels.
+_one_thread = threading.RLock()
+
+
 @contextmanager
-def _plain_attention() -> Iterator[None]:
-    enabled = [ask() for ask, _ in _FUSED_ATTENTION]
-    for _, enable in _FUSED_ATTENTION:
-        enable(False)
-    try:
-        with forward_ad.dual_level():
+def _some_forward_mode() -> Iterator[None]:
+    """The level that this thread has opened, or its own; a net that runs side by side has none."""
+    with _one_thread, nullcontext() if forward_ad._current_level >= 0 else _own_forward_mode():
+        yield
+
+
+@contextmanager
+def _own_forward_mode() -> Iterator[None]:
+    with _one_thread:
+        enabled = [ask() for ask, _ in _FUSED_ATTENTION]
+        for _, enable in _FUSED_ATTENTION:
+            enable(False)
+        try:
+            with forward_ad.dual_level():
+                yield
+        finally:
+            for (_, enable), was in zip(_FUSED_ATTENTION, enabled, strict=True):
+                enable(was)
+
+
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """Within it attention in eval mode and without gradients takes no kernel without forward mode."""
+    mha = torch.backends.mha
+    with _one_thread:
+        fast = mha.get_fastpath_enabled()
+        mha.set_fastpath_enabled(False)
+        try:
             yield
-    finally:
-        for (_, enable), was in zip(_FUSED_ATTENTION, enabled, strict=True):
-            enable(was)
+        finally:
+            mha.set_fastpath_enabled(fast)
 
 
 def rule_step(module: nn.Module) -> Step | None:
@@ -171,6 +200,11 @@ def _linear(module: Any, y: Tensor, ty: Tensor | None) -> MaybePair:
 
 
 def _convolution(module: Any, y: Tensor, ty: Tensor | None) -> MaybePair:
+    if y.dim() == 4 and reference.skips_pixels(y, module.weight, module.stride, module.padding):
+        geometry = (module.stride, module.padding, module.dilation, module.groups)
+        if ty is not None:
+            ty = reference.convolve(ty, module.weight.detach(), None, *geometry)
+        return reference.convolve(y, module.weight, module.bias, *geometry), ty
     if ty is not None:
         ty = module._conv_forward(ty, module.weight.detach(), None)
     return module(y), ty
@@ -280,13 +314,16 @@ def _jvp_rule(module: Any) -> JvpRule | None:
     return rule
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
 class FunctionRules(TorchFunctionMode):
     """Within it, some functions of a dual tensor take a shorter way than torch's forward mode.
 
     That one also multiplies the missing tangents of a linear layer's weight and bias and adds these
     zeros by a detour through Python: for the output layer of 784-800-10, batch 64, a sixth of the whole
     training step. Max-pooling takes it a pass for the winners and one to gather their tangents. Group
-    normalisation it refuses for images in channels_last.
+    normalisation it refuses for images in channels_last. Tangents keep their primal's dtype.
     """
 
     def __torch_function__(
@@ -296,8 +333,22 @@ class FunctionRules(TorchFunctionMode):
         if rule is not None:
             out = rule(*args, **(kwargs or {}))
             if out is not None:
-                return out
-        return func(*args, **kwargs) if kwargs else func(*args)
+                return _in_one_dtype(out)
+        return _in_one_dtype(func(*args, **kwargs) if kwargs else func(*args))
+
+
+def _in_one_dtype(out: Any) -> Any:
+    """A dual tensor with a tangent of its primal's dtype.
+
+    torch's forward mode leaves the float32 of a norm's weight to the tangent of a 16-bit primal, with
+    which no later product is possible.
+    """
+    if not isinstance(out, Tensor) or out.dtype not in _HALF:
+        return out
+    primal, tangent = unpack_dual(out)
+    if tangent is None or tangent.dtype == primal.dtype:
+        return out
+    return make_dual(primal, tangent.to(primal.dtype))
 
 
 # A rule returns None where it does not apply.
@@ -351,6 +402,20 @@ def _pair(value: int | Sequence[int]) -> list[int]:
     return values * 2 if len(values) == 1 else values
 
 
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    if not reference.skips_pixels(input, weight, stride, padding):
+        return None
+    return reference.convolve(input, weight, bias, stride, padding, dilation, groups)
+
+
 def _group_norm(
     input: Tensor,
     num_groups: int,
@@ -359,9 +424,10 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     x, tangent = unpack_dual(input)
-    if tangent is None or (x.is_contiguous() and tangent.is_contiguous()):
+    if x.is_contiguous() and (tangent is None or tangent.is_contiguous()):
         return None
-    dual = make_dual(x.contiguous(), tangent.contiguous())
+    x = x.contiguous()  # in other orders torch 2.13's backward crashes where x needs no gradient
+    dual = x if tangent is None else make_dual(x, tangent.contiguous())
     return F.group_norm(dual, num_groups, weight, bias, eps)
 
 
@@ -377,6 +443,7 @@ def make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
 
 _RULES: dict[Any, Any] = {
     F.linear: _dual_linear,
+    F.conv2d: _conv2d,
     F.max_pool2d: _max_pool2d,
     F.group_norm: _group_norm,
 }

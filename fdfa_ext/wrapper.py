@@ -1,8 +1,11 @@
 """FDFA: wraps a torch model, runs its passes in training and owns feedback and noise."""
 
+import copy
+import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,86 +14,23 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from fdfa_ext._ops import fused
+from fdfa_ext.feedback import TensorMap
 from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
+from fdfa_ext.layers import NOT_SCRIPTABLE
 from fdfa_ext.memory import keep_freed_memory
-from fdfa_ext.methods import METHODS, Method
+from fdfa_ext.methods import METHODS, Method, head_of
 from fdfa_ext.plan import BLOCKS, Plan, find_blocks, is_overridden
 from fdfa_ext.tangents import (
     GLOBAL_HOOKS,
     forward_dual,
     forward_mode,
     function_rules,
+    slow_attention,
     unpack_dual,
     without_rules,
 )
 
 RULES = ("ema", "adam", "grad")
-
-
-class TensorMap(nn.Module):
-    """Block name → tensor of shape [n_outputs, *feature_shape], saved and moved with the model.
-
-    Feedback stays in float32 whatever the activations are, since its steps of 1e-4 would be lost in
-    less, and in its own memory order, which is that of the noise. Only its device may change.
-    """
-
-    def __init__(self, as_parameters: bool = False) -> None:
-        super().__init__()
-        self._as_parameters = as_parameters
-
-    @staticmethod
-    def key(name: str) -> str:
-        """Names of buffers may hold no dot."""
-        return name.replace(".", "/")
-
-    def put(self, name: str, value: Tensor) -> None:
-        # To the dictionary itself: a block may be called as one of this class's attributes is.
-        self._tensors[self.key(name)] = nn.Parameter(value) if self._as_parameters else value
-
-    @property
-    def _tensors(self) -> dict[str, Any]:
-        return self._parameters if self._as_parameters else self._buffers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self.key(name)]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self._tensors.get(self.key(name), default)
-
-    def keep(self, names: Iterable[str]) -> None:
-        """Drops the tensors of all other blocks, and puts the rest in the order of these names."""
-        kept = {key: self._tensors[key] for key in map(self.key, names) if key in self._tensors}
-        self._tensors.clear()
-        self._tensors.update(kept)
-
-    def select(self, names: Iterable[str]) -> list[Tensor]:
-        tensors: dict[str, Any] = self._parameters if self._as_parameters else self._buffers
-        return [tensors[name.replace(".", "/")] for name in names]  # as `key`, without its calls
-
-    def __contains__(self, name: str) -> bool:
-        return self.key(name) in self._tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def keys(self) -> list[str]:
-        return [key.replace("/", ".") for key in self._tensors]
-
-    def values(self) -> list[Tensor]:
-        return list(self._tensors.values())
-
-    def items(self) -> list[tuple[str, Tensor]]:
-        return list(zip(self.keys(), self.values(), strict=True))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        def move(t: Tensor) -> Tensor:
-            device = fn(t).device
-            return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
-
-        return super()._apply(move, recurse)
 
 
 class FDFA(nn.Module):
@@ -123,8 +63,11 @@ class FDFA(nn.Module):
         betas, eps: Adam's, for feedback="adam".
         noise: "gaussian" or "rademacher" perturbations, of unit variance.
         backend: "fused" (float32, bfloat16, float16) or "reference", plain torch in any dtype.
-        example_input: an input (or tuple of inputs) of any batch size. With it the feedback matrices
-            exist at once; without, from the first training forward on.
+        example_input: an input of any batch size, a tuple of inputs, or a dict of keyword inputs (one
+            input, where the module's forward has no such arguments). With it the feedback exists
+            at once; without, from the first training forward on. Till then those of feedback="grad" and
+            the heads of "lg-fg-a" are parameters without a shape, as those of torch's lazy modules: an
+            optimizer may have them already.
 
     Attributes:
         feedback: mapping from a block's name within `module` to its B, [K, *feature_shape], float32.
@@ -146,6 +89,7 @@ class FDFA(nn.Module):
             of its base class; a backward hook could not be called.
     """
 
+    @torch.inference_mode(False)  # what is made here changes in training
     def __init__(
         self,
         module: nn.Module,
@@ -157,7 +101,7 @@ class FDFA(nn.Module):
         eps: float = 1e-8,
         noise: str = "gaussian",
         backend: str = "fused",
-        example_input: Tensor | tuple[Any, ...] | None = None,
+        example_input: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         choices: list[tuple[str, str, Iterable[str]]] = [
@@ -172,8 +116,6 @@ class FDFA(nn.Module):
             raise ValueError(
                 f'FDFA: feedback_lr must be in (0, 1) for feedback="ema"; got {feedback_lr}'
             )
-        if not 0 <= feedback_lr < math.inf:
-            raise ValueError(f"FDFA: feedback_lr must be finite and not negative; got {feedback_lr}")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"FDFA: betas must be two numbers in [0, 1); got {betas}")
         if not 0 <= eps < math.inf:
@@ -199,6 +141,7 @@ class FDFA(nn.Module):
         self.exp_avg_sq = TensorMap()
         self.heads = nn.ModuleDict()
         self.local_outputs: list[Tensor] = []
+        self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
         self._plan: Plan | None = None
         self._blocks: dict[str, Any] = {}
         self._passes: list[BlockPass] = []
@@ -213,15 +156,36 @@ class FDFA(nn.Module):
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64, device=device))
         self.noise_state: Tensor
         self.updates: Tensor
-        if example_input is not None:
-            inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-            self._prepare(*inputs)
+        if example_input is None:
+            self.method.declare(self)
+        elif isinstance(example_input, dict) and _takes_keywords(module, example_input):
+            self._prepare(**example_input)
+        else:
+            self._prepare(*(example_input if isinstance(example_input, tuple) else (example_input,)))
+
+    @property
+    def feedback_lr(self) -> float:
+        """α; may be set at any time, by a schedule say."""
+        return self.learning_rate.item()
+
+    @feedback_lr.setter
+    def feedback_lr(self, value: float) -> None:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"FDFA: feedback_lr must be finite and not negative; got {value}")
+        # A tensor, to which a compiled program does not specialise; a new one, since a forward pass
+        # leaves the one it found to its backward. On the CPU, where the operators read it.
+        self.learning_rate = torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
     @property
     def prepared(self) -> bool:
         """Whether all that the method keeps beside the module, such as its feedback, exists."""
         self._current_plan()
         return self._checked
+
+    @property
+    def block_names(self) -> list[str]:
+        """In the order in which the module defines them."""
+        return list(self._blocks)
 
     @property
     def backend_operators(self) -> Any:
@@ -244,11 +208,6 @@ class FDFA(nn.Module):
 
     def feedback_parameters(self) -> Iterator[nn.Parameter]:
         """The feedback matrices of feedback="grad"; none for the rules that FDFA applies itself."""
-        if self.rule == "grad" and self.method.feedback == "learned" and len(self.feedback) == 0:
-            raise RuntimeError(
-                "FDFA: the feedback matrices do not exist yet; pass example_input, or run one training "
-                "forward before making their optimizer"
-            )
         return self.feedback.parameters()
 
     def extra_repr(self) -> str:
@@ -368,7 +327,8 @@ class FDFA(nn.Module):
         self, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         if not dual.perturbs:
-            return self._tensor(self.module(*args, **kwargs)), None
+            with function_rules():
+                return self._tensor(self.module(*args, **kwargs)), None
         with forward_mode(), function_rules():
             output = self._tensor(self.module(*args, **kwargs))
             with without_rules():
@@ -411,9 +371,26 @@ class FDFA(nn.Module):
             "register a hook on parameters"
         )
 
+    def __prepare_scriptable__(self) -> "FDFA":
+        raise RuntimeError(NOT_SCRIPTABLE)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies: without the last outputs of local heads, which hold a graph, and the plan."""
-        return self.__dict__ | {"local_outputs": [], "_plan": None}
+        state = self.__dict__ | {"local_outputs": [], "_plan": None}
+        del state["_copies"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._copies = weakref.WeakSet([self])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FDFA":
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._copies = self._copies
+        twin._copies.add(twin)
+        return twin
 
     @staticmethod
     def _tensor(output: Any) -> Tensor:
@@ -475,17 +452,14 @@ class FDFA(nn.Module):
 
         modes = {module: module.training for module in self.module.modules()}
         dual = self._dual_pass(self.noise_state.clone())
-        fast_attention = torch.backends.mha.get_fastpath_enabled()
         # For all modules at once, so that no error can leave one on the user's.
         hook = register_module_forward_hook(watch)
         try:
-            # In eval mode without gradients it would take a kernel that has no forward mode.
-            torch.backends.mha.set_fastpath_enabled(False)
             self.module.eval()
             self._current_plan()
-            output, tangent = self._run(dual, *args, **kwargs)
+            with slow_attention():
+                output, tangent = self._run(dual, *args, **kwargs)
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast_attention)
             hook.remove()
             for module, mode in modes.items():
                 module.training = mode
@@ -502,10 +476,36 @@ class FDFA(nn.Module):
         return RuntimeError(f"FDFA: the output has no tangent. {why}")
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
+        for name, parameter in self.module.named_parameters():
+            if not torch.compiler.is_compiling() and parameter.is_inference():
+                raise RuntimeError(
+                    f"FDFA: '{name}' of the module was made under torch.inference_mode, so that it "
+                    "cannot be trained; make the module outside"
+                )
         self.method.prepare(self, *args, **kwargs)
         for tensors in (self.feedback, self.exp_avg, self.exp_avg_sq):
             tensors.keep(self._blocks)
         self._checked = True
+        self._share()
+
+    def _share(self) -> None:
+        """Copies that were made before the feedback and heads existed get them with this model.
+
+        What averages models goes through the tensors of a model and its copy side by side.
+        """
+        for other in self._copies:
+            for mine, theirs in (
+                (self.feedback, other.feedback),
+                (self.exp_avg, other.exp_avg),
+                (self.exp_avg_sq, other.exp_avg_sq),
+            ):
+                for name, tensor in mine.items():
+                    if name not in theirs:
+                        theirs.put(name, tensor.detach().clone())
+            heads: Any = self.heads.items()
+            for key, head in heads:
+                if head.has_shape and head_of(other, key).take_shape(head.weight.shape, head.weight):
+                    other.heads[key].load_state_dict(head.state_dict())
 
     def prepare_blocks(self, *args: Any, **kwargs: Any) -> tuple[list[BlockRecord], int]:
         """Checks the module on one input and creates the feedback matrices that do not exist yet.
@@ -536,8 +536,8 @@ class FDFA(nn.Module):
         if unused:
             raise RuntimeError(f"FDFA: block '{unused[0]}' was not used by the forward pass")
         if self.method.feedback != "none":
-            new = [name for name in self._blocks if name not in self.feedback]
-            if new and len(self.feedback) > 0 and self.rule == "grad":
+            new = self.feedback.undeclared(self._blocks)
+            if new and self.rule == "grad":
                 raise RuntimeError(
                     f"FDFA: block '{new[0]}' came after wrapping, and no optimizer has its feedback "
                     "matrix; wrap the module again and make the optimizer anew"
@@ -558,9 +558,6 @@ class FDFA(nn.Module):
                 if tensors is self.feedback:
                     self.method.initialize(matrix)
                 tensors.put(record.name, matrix)
-            # A loaded matrix may come in any layout.
-            matrix = tensors[record.name]
-            matrix.data = matrix.data.contiguous(memory_format=record.order)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback and heads that a saved model has and this one has not yet."""
@@ -574,19 +571,21 @@ class FDFA(nn.Module):
             for block in self._blocks:
                 saved = state_dict.get(f"{prefix}{name}.{TensorMap.key(block)}")
                 if saved is not None and block not in tensors:
-                    # B and its moments are float32 whatever the saved ones are.
-                    room = torch.zeros_like(saved, dtype=torch.float32, device=self.noise_state.device)
-                    tensors.put(block, room)
+                    tensors.put(block, torch.zeros_like(saved, device=self.noise_state.device))
         for key in map(TensorMap.key, self._blocks):
             saved = state_dict.get(f"{prefix}heads.{key}.weight")
-            if saved is not None and key not in self.heads:
-                outputs, features = saved.shape
-                like = {"device": self.noise_state.device, "dtype": saved.dtype}
-                self.heads[key] = nn.Linear(features, outputs, **like)
+            if saved is not None:
+                head_of(self, key).take_shape(saved.shape, saved.to(self.noise_state.device))
+        self._share()
+        for name in ("noise_state", "updates"):
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.is_floating_point():
+                args[-1].append(
+                    f"FDFA: {prefix}{name} must hold whole numbers, int64, which {saved.dtype} cannot "
+                    "hold exactly; convert only what is_floating_point()"
+                )
+                state_dict[prefix + name] = getattr(self, name)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-Mapping.register(TensorMap)
 
 
 def _without_grad(value: Any) -> Any:
@@ -595,6 +594,15 @@ def _without_grad(value: Any) -> Any:
     if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
         return value if isinstance(value, nn.Parameter) else value.detach()
     return value
+
+
+def _takes_keywords(module: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether they are its forward's arguments; else the dict is one."""
+    try:
+        inspect.signature(module.forward).bind(**inputs)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_simple(layer: nn.Linear, x: Tensor) -> bool:

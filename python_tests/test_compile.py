@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from nets import NETS, batch, step
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fdfa_ext import FDFA, FDFALinear
 from fdfa_ext.functional import BACKENDS
@@ -84,6 +85,32 @@ def test_a_compiled_step_keeps_outputs_that_a_module_changes_in_place(compiler: 
     error = 2 * output.detach() @ model.feedback["0"]
     expected = (error * (1 - block(x).square())).t() @ x
     torch.testing.assert_close(block.weight.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        *((backend, {"feedback": rule}) for backend in BACKENDS for rule in ("adam", "ema")),
+        ("fused", {"method": "dkp"}),  # torch cannot compile it on the reference
+    ],
+    ids=str,
+)
+def test_a_schedule_of_the_feedback_rate_needs_no_new_graph(backend: str, options: dict) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    x, y = batch("mlp")
+    model = FDFA(NETS["mlp"][0](), backend=backend, example_input=x, **options)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+    counts = []
+    for rate in (0.1, 0.05, 0.02, 0.01, 0.0):
+        for each, forward in ((eager, eager), (model, compiled)):
+            each.feedback_lr = rate
+            F.cross_entropy(forward(x), y).backward()
+        counts.append(counter.frame_count)
+    assert counts == counts[:1] * 5
+    for name, matrix in eager.feedback.items():
+        torch.testing.assert_close(model.feedback[name], matrix, rtol=1e-4, atol=1e-6)
 
 
 def test_compiling_without_feedback_matrices_is_refused() -> None:

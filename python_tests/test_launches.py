@@ -24,8 +24,14 @@ def test_a_step_of_blocks_adds_no_launch_but_its_kernels() -> None:
         "fdfa::next_noise": 1,
         "fdfa::feedback_step": 1,
     }
-    assert launches["aten::sum.dim_IntList"] == 1  # for the output layer's bias
-    assert not {"aten::add_.Tensor", "aten::zero_", "aten::fill_.Scalar", "aten::copy_"} & set(launches)
+    others = {
+        "aten::sum.dim_IntList",
+        "aten::add_.Tensor",
+        "aten::zero_",
+        "aten::fill_.Scalar",
+        "aten::copy_",
+    }
+    assert not others & set(launches)
 
 
 def test_an_operator_that_the_table_lacks_is_named() -> None:

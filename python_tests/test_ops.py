@@ -18,6 +18,7 @@ from fdfa_ext.functional import ACTIVATIONS, NOISES
 # taken from a rounded activation, that adds as much again.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 DTYPES = list(TOLERANCE)
+RATE = torch.tensor(0.1, dtype=torch.double)
 SHAPES = [(1, 1, 1), (2, 3, 5), (5, 129, 151), (33, 8, 64), (0, 4, 6), (3, 4, 0)]
 
 
@@ -465,11 +466,13 @@ def feedback_step(
     feedback, *moments = [[m] for m in matrices] if updates is not None else [[matrices[0]], [], []]
     order = torch.channels_last if not matrices[0].is_contiguous() else torch.contiguous_format
     delta = torch.empty_like(gate, memory_format=order)
-    numbers = (decay, 0.1, 0.9, 0.999, 1e-8)
+    numbers = (decay, RATE, 0.9, 0.999, 1e-8)
     rest = (error, tangent, [gate], outputs, state, [block], [activation], noise, *numbers, [delta])
     biased = gate.dim() == 2
     bias_grads = [torch.full(gate.shape[1:], torch.nan, device=gate.device)] if biased else []
-    ops.feedback_step(feedback, *moments, updates, *rest, bias_grads)
+    output_bias_grad = torch.full(error.shape[1:], torch.nan, device=gate.device)
+    ops.feedback_step(feedback, *moments, updates, *rest, bias_grads, output_bias_grad)
+    torch.testing.assert_close(output_bias_grad, error.float().sum(0), rtol=1e-4, atol=1e-4)
     if biased:
         torch.testing.assert_close(bias_grads[0], delta.float().sum(0), rtol=1e-4, atol=1e-4)
     return delta
@@ -771,7 +774,7 @@ def test_opcheck(device: torch.device) -> None:
         rest = ([1], ["relu"], "gaussian", 1.0)
         for follows in ((error, [gate], [], state), (None, [gate], [gate], None)):
             for adam in ((*moments, torch.tensor([1], device=device)), ([], [], None)):
-                numbers = (0.1, 0.9, 0.999, 1e-8)
+                numbers = (RATE, 0.9, 0.999, 1e-8)
                 args = ([feedback], *adam, error, *follows, *rest, *numbers, [torch.empty_like(gate)])
                 sums = [] if gate.dim() == 4 else [torch.empty(9, device=device)]
                 torch.library.opcheck(fused.feedback_step.default, (*args, sums))
@@ -830,7 +833,7 @@ def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
         "feedback": [feedback, feedback], "exp_avg": [m, m], "exp_avg_sq": [v, v], "updates": updates,
         "error": error, "tangent": error, "gates": [gate, gate], "outputs": [],
         "noise_state": noise_state(device), "blocks": [0, 1], "activations": ["relu", "relu"],
-        "noise": "gaussian", "decay": 1.0, "lr": 0.5, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
+        "noise": "gaussian", "decay": 1.0, "lr": RATE, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
         "deltas": [delta, delta], "bias_grads": [],
     }  # fmt: skip
     before = [t.clone() for t in (feedback, m, v, updates, delta)]
@@ -845,12 +848,14 @@ def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
         ({"gates": [gate]}, "gates must have one entry for each of 2 blocks; got 1"),
         ({"feedback": [feedback, feedback[:, :4]]}, r"feedback must have shape \[2, 5\]"),
         ({"updates": None}, "Adam needs exp_avg, exp_avg_sq and updates"),
+        ({"lr": RATE.float()}, "lr must be a float64 scalar on the CPU; got Float"),
         ({"exp_avg": []}, "Adam needs exp_avg, exp_avg_sq and updates"),
         ({"exp_avg_sq": [v, v[:, :4]]}, "exp_avg_sq must have shape"),
         ({"deltas": [delta, delta[:, :4]]}, "delta must have shape"),
         ({"deltas": [delta, torch.zeros(3, 10, device=device)[:, ::2]]}, "delta must have the memory order"),
         ({"bias_grads": [delta[0]]}, "bias_grads must have one entry for each of 2 blocks; got 1"),
         ({"bias_grads": [delta[0], delta[0, :4]]}, r"bias_grads must have shape \[5\]; got \[4\]"),
+        ({"output_bias_grad": delta[0]}, r"output_bias_grad must have shape \[2\]; got \[5\]"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="fdfa::feedback_step: " + message):
             fused.feedback_step(**{**good, **change})
@@ -874,7 +879,7 @@ def test_blocks_of_several_sizes_and_dtypes_step_as_each_would_alone(device: tor
     alone = [[t.clone() for t in block] for block in zip(*matrices, strict=True)]
     deltas = [torch.empty_like(gate) for gate in gates]
     common = (error, tangent, gates, [], state, [0, 1, 2], activations, "gaussian")
-    numbers = (1.0, 0.1, 0.9, 0.999, 1e-8)
+    numbers = (1.0, RATE, 0.9, 0.999, 1e-8)
     sums = [
         torch.empty(3, device=device),
         torch.empty(0, device=device),
@@ -922,7 +927,7 @@ def test_a_transposed_delta_is_the_same() -> None:
     sums: list[Tensor] = []
     for delta in deltas:
         follows = (tangent, [gate], [], noise_state(torch.device("cpu")))
-        rest = ([1], ["tanh"], "gaussian", 1.0, 0.1, 0.9, 0.999, 1e-8, [delta])
+        rest = ([1], ["tanh"], "gaussian", 1.0, RATE, 0.9, 0.999, 1e-8, [delta])
         sums.append(torch.empty(70))
         fused.feedback_step([torch.ones(10, 70)], [], [], None, error, *follows, *rest, sums[-1:])
     assert torch.equal(*deltas)

@@ -1127,14 +1127,6 @@ def test_a_block_may_have_any_name(rule: str) -> None:
     assert FDFA(copy.deepcopy(net), feedback=rule).load_state_dict(model.state_dict())
 
 
-def test_grad_feedback_without_matrices_says_how_to_get_them() -> None:
-    model = FDFA(mlp(), feedback="grad")
-    with pytest.raises(RuntimeError, match=r"pass example_input"):
-        model.feedback_parameters()
-    model(torch.randn(2, 6))
-    assert len(list(model.feedback_parameters())) == 2
-
-
 def test_the_probe_leaves_no_trace() -> None:
     net = block_net()
     before = copy.deepcopy(net.state_dict())

@@ -14,16 +14,45 @@ struct AdamStep {
   float inverse_sqrt_correction;  // 1 / sqrt(1 - beta2^t)
 };
 
+// base^n for n >= 0, of two powers at once. A GPU takes microseconds for two of pow's.
+struct TwoPowers {
+  double first, second;
+};
+FDFA_HD TwoPowers powers(double first, double second, int64_t n) {
+  TwoPowers result{1.0, 1.0};
+  for (; n > 0; n /= 2) {
+    if (n % 2 != 0) result = {result.first * first, result.second * second};
+    first *= first;
+    second *= second;
+  }
+  return result;
+}
+
 // t counts from 1. 1 - beta^t in double: it is small and differences of floats would lose it.
-inline
-#if defined(__CUDACC__)
-    __host__ __device__
-#endif
-        AdamStep adam_step(float lr, float beta1, float beta2, float eps, int64_t t) {
-  const double correction1 = 1.0 - pow(static_cast<double>(beta1), static_cast<double>(t));
-  const double correction2 = 1.0 - pow(static_cast<double>(beta2), static_cast<double>(t));
+FDFA_HD AdamStep adam_step(float lr, float beta1, float beta2, float eps, int64_t t) {
+  const TwoPowers decayed = powers(beta1, beta2, t);
+  const double correction1 = 1.0 - decayed.first;
+  const double correction2 = 1.0 - decayed.second;
   return AdamStep{beta1, beta2, eps, static_cast<float>(lr / correction1),
                   static_cast<float>(1.0 / sqrt(correction2))};
+}
+
+// Within two units of the last place on a GPU: exact ones would be calls of functions there.
+FDFA_HD float divide(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+FDFA_HD float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return sqrtf(x);
+#endif
 }
 
 // Moves the moments in place and returns the parameter's new value.
@@ -31,7 +60,8 @@ FDFA_HD float adam_update(const AdamStep& s, float parameter, float gradient, fl
                           float& exp_avg_sq) {
   exp_avg += (1.0f - s.beta1) * (gradient - exp_avg);
   exp_avg_sq += (1.0f - s.beta2) * (gradient * gradient - exp_avg_sq);
-  return parameter - s.step_size * exp_avg / (sqrtf(exp_avg_sq) * s.inverse_sqrt_correction + s.eps);
+  return parameter -
+         divide(s.step_size * exp_avg, square_root(exp_avg_sq) * s.inverse_sqrt_correction + s.eps);
 }
 
 }  // namespace fdfa

@@ -15,4 +15,15 @@ inline int multiprocessors() {
   return count;
 }
 
+#if defined(FDFA_EMULATE_CUDA) || defined(__CUDACC__)
+// Begins to bring the line of global memory at p into the L2 cache; nobody waits for it.
+__device__ inline void prefetch_to_l2(const void* p) {
+#if defined(FDFA_EMULATE_CUDA)
+  static_cast<void>(p);
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+#endif
+
 }  // namespace fdfa::cuda

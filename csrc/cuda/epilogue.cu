@@ -77,13 +77,19 @@ __device__ void pass_over_samples(const EpilogueParams<T>& p, int feature) {
   NoiseStream stream{};
   if constexpr (kNoise != Noise::none) stream = noise_stream(p.noise.state, p.noise.block, 0);
   const uint32_t first_sample = stream.sample;
+  const int64_t step = int64_t{gridDim.y} * kSamples, ahead = step * p.features;
+  int64_t sample = blockIdx.y * kSamples + threadIdx.y;
+  int64_t at = sample * p.features + feature;
 #pragma unroll 1
-  for (int64_t sample = blockIdx.y * kSamples + threadIdx.y; sample < p.samples;
-       sample += gridDim.y * kSamples) {
-    const int64_t at = sample * p.features + feature;
+  for (; sample < p.samples; sample += step, at += ahead) {
     float z[4], tangent[4] = {}, u[4];
     if (p.z != nullptr) load_quad<kWhole>(p.z + at, count, z);
     if (p.tz != nullptr) load_quad<kWhole>(p.tz + at, count, tangent);
+    // Registers have no room for the next sample's, but the L2 cache has.
+    if (sample + step < p.samples) {
+      if (p.z != nullptr) prefetch_to_l2(p.z + at + ahead);
+      if (p.tz != nullptr) prefetch_to_l2(p.tz + at + ahead);
+    }
     // Ahead of what needs the loads, so that it hides them.
     stream.sample = first_sample + static_cast<uint32_t>(sample);
     noise4<kNoise>(stream, static_cast<uint32_t>(feature) / 4, u[0], u[1], u[2], u[3]);

@@ -24,14 +24,16 @@
 //
 // Both phases are a product [rows, depth] x [depth, columns] on tensor cores. Its right factor, the
 // noise or B, lies split into tf32 in shared memory, in the order in which the threads of a warp take
-// their fragments; each warp has 16 rows of the left one, which it reads and splits itself.
+// their fragments; each warp has 16 rows of the left one, which it reads and splits itself. The results
+// go through shared memory to the threads that work on them by four neighbours, so that these are as
+// many where few outputs leave most warps without rows.
 
 namespace fdfa::cuda {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-// So that some load while others multiply (reckoned). A thread has 80 registers then.
+// So that some load while others multiply. A thread has 80 registers then.
 constexpr int kBlocksPerSm = 3;
 constexpr int kRows = 16 * kWarps;  // of a product that a thread block makes at once
 constexpr int kDepth = 128;         // of one in shared memory: 32 KiB for 32 columns
@@ -41,11 +43,15 @@ constexpr int kSteps = kDepth / 8;
 // thread's results in one row, at columns 2t and 2t + 1 of every tile, are 2 kTiles neighbours.
 template <int kTiles>
 constexpr int kColumns = 8 * kTiles;
-template <int kTiles>
-constexpr int kSegment = 2 * kTiles;
 constexpr int kWideTiles = 4;  // lines of 128 bytes; for layers of whole and aligned ones
 // For other layers, and for nets so small that wide ones would leave multiprocessors idle.
 constexpr int kNarrowTiles = 1;
+
+// A thread works on quads, four neighbours in a row: on the one of its place, in every kRowStep-th row.
+template <int kTiles>
+constexpr int kQuads = kColumns<kTiles> / 4;
+template <int kTiles>
+constexpr int kRowStep = kThreads / kQuads<kTiles>;
 
 // threadIdx.x, read again wherever it is used: what is derived from it would keep registers over the
 // whole kernel that others need.
@@ -64,25 +70,35 @@ __device__ inline int own_thread() {
 template <int kTiles>
 struct RightFactor {
   Split fragments[kSteps][kTiles][32][2];
-};
 
-// element(row, quad, values) has columns 4 quad to 4 quad + 3 of that row. All threads take part.
-template <int kTiles, class Element>
-__device__ void fill(RightFactor<kTiles>& right, int depth, const Element& element) {
-  constexpr int kQuads = kColumns<kTiles> / 4;
-  const int rows = (depth + 7) / 8 * 8;
-  __syncthreads();  // nobody reads the old content any more, and what was written to B can be read
-#pragma unroll 1
-  for (int i = own_thread(); i < rows * kQuads; i += kThreads) {
-    // So that the threads of a warp write to memory without gaps.
-    const int half = i % 2, t = i / 2 % 4, quad = i / 8 % kQuads, step = i / (8 * kQuads);
-    float values[4];
-    element(8 * step + t + 4 * half, quad, values);
+  // Columns 4 quad to 4 quad + 3 of that row.
+  __device__ void put(int row, int quad, const float (&values)[4]) {
+    const int step = row / 8, half = row / 4 % 2, t = row % 4;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int column = 4 * quad + j;
-      right.fragments[step][column % kTiles][4 * (column / kTiles) + t][half] = split(values[j]);
+      fragments[step][column % kTiles][4 * (column / kTiles) + t][half] = split(values[j]);
     }
+  }
+};
+
+__device__ constexpr int whole_steps(int depth) { return (depth + 7) / 8; }
+
+// element(row, quad, values) has columns 4 quad to 4 quad + 3 of that row, zeros from `depth` on. All
+// threads take part.
+template <int kTiles, class Element>
+__device__ void fill(RightFactor<kTiles>& right, int depth, const Element& element) {
+  const int count = 8 * whole_steps(depth) * kQuads<kTiles>;
+  __syncthreads();  // nobody reads the old content any more, and what was written to B can be read
+#pragma unroll 1
+  for (int i = own_thread(); i < count; i += kThreads) {
+    // So that the threads of a warp write to memory without gaps.
+    const int half = i % 2, t = i / 2 % 4, quad = i / 8 % kQuads<kTiles>,
+              step = i / (8 * kQuads<kTiles>);
+    const int row = 8 * step + t + 4 * half;
+    float values[4];
+    element(row, quad, values);
+    right.put(row, quad, values);
   }
   __syncthreads();
 }
@@ -100,22 +116,24 @@ __device__ inline Share own_share(int rows) {
   return {16 * (warp % covered), warp / covered, kWarps / covered};
 }
 
-// The warp's rows of the left factor. What lies outside counts as zero. A stride spans at most 128 rows
-// of kMostOutputs, which int holds.
+// A matrix [rows, depth], of which a warp has 16 rows; kTransposed: in memory it is [depth, rows]. What
+// a product takes of it spans at most 128 times kMostOutputs, which int holds.
 constexpr int64_t kMostOutputs = 1 << 23;
+template <bool kTransposed>
 struct LeftFactor {
   const float* first;
-  int row_stride, depth_stride;
+  int stride;
   int rows, depth;
 
-  // Elements (g, t), (g + 8, t), (g, t + 4) and (g + 8, t + 4) of a step.
-  __device__ void load(int step, float (&values)[4]) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = g + 8 * (i % 2), k = 8 * step + t + 4 * (i / 2);
-      values[i] = row < rows && k < depth ? first[row * row_stride + k * depth_stride] : 0.0f;
-    }
+  // Of the thread's row g + 8 i. Past the last row it is that row's: what is made of it nobody reads.
+  __device__ const float* own_row(int first_row, int i) const {
+    const int row = min(first_row + own_thread() % 32 / 4 + 8 * i, rows - 1);
+    return first + row * (kTransposed ? 1 : stride);
+  }
+  // Where t and t + 4 of a step lie. Past the last it is that one's: the right factor is zero there.
+  __device__ int own_depth(int step, int i) const {
+    const int k = min(8 * step + own_thread() % 4 + 4 * i, depth - 1);
+    return k * (kTransposed ? stride : 1);
   }
 };
 
@@ -123,24 +141,29 @@ template <int kTiles>
 using Sums = float[kTiles][4];  // a warp's results, as multiply_tiles has them
 
 // Steps whose left factor a warp has under way at once. Narrow columns go with so few warps that each
-// must itself cover the latency of the caches: four steps are 16 loads (reckoned). Wide ones leave no
-// registers for it.
+// must itself cover the latency of the caches. Wide ones leave no registers for more.
 template <int kTiles>
 constexpr int kStepsAtOnce = kTiles == kNarrowTiles ? 4 : 1;
 
 // sums += left x right, in the share's steps. Every step's product is added in float: within one a
 // tensor core cuts off, which over a long sum would be a drift.
-template <bool kTf32, int kTiles>
-__device__ void multiply_steps(Sums<kTiles>& sums, const LeftFactor& left,
-                               const RightFactor<kTiles>& right, const Share& share) {
+template <bool kTf32, bool kTransposed, int kTiles>
+__device__ void multiply_steps(Sums<kTiles>& sums, const LeftFactor<kTransposed>& left,
+                               const RightFactor<kTiles>& right) {
   constexpr int kAtOnce = kStepsAtOnce<kTiles>;
-  const int lane = own_thread() % 32, steps = (left.depth + 7) / 8;
-  if (left.rows <= 0) return;
+  const Share share = own_share(left.rows);
+  if (share.first_row >= left.rows) return;
+  const int lane = own_thread() % 32, steps = whole_steps(left.depth);
+  const float* const rows[2] = {left.own_row(share.first_row, 0), left.own_row(share.first_row, 1)};
 #pragma unroll 1
   for (int first = share.part; first < steps; first += kAtOnce * share.parts) {
     float values[kAtOnce][4];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) left.load(first + i * share.parts, values[i]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int step = first + i * share.parts;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[i][j] = rows[j % 2][left.own_depth(step, j / 2)];
+    }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int step = first + i * share.parts;
@@ -169,40 +192,75 @@ __device__ void multiply_steps(Sums<kTiles>& sums, const LeftFactor& left,
   }
 }
 
-template <int kTiles>
-__device__ void multiply(Sums<kTiles>& sums, const LeftFactor& left, const RightFactor<kTiles>& right,
-                         const Share& share, bool tf32) {
-  tf32 ? multiply_steps<true>(sums, left, right, share)
-       : multiply_steps<false>(sums, left, right, share);
+template <bool kTransposed, int kTiles>
+__device__ void multiply(Sums<kTiles>& sums, const LeftFactor<kTransposed>& left,
+                         const RightFactor<kTiles>& right, bool tf32) {
+  tf32 ? multiply_steps<true>(sums, left, right) : multiply_steps<false>(sums, left, right);
 }
 
-// Of warps that have the same rows, the first gets the sum of all, in the order of their parts. The
-// right factor gives its memory: rows are few enough for parts in the last product of a phase alone,
-// after which nobody reads it. All threads take part.
+// Where results go from the warps to the threads that work on them: rows of some of the warps at a
+// time, so many that three thread blocks have room. The gap between rows puts them in different banks.
 template <int kTiles>
-__device__ void add_parts(Sums<kTiles>& sums, RightFactor<kTiles>& right, const Share& share) {
-  if (share.parts == 1) return;
-  const int lane = own_thread() % 32, warp = own_thread() / 32;
-  __syncthreads();
-  if (share.part > 0) {
+struct Exchange {
+  static constexpr int kWarpsAtOnce = kTiles == kWideTiles ? 4 : 8;
+  static constexpr int kRowsAtOnce = 16 * kWarpsAtOnce;
+  alignas(16) float rows[kRowsAtOnce][kColumns<kTiles> + 4];
+
+  // Puts a warp's results where its rows are, or adds them to what is there.
+  __device__ void put(const Sums<kTiles>& sums, bool add) {
+    constexpr int kSegment = 2 * kTiles, kPiece = kSegment < 4 ? kSegment : 4;
+    const int thread = own_thread(), g = thread % 32 / 4, t = thread % 4;
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      store_words(right.fragments[warp][j][lane],
-                  {bits_from_float(sums[j][0]), bits_from_float(sums[j][1]),
-                   bits_from_float(sums[j][2]), bits_from_float(sums[j][3])});
+    for (int i = 0; i < 2 * kSegment; i += kPiece) {
+      const int row = i / kSegment, column = i % kSegment;
+      float* const at = &rows[16 * (thread / 32 % kWarpsAtOnce) + g + 8 * row][kSegment * t + column];
+      float piece[kPiece] = {};
+      if (add) load_vector(at, piece);
+#pragma unroll
+      for (int j = 0; j < kPiece; ++j) {
+        piece[j] += sums[(column + j) % kTiles][2 * row + (column + j) / kTiles];
+      }
+      store_vector(at, piece);
     }
   }
-  __syncthreads();
-  if (share.part > 0) return;
-  for (int other = warp + kWarps / share.parts; other < kWarps; other += kWarps / share.parts) {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      uint32_t part[4];
-      load_words(right.fragments[other][j][lane], part);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[j][i] += float_from_bits(part[i]);
+};
+
+// Calls f(row, quad, values) in one thread for each quad of a product of `rows` rows, 1 or more, with
+// the sum of the warps that have the row, in an order that only the sizes decide. All threads take
+// part. Rows up to a whole step are called too, whose values mean nothing.
+template <int kTiles, class F>
+__device__ void hand_out(const Sums<kTiles>& sums, Exchange<kTiles>& exchange, int rows, const F& f) {
+  constexpr int kAtOnce = Exchange<kTiles>::kWarpsAtOnce;
+  constexpr int kRowsAtOnce = Exchange<kTiles>::kRowsAtOnce;
+  const int group = own_thread() / 32 / kAtOnce;  // of warps that have room at once
+  int first = 0;
+#pragma unroll 1
+  do {
+    const Share share = own_share(rows);
+    const bool shared = share.parts > 1;
+    __syncthreads();  // nobody reads the old content any more
+    if (group == (shared ? 0 : first / kRowsAtOnce)) exchange.put(sums, /*add=*/false);
+    if (kAtOnce < kWarps && shared) {
+      __syncthreads();
+      if (group == 1) exchange.put(sums, /*add=*/true);
     }
-  }
+    __syncthreads();
+    const int end = min(kRowsAtOnce, 8 * whole_steps(rows - first));
+    const int quad = own_thread() % kQuads<kTiles>;
+#pragma unroll 1
+    for (int row = own_thread() / kQuads<kTiles>; row < end; row += kRowStep<kTiles>) {
+      float values[4] = {};
+#pragma unroll 1
+      for (int warp = row / 16; warp < kAtOnce; warp += kWarps / share.parts) {
+        float part[4];
+        load_vector(&exchange.rows[16 * warp + row % 16][4 * quad], part);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) values[j] += part[j];
+      }
+      f(first + row, quad, values);
+    }
+    first += kRowsAtOnce;
+  } while (first < rows);
 }
 
 // A block of the network and the thread block's columns of it.
@@ -210,63 +268,50 @@ template <class T, int kTiles>
 struct Columns {
   const FeedbackParams<T>& p;
   int first;
-  int count;   // that there are
-  bool whole;  // all there are, and every row of every matrix is aligned for vectors
+  bool whole;  // all of them there, and every row of every matrix aligned for vectors
+
+  __device__ int count() const { return min(static_cast<int>(p.features) - first, kColumns<kTiles>); }
+
+  // Of a matrix [rows, D].
+  __device__ int64_t at(int64_t row, int quad) const { return row * p.features + (first + 4 * quad); }
 };
 
-// Where some of a thread's results in one row of a matrix [rows, D] lie.
-struct Segment {
-  int64_t at;
-  int count;  // columns within the matrix, from the first on; may be none
-};
-
-// Of row `row` of the thread's results from column `column` on. kWhole: as `Columns` has it, so that no
-// column is missing.
-template <bool kWhole, class T, int kTiles>
-__device__ Segment own_segment(const Columns<T, kTiles>& columns, int first_row, int row, int column,
-                               int64_t rows) {
-  const int lane = own_thread() % 32;
-  row = first_row + lane / 4 + 8 * row;
-  column += kSegment<kTiles> * (lane % 4);
-  const int count = kWhole ? kSegment<kTiles> : columns.count - column;
-  return {row * columns.p.features + (columns.first + column), row < rows ? count : 0};
-}
-
-// Of a row outside nothing is loaded, and what is made of it not stored.
-template <bool kWhole, class T, int n>
-__device__ void load_segment(const T* matrix, const Segment& s, float (&values)[n]) {
+// Columns 4 quad to 4 quad + 3 of a row. kWhole: as `Columns` has it.
+template <bool kWhole, class M, class T, int kTiles>
+__device__ void load_quad(const Columns<T, kTiles>& columns, const M* matrix, int64_t row, int quad,
+                          float (&values)[4]) {
   if constexpr (kWhole) {
-    if (s.count > 0) load_vector(matrix + s.at, values);
+    load_vector(matrix + columns.at(row, quad), values);
   } else {
-    load_some(matrix + s.at, s.count, values);
+    load_some(matrix + columns.at(row, quad), columns.count() - 4 * quad, values);
   }
 }
 
-template <bool kWhole, class T, int n>
-__device__ void store_segment(T* matrix, const Segment& s, const float (&values)[n]) {
+template <bool kWhole, class M, class T, int kTiles>
+__device__ void store_quad(const Columns<T, kTiles>& columns, M* matrix, int64_t row, int quad,
+                           const float (&values)[4]) {
   if constexpr (kWhole) {
-    if (s.count > 0) store_vector(matrix + s.at, values);
+    store_vector(matrix + columns.at(row, quad), values);
   } else {
-    store_some(matrix + s.at, s.count, values);
+    store_some(matrix + columns.at(row, quad), columns.count() - 4 * quad, values);
   }
 }
 
-// matrix[row, 4 quad .. 4 quad + 3] of the columns, zero outside.
-template <class T, int kTiles, class M>
-__device__ void load_quad(const Columns<T, kTiles>& columns, const M* matrix, int row, int64_t rows,
-                          int quad, float (&values)[4]) {
-  matrix += row * columns.p.features + (columns.first + 4 * quad);
+// The same, zero from row `rows` on.
+template <class M, class T, int kTiles>
+__device__ void load_quad_of(int64_t rows, const Columns<T, kTiles>& columns, const M* matrix,
+                             int64_t row, int quad, float (&values)[4]) {
   if (row >= rows) {
     for (float& value : values) value = 0.0f;
   } else if (columns.whole) {
-    load_vector(matrix, values);
+    load_quad<true>(columns, matrix, row, quad, values);
   } else {
-    load_some(matrix, columns.count - 4 * quad, values);
+    load_quad<false>(columns, matrix, row, quad, values);
   }
 }
 
 // s[sample, 4 quad .. 4 quad + 3] of the columns: noise, or what `source` has. Past the last column the
-// noise goes on, which nobody reads; past the last sample too, where the factor is zero.
+// noise goes on, which nobody reads.
 template <Noise kNoise, class T, int kTiles>
 __device__ void make_quad(const Columns<T, kTiles>& columns, int sample, int quad, float (&s)[4]) {
   const FeedbackParams<T>& p = columns.p;
@@ -274,118 +319,104 @@ __device__ void make_quad(const Columns<T, kTiles>& columns, int sample, int qua
     const NoiseStream stream = noise_stream(p.noise.state, p.noise.block, sample);
     const auto place = static_cast<uint32_t>(columns.first / 4 + quad);
     noise4<kNoise>(stream, place, s[0], s[1], s[2], s[3]);
+    if (sample >= p.samples) {
+      for (float& value : s) value = 0.0f;
+    }
   } else {
-    load_quad(columns, p.source, sample, p.samples, quad, s);
+    load_quad_of(p.samples, columns, p.source, sample, quad, s);
   }
 }
 
-// A thread goes through its results in pieces of four elements, each with all loads under way before
-// the first store: rows by neighbouring columns.
-template <int kTiles>
-constexpr int kPieceColumns = kSegment<kTiles> < 4 ? kSegment<kTiles> : 4;
-template <int kTiles>
-constexpr int kPieceRows = 4 / kPieceColumns<kTiles>;
-
-// Calls f(row, column) for the first of each piece, counted in the thread's results: rows g and g + 8,
-// and the columns of a segment.
-template <int kTiles, class F>
-__device__ void for_each_piece(const F& f) {
-#pragma unroll
-  for (int row = 0; row < 2; row += kPieceRows<kTiles>) {
-#pragma unroll
-    for (int column = 0; column < kSegment<kTiles>; column += kPieceColumns<kTiles>) f(row, column);
+// The first rows of what the phases will read begin their way into the L2 cache while the noise is
+// made: few warps fit on a multiprocessor, and they would wait for memory in each phase anew.
+template <class T, int kTiles>
+__device__ void prefetch(const Columns<T, kTiles>& columns) {
+  const FeedbackParams<T>& p = columns.p;
+  const int64_t row = own_thread();
+  const bool adam = p.rule == Rule::adam;
+  if (row < p.outputs) {
+    prefetch_to_l2(p.feedback + columns.at(row, 0));
+    if (adam) prefetch_to_l2(p.exp_avg + columns.at(row, 0));
+    if (adam) prefetch_to_l2(p.exp_avg_sq + columns.at(row, 0));
   }
+  if (row < p.samples && p.gate != nullptr) prefetch_to_l2(p.gate + columns.at(row, 0));
 }
 
-template <int kTiles>
-__device__ float result(const Sums<kTiles>& sums, int row, int column) {
-  return sums[column % kTiles][2 * row + column / kTiles];
+__device__ inline bool all_finite(const float (&values)[4]) {
+  return is_finite(values[0]) && is_finite(values[1]) && is_finite(values[2]) && is_finite(values[3]);
 }
 
-template <int kTiles>
-__device__ bool all_finite(const Sums<kTiles>& sums) {
-  bool finite = true;
-#pragma unroll
-  for (int i = 0; i < 4 * kTiles; ++i) finite = finite && is_finite(sums[i / 4][i % 4]);
-  return finite;
-}
-
-// The thread's elements of ∇B in plain float, for where the tensor cores' results are not finite: an
-// infinity splits into an infinity and a NaN.
+// A quad of factorᵀ s in plain float, for where the tensor cores' results are not finite: an infinity
+// splits into an infinity and a NaN.
 template <Noise kNoise, class T, int kTiles>
-__device__ void estimate_plainly(const Columns<T, kTiles>& columns, int first_row) {
+__device__ void multiply_plainly(const Columns<T, kTiles>& columns, int output, int quad,
+                                 float (&sums)[4]) {
   const FeedbackParams<T>& p = columns.p;
+  for (float& sum : sums) sum = 0.0f;
 #pragma unroll 1
-  for (int i = 0; i < 2 * kSegment<kTiles>; ++i) {
-    const Segment s =
-        own_segment<false>(columns, first_row, i / kSegment<kTiles>, i % kSegment<kTiles>, p.outputs);
-    if (s.count <= 0) continue;
-    const int output = static_cast<int>(s.at / p.features),
-              feature = static_cast<int>(s.at % p.features);
-    float g = 0.0f;
-#pragma unroll 1
-    for (int sample = 0; sample < p.samples; ++sample) {
-      float values[4];
-      make_quad<kNoise>(columns, sample, (feature - columns.first) / 4, values);
-      const float pairs[2] = {feature % 2 == 0 ? values[0] : values[1],
-                              feature % 2 == 0 ? values[2] : values[3]};
-      g += p.factor[sample * p.outputs + output] * (feature % 4 < 2 ? pairs[0] : pairs[1]);
-    }
-    p.gradient[s.at] = p.decay * p.feedback[s.at] - p.scale * g;
+  for (int sample = 0; sample < p.samples; ++sample) {
+    float s[4];
+    make_quad<kNoise>(columns, sample, quad, s);
+    for (int j = 0; j < 4; ++j) sums[j] += p.factor[sample * p.outputs + output] * s[j];
   }
 }
 
-// B moved by the rule, with the products of factor and s as they lie in the thread's sums.
-template <Rule kRule, bool kWhole, class T, int kTiles>
-__device__ void move_by_rule(const Columns<T, kTiles>& columns, const AdamStep& adam, int first_row,
-                             const Sums<kTiles>& sums) {
-  constexpr int kRows = kPieceRows<kTiles>, kCount = kPieceColumns<kTiles>;
+// A quad of error B, likewise.
+template <class T, int kTiles>
+__device__ void project_plainly(const Columns<T, kTiles>& columns, int64_t sample, int quad,
+                                float (&sums)[4]) {
   const FeedbackParams<T>& p = columns.p;
-  for_each_piece<kTiles>([&](int row, int column) {
-    float b[kRows][kCount], m[kRows][kCount], v[kRows][kCount];
-    Segment segments[kRows];
+  for (float& sum : sums) sum = 0.0f;
+#pragma unroll 1
+  for (int64_t k = 0; k < p.outputs; ++k) {
+    float b[4];
+    load_quad_of(p.outputs, columns, p.feedback, k, quad, b);
+    for (int j = 0; j < 4; ++j) sums[j] += p.error[sample * p.outputs + k] * b[j];
+  }
+}
+
+// A quad of row `output` of B moved by the rule, with factorᵀ s in `g`. b becomes the B that phase 2
+// takes.
+template <Rule kRule, Noise kNoise, bool kWhole, class T, int kTiles>
+__device__ void move_by_rule(const Columns<T, kTiles>& columns, const AdamStep& adam, int output,
+                             int quad, float (&g)[4], float (&b)[4]) {
+  const FeedbackParams<T>& p = columns.p;
+  float m[4], v[4], gradient[4];
+  load_quad<kWhole>(columns, p.feedback, output, quad, b);
+  if constexpr (kRule == Rule::adam) {
+    load_quad<kWhole>(columns, p.exp_avg, output, quad, m);
+    load_quad<kWhole>(columns, p.exp_avg_sq, output, quad, v);
+  }
+  if (kRule == Rule::gradient && !all_finite(g)) multiply_plainly<kNoise>(columns, output, quad, g);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      segments[r] = own_segment<kWhole>(columns, first_row, row + r, column, p.outputs);
-      load_segment<kWhole>(p.feedback, segments[r], b[r]);
-      if constexpr (kRule == Rule::adam) {
-        load_segment<kWhole>(p.exp_avg, segments[r], m[r]);
-        load_segment<kWhole>(p.exp_avg_sq, segments[r], v[r]);
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const float g = p.scale * result(sums, row + r, column + i);
-        const float gradient = p.decay * b[r][i] - g;
-        if constexpr (kRule == Rule::gradient) {
-          b[r][i] = gradient;
-        } else if (is_finite(g)) {  // B outlives a batch that overflowed
-          b[r][i] = kRule == Rule::ema ? b[r][i] - p.lr * gradient
-                                       : adam_update(adam, b[r][i], gradient, m[r][i], v[r][i]);
-        }
-      }
-      store_segment<kWhole>(kRule == Rule::gradient ? p.gradient : p.feedback, segments[r], b[r]);
-      if constexpr (kRule == Rule::adam) {
-        store_segment<kWhole>(p.exp_avg, segments[r], m[r]);
-        store_segment<kWhole>(p.exp_avg_sq, segments[r], v[r]);
-      }
-    }
-  });
+  for (int j = 0; j < 4; ++j) {
+    const float scaled = p.scale * g[j];
+    gradient[j] = p.decay * b[j] - scaled;
+    if (kRule == Rule::gradient || !is_finite(scaled)) continue;  // B outlives a batch that overflowed
+    b[j] = kRule == Rule::ema ? b[j] - p.lr * gradient[j]
+                              : adam_update(adam, b[j], gradient[j], m[j], v[j]);
+  }
+  if constexpr (kRule == Rule::gradient) {
+    store_quad<kWhole>(columns, p.gradient, output, quad, gradient);
+  } else {
+    store_quad<kWhole>(columns, p.feedback, output, quad, b);
+  }
+  if constexpr (kRule == Rule::adam) {
+    store_quad<kWhole>(columns, p.exp_avg, output, quad, m);
+    store_quad<kWhole>(columns, p.exp_avg_sq, output, quad, v);
+  }
 }
 
 template <Noise kNoise, bool kWhole, class T, int kTiles>
-__device__ void move_feedback(const Columns<T, kTiles>& columns, const AdamStep& adam, int first_row,
-                              const Sums<kTiles>& sums) {
+__device__ void move_feedback(const Columns<T, kTiles>& columns, const AdamStep& adam, int output,
+                              int quad, float (&g)[4], float (&b)[4]) {
   switch (columns.p.rule) {
     case Rule::adam:
-      return move_by_rule<Rule::adam, kWhole>(columns, adam, first_row, sums);
+      return move_by_rule<Rule::adam, kNoise, kWhole>(columns, adam, output, quad, g, b);
     case Rule::ema:
-      return move_by_rule<Rule::ema, kWhole>(columns, adam, first_row, sums);
+      return move_by_rule<Rule::ema, kNoise, kWhole>(columns, adam, output, quad, g, b);
     case Rule::gradient:
-      if (!all_finite(sums)) return estimate_plainly<kNoise>(columns, first_row);
-      return move_by_rule<Rule::gradient, kWhole>(columns, adam, first_row, sums);
+      return move_by_rule<Rule::gradient, kNoise, kWhole>(columns, adam, output, quad, g, b);
     case Rule::fixed:
       return;
   }
@@ -401,75 +432,70 @@ __device__ void multiply_by_slope(Activation activation, const float (&gate)[n],
   });
 }
 
-// The thread's elements of delta in plain float, likewise.
-template <class T, int kTiles>
-__device__ void project_plainly(const Columns<T, kTiles>& columns, int first_row) {
-  const FeedbackParams<T>& p = columns.p;
-#pragma unroll 1
-  for (int i = 0; i < 2 * kSegment<kTiles>; ++i) {
-    const int row = i / kSegment<kTiles>, column = i % kSegment<kTiles>;
-    const Segment s = own_segment<false>(columns, first_row, row, column, p.samples);
-    if (s.count <= 0) continue;
-    const float* error = p.error + s.at / p.features * p.outputs;
-    const float* b = p.feedback + s.at % p.features;
-    float sum[1] = {};
-#pragma unroll 1
-    for (int64_t k = 0; k < p.outputs; ++k) sum[0] += error[k] * b[k * p.features];
-    if (p.gate != nullptr) multiply_by_slope(p.activation, {to_float(p.gate[s.at])}, sum);
-    p.delta[s.at] = from_float<T>(sum[0]);
-  }
-}
-
-// delta from the projected errors as they lie in the thread's sums. It may be the gate's memory.
+// A quad of delta from the projected errors in it; it may be the gate's memory. Adds it, as it is
+// stored, to the thread's `sums`.
 template <bool kWhole, class T, int kTiles>
-__device__ void store_delta(const Columns<T, kTiles>& columns, int first_row,
-                            const Sums<kTiles>& sums) {
-  constexpr int kRows = kPieceRows<kTiles>, kCount = kPieceColumns<kTiles>;
+__device__ void store_delta(const Columns<T, kTiles>& columns, int64_t sample, int quad,
+                            float (&delta)[4], float (&sums)[kThreads][4]) {
   const FeedbackParams<T>& p = columns.p;
-  if (!all_finite(sums)) return project_plainly(columns, first_row);
-  for_each_piece<kTiles>([&](int row, int column) {
-    float gate[kRows][kCount], delta[kRows][kCount];
-    Segment segments[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      segments[r] = own_segment<kWhole>(columns, first_row, row + r, column, p.samples);
-      if (p.gate != nullptr) load_segment<kWhole>(p.gate, segments[r], gate[r]);
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) delta[r][i] = result(sums, row + r, column + i);
-      if (p.gate != nullptr) multiply_by_slope(p.activation, gate[r], delta[r]);
-      store_segment<kWhole>(p.delta, segments[r], delta[r]);
-    }
-  });
+  if (!all_finite(delta)) project_plainly(columns, sample, quad, delta);
+  if (p.gate != nullptr) {
+    float gate[4];
+    load_quad<kWhole>(columns, p.gate, sample, quad, gate);
+    multiply_by_slope(p.activation, gate, delta);
+  }
+  store_quad<kWhole>(columns, p.delta, sample, quad, delta);
+  if (p.bias_grad == nullptr) return;
+  float sum[4];
+  load_vector(sums[own_thread()], sum);
+  for (int j = 0; j < 4; ++j) sum[j] += to_float(from_float<T>(delta[j]));
+  store_vector(sums[own_thread()], sum);
 }
 
-// bias_grad: delta, as it is stored, summed over the samples. The caches still hold it. All threads
-// take part.
+// bias_grad from what the threads have of the sums of their quads' columns. All threads take part.
 template <class T, int kTiles>
-__device__ void sum_delta(const Columns<T, kTiles>& columns, float (&sums)[kThreads]) {
-  const FeedbackParams<T>& p = columns.p;
-  const int thread = own_thread(), column = thread % kColumns<kTiles>;
-  const bool inside = column < columns.count;
-  const int feature = columns.first + column;
-  __syncthreads();  // delta can be read
-  float sum = 0.0f;
-  for (int sample = thread / kColumns<kTiles>; inside && sample < p.samples;
-       sample += kThreads / kColumns<kTiles>) {
-    sum += to_float(p.delta[sample * p.features + feature]);
-  }
-  sums[thread] = sum;
+__device__ void store_bias_grad(const Columns<T, kTiles>& columns, const float (&sums)[kThreads][4],
+                                float (&partial)[kThreads]) {
+  constexpr int kWidth = kColumns<kTiles>, kParts = kThreads / kWidth;
+  const int thread = own_thread(), column = thread % kWidth;
+  const float* const column_sums = sums[0] + column;  // [kRowStep, kWidth]
   __syncthreads();
-  if (thread >= kColumns<kTiles> || !inside) return;
-  for (int other = thread + kColumns<kTiles>; other < kThreads; other += kColumns<kTiles>) {
-    sum += sums[other];
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = thread / kWidth; i < kRowStep<kTiles>; i += kParts) {
+    sum += column_sums[i * kWidth];
   }
-  p.bias_grad[feature] = sum;
+  partial[thread] = sum;
+  __syncthreads();
+  if (thread >= kWidth || column >= columns.count()) return;
+  sum = 0.0f;
+  for (int i = 0; i < kParts; ++i) sum += partial[i * kWidth + column];
+  columns.p.bias_grad[columns.first + column] = sum;
 }
 
 // What int counts: samples and features, with room for a tile more.
 constexpr int64_t kMostCounted = 1 << 30;
+
+// output_bias_grad: the error summed over the samples. All threads take part.
+template <class T>
+__device__ void sum_error(const FeedbackParams<T>& p, float* output_bias_grad,
+                          float (&partial)[kThreads]) {
+  const int thread = own_thread(), lane = thread % 32;
+  for (int64_t first = 0; first < p.outputs; first += 32) {
+    const int64_t output = first + lane;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int64_t sample = thread / 32; output < p.outputs && sample < p.samples; sample += kWarps) {
+      sum += p.error[sample * p.outputs + output];
+    }
+    __syncthreads();  // nobody reads the old content any more
+    partial[thread] = sum;
+    __syncthreads();
+    if (thread >= 32 || output >= p.outputs) continue;
+    for (int warp = 1; warp < kWarps; ++warp) sum += partial[32 * warp + lane];
+    output_bias_grad[output] = sum;
+  }
+}
 
 // Blocks of the network that one launch takes, as its parameter; a thread block works on one of them.
 template <class T>
@@ -478,7 +504,8 @@ struct Group {
   FeedbackParams<T> members[kMost];
   unsigned ends[kMost];  // one past the last thread block of each
   bool aligned[kMost];
-  int64_t* counter;  // of Adam steps, where this launch counts up; else null
+  int64_t* counter;         // of Adam steps, where this launch counts up; else null
+  float* output_bias_grad;  // of [outputs]; null: not wanted. A last thread block makes it.
 
   // Of the calling thread block: its member, and its place among those that work on it.
   __device__ int own_member() const {
@@ -495,25 +522,29 @@ template <class T, Noise kNoise, int kTiles>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     feedback_kernel(const __grid_constant__ Group<T> blocks) {
   alignas(16) __shared__ RightFactor<kTiles> right;
+  __shared__ Exchange<kTiles> exchange;
   __shared__ AdamStep adam;
-  __shared__ float bias_sums[kThreads];
+  alignas(16) __shared__ float delta_sums[kThreads][4];
+  __shared__ float partial[kThreads];
 
+  if (blocks.output_bias_grad != nullptr && blockIdx.x == gridDim.x - 1) {
+    if (own_thread() == 0 && blocks.counter != nullptr) update_number(blocks.counter, blocks.counter);
+    return sum_error(blocks.members[0], blocks.output_bias_grad, partial);
+  }
   const int member = blocks.own_member();
   const FeedbackParams<T>& p = blocks.members[member];
+  const FeedbackParams<T>& net = blocks.members[0];  // for what all members have in common
   const int first_column = blocks.own_place(member) * kColumns<kTiles>;
-  const int n_columns = min(static_cast<int>(p.features) - first_column, kColumns<kTiles>);
-  const bool whole = kTiles == kWideTiles || (blocks.aligned[member] && n_columns == kColumns<kTiles>);
-  const Columns<T, kTiles> columns{p, first_column, n_columns, whole};
-  // One thread for all: double-precision powers are slow. The barriers of phase 1 publish the result.
-  if (p.rule == Rule::adam && threadIdx.x == 0) {
-    adam = adam_step(p.lr, p.beta1, p.beta2, p.eps, update_number(p.updates, blocks.counter));
-  }
+  const bool whole =
+      kTiles == kWideTiles || (blocks.aligned[member] && first_column + kColumns<kTiles> <= p.features);
+  const Columns<T, kTiles> columns{p, first_column, whole};
+  prefetch(columns);
 
-  // Phase 1. `right` is s, filled once if it holds all samples.
-  const int samples = static_cast<int>(p.samples), outputs = static_cast<int>(p.outputs);
-  for (int first = 0; p.rule != Rule::fixed && first < outputs; first += kRows) {
+  // Phase 1. `right` is s, filled once if it holds all samples; in the end B, if it holds all outputs.
+  const int samples = static_cast<int>(net.samples), outputs = static_cast<int>(net.outputs);
+  const auto holds_feedback = [&] { return net.rule != Rule::fixed && net.outputs <= kDepth; };
+  for (int first = 0; net.rule != Rule::fixed && first < outputs; first += kRows) {
     const int rows = min(outputs - first, kRows);
-    const Share share = own_share(rows);
     Sums<kTiles> sums = {};
     for (int sample = 0; sample < samples; sample += kDepth) {
       const int depth = min(samples - sample, kDepth);
@@ -522,44 +553,52 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
           make_quad<kNoise>(columns, sample + row, quad, s);
         });
       }
-      const LeftFactor left{p.factor + sample * p.outputs + first + share.first_row, 1, outputs,
-                            rows - share.first_row, depth};
-      multiply(sums, left, right, share, p.tf32);
+      const LeftFactor</*kTransposed=*/true> left{net.factor + sample * net.outputs + first, outputs,
+                                                  rows, depth};
+      multiply(sums, left, right, net.tf32);
     }
-    add_parts(sums, right, share);
-    if (share.part > 0) continue;
-    if (columns.whole) {
-      move_feedback<kNoise, true>(columns, adam, first + share.first_row, sums);
-    } else if constexpr (kTiles == kNarrowTiles) {
-      move_feedback<kNoise, false>(columns, adam, first + share.first_row, sums);
+    // By the warp that most often has no rows. The barriers that follow publish the result.
+    if (first == 0 && net.rule == Rule::adam && own_thread() == kThreads - 32) {
+      adam =
+          adam_step(net.lr, net.beta1, net.beta2, net.eps, update_number(net.updates, blocks.counter));
     }
+    hand_out(sums, exchange, rows, [&](int row, int quad, float (&g)[4]) {
+      float b[4] = {};
+      if (row < rows && columns.whole) {
+        move_feedback<kNoise, true>(columns, adam, first + row, quad, g, b);
+      } else if (row < rows && kTiles == kNarrowTiles) {
+        move_feedback<kNoise, false>(columns, adam, first + row, quad, g, b);
+      }
+      if (holds_feedback()) right.put(row, quad, b);
+    });
   }
 
   // Phase 2. `right` is B, filled once if it holds all outputs.
+  __syncthreads();  // what phase 1 left of it can be read
+  store_vector(delta_sums[own_thread()], {0.0f, 0.0f, 0.0f, 0.0f});
   for (int first = 0; first < samples; first += kRows) {
     const int rows = min(samples - first, kRows);
-    const Share share = own_share(rows);
     Sums<kTiles> sums = {};
     for (int output = 0; output < outputs; output += kDepth) {
       const int depth = min(outputs - output, kDepth);
-      if (first == 0 || outputs > kDepth) {
+      if (!holds_feedback() && (first == 0 || outputs > kDepth)) {
         fill(right, depth, [&](int row, int quad, float (&b)[4]) {
-          load_quad(columns, p.feedback, output + row, outputs, quad, b);
+          load_quad_of(outputs, columns, p.feedback, output + row, quad, b);
         });
       }
-      const LeftFactor left{p.error + (first + share.first_row) * p.outputs + output, outputs, 1,
-                            rows - share.first_row, depth};
-      multiply(sums, left, right, share, p.tf32);
+      const LeftFactor</*kTransposed=*/false> left{net.error + first * net.outputs + output, outputs,
+                                                   rows, depth};
+      multiply(sums, left, right, net.tf32);
     }
-    add_parts(sums, right, share);
-    if (share.part > 0) continue;
-    if (columns.whole) {
-      store_delta<true>(columns, first + share.first_row, sums);
-    } else if constexpr (kTiles == kNarrowTiles) {
-      store_delta<false>(columns, first + share.first_row, sums);
-    }
+    hand_out(sums, exchange, rows, [&](int row, int quad, float (&delta)[4]) {
+      if (row < rows && columns.whole) {
+        store_delta<true>(columns, first + row, quad, delta, delta_sums);
+      } else if (row < rows && kTiles == kNarrowTiles) {
+        store_delta<false>(columns, first + row, quad, delta, delta_sums);
+      }
+    });
   }
-  if (p.bias_grad != nullptr) sum_delta(columns, bias_sums);
+  if (p.bias_grad != nullptr) store_bias_grad(columns, delta_sums, partial);
 }
 
 // Whether every row of every matrix begins at a multiple of 16 bytes. A null pointer does: it is never
@@ -577,10 +616,10 @@ int64_t thread_blocks(const FeedbackParams<T>& p) {
   return (p.features + kColumns<kTiles> - 1) / kColumns<kTiles>;
 }
 
-// counter: as launch_feedback_step has it; the last launch counts.
+// counter and output_bias_grad: as launch_feedback_step has them; they are the last launch's.
 template <int kTiles, class T>
 cudaError_t launch_blocks(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter,
-                          cudaStream_t stream) {
+                          float* output_bias_grad, cudaStream_t stream) {
   for (size_t first = 0; first < blocks.size(); first += Group<T>::kMost) {
     const size_t next = std::min(blocks.size(), first + Group<T>::kMost);
     Group<T> group{};
@@ -591,7 +630,10 @@ cudaError_t launch_blocks(const std::vector<FeedbackParams<T>>& blocks, int64_t*
       end += static_cast<unsigned>(thread_blocks<kTiles>(blocks[i]));
       group.ends[i - first] = end;
     }
-    group.counter = next == blocks.size() ? counter : nullptr;
+    const bool last = next == blocks.size();
+    group.counter = last ? counter : nullptr;
+    group.output_bias_grad = last ? output_bias_grad : nullptr;
+    if (group.output_bias_grad != nullptr) ++end;
     const cudaError_t error = with_noise(blocks[0].noise.kind, [&](auto noise) {
       return launch(feedback_kernel<T, decltype(noise)::value, kTiles>, dim3(end), dim3(kThreads),
                     stream, group);
@@ -605,7 +647,7 @@ cudaError_t launch_blocks(const std::vector<FeedbackParams<T>>& blocks, int64_t*
 
 template <class T>
 cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, int64_t* counter,
-                                 cudaStream_t stream) {
+                                 float* output_bias_grad, cudaStream_t stream) {
   std::vector<FeedbackParams<T>> wide, narrow;
   int64_t wide_thread_blocks = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -627,15 +669,18 @@ cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count,
     return counter == nullptr ? cudaSuccess : launch_count(counter, stream);
   }
   // The stream orders the launches: all read the old count before the last one changes it.
-  const cudaError_t error = launch_blocks<kWideTiles>(wide, narrow.empty() ? counter : nullptr, stream);
-  return error == cudaSuccess ? launch_blocks<kNarrowTiles>(narrow, counter, stream) : error;
+  const bool last = narrow.empty();
+  const cudaError_t error = launch_blocks<kWideTiles>(wide, last ? counter : nullptr,
+                                                      last ? output_bias_grad : nullptr, stream);
+  if (error != cudaSuccess) return error;
+  return launch_blocks<kNarrowTiles>(narrow, counter, output_bias_grad, stream);
 }
 
-template cudaError_t launch_feedback_step(const FeedbackParams<float>*, int64_t, int64_t*,
+template cudaError_t launch_feedback_step(const FeedbackParams<float>*, int64_t, int64_t*, float*,
                                           cudaStream_t);
-template cudaError_t launch_feedback_step(const FeedbackParams<bfloat16>*, int64_t, int64_t*,
+template cudaError_t launch_feedback_step(const FeedbackParams<bfloat16>*, int64_t, int64_t*, float*,
                                           cudaStream_t);
-template cudaError_t launch_feedback_step(const FeedbackParams<float16>*, int64_t, int64_t*,
+template cudaError_t launch_feedback_step(const FeedbackParams<float16>*, int64_t, int64_t*, float*,
                                           cudaStream_t);
 
 }  // namespace fdfa::cuda

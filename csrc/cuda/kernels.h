@@ -14,9 +14,11 @@ cudaError_t launch_epilogue(const EpilogueParams<T>& params, cudaStream_t stream
 
 // Blocks of one network: they have samples, outputs, rule and kind of noise in common. counter: null,
 // or the blocks' `updates`, which this launch counts up after all of them have read it.
+// output_bias_grad: null, or [outputs], which becomes the error summed over the samples. Both want a
+// block that has samples and features.
 template <class T>
 cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, int64_t* counter,
-                                 cudaStream_t stream);
+                                 float* output_bias_grad, cudaStream_t stream);
 
 cudaError_t launch_next_noise(const NextNoiseParams& params, cudaStream_t stream);
 // Adds one.

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "ops/convolution.h"
 #include "ops/ops.h"
 
 // The local gradient of a block: from δ at its pre-activation to its weight and bias (Algorithm 1, line
@@ -63,14 +64,17 @@ variable_list convolution_gradients(AutogradContext* ctx, const Tensor& delta, s
   variable_list result(count);
   if (!delta.defined()) return result;
   const variable_list saved = ctx->get_saved_variables();
-  const Tensor &x = saved[0], &weight = saved[1];
+  const Tensor& weight = saved[1];
+  const std::vector<int64_t> padding = ctx->saved_data["padding"].toIntVector();
+  const auto [x, stride] =
+      read_pixels(saved[0], weight, ctx->saved_data["stride"].toIntVector(), padding);
   const bool wants_bias = ctx->saved_data["wants_bias"].toBool();
   const std::array<int64_t, 1> bias_sizes{weight.size(0)};
   auto [unused, weight_grad, bias_grad] = at::convolution_backward(
-      delta, x, weight, wants_bias ? at::OptionalIntArrayRef(bias_sizes) : std::nullopt,
-      ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector(),
-      ctx->saved_data["dilation"].toIntVector(), /*transposed=*/false, /*output_padding=*/{0, 0},
-      ctx->saved_data["groups"].toInt(), {false, ctx->saved_data["wants_weight"].toBool(), wants_bias});
+      delta, x, weight, wants_bias ? at::OptionalIntArrayRef(bias_sizes) : std::nullopt, stride,
+      padding, ctx->saved_data["dilation"].toIntVector(), /*transposed=*/false,
+      /*output_padding=*/{0, 0}, ctx->saved_data["groups"].toInt(),
+      {false, ctx->saved_data["wants_weight"].toBool(), wants_bias});
   result[2] = weight_grad;
   result[3] = bias_grad;
   return result;

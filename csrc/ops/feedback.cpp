@@ -1,6 +1,7 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
@@ -57,6 +58,13 @@ void check_moments(const Network& net, const Motion& motion) {
   }
 }
 
+double check_lr(const Tensor& lr) {
+  TORCH_CHECK(lr.is_cpu() && lr.dim() == 0 && lr.scalar_type() == at::kDouble,
+              "fdfa::feedback_step: lr must be a float64 scalar on the CPU; got ", lr.scalar_type(),
+              " ", lr.sizes(), " on ", lr.device());
+  return *lr.const_data_ptr<double>();
+}
+
 bool is_turned(const Tensor& delta) {
   return delta.is_cpu() && delta.dim() == 2 && !delta.is_contiguous() && delta.t().is_contiguous();
 }
@@ -91,9 +99,20 @@ void check_bias_grads(const Network& net, at::TensorList bias_grads) {
   }
 }
 
-// Where the results go, one entry for each block; bias_grads may have none.
+void check_output_bias_grad(const Network& net, const OptionalTensor& t) {
+  if (!t) return;
+  TORCH_CHECK_TYPE(t->scalar_type() == at::kFloat, "fdfa::", net.op,
+                   ": output_bias_grad must be float32; got ", t->scalar_type());
+  check_shape(net.op, "output_bias_grad", *t, {net.error.size(1)});
+  TORCH_CHECK(t->is_contiguous() && t->device() == net.error.device(), "fdfa::", net.op,
+              ": output_bias_grad must be contiguous, on ", net.error.device(), "; got strides ",
+              t->strides(), " on ", t->device());
+}
+
+// Where the results go, in the lists one entry for each block; bias_grads may have none.
 struct Results {
   at::TensorList deltas, bias_grads;
+  OptionalTensor output_bias_grad;
 };
 
 // As cuBLAS asks, by the setting that torch.backends.cuda.matmul has however it was set.
@@ -103,10 +122,11 @@ bool allows_tf32() {
          at::Float32Precision::TF32;
 }
 
-// The blocks whose gates are of this dtype, in one launch. counter: of Adam steps, where it counts
-// them.
+// The blocks whose gates are of this dtype, in one launch. counter and output_bias_grad: as `launch`
+// has them.
 void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion, const Tensor& error,
-                 const OptionalTensor& tangent, const Results& results, int64_t* counter) {
+                 const OptionalTensor& tangent, const Results& results, int64_t* counter,
+                 float* output_bias_grad) {
   const auto matrix = [](at::TensorList list, size_t i) {
     return list.empty() ? nullptr : pointer<float>(list[i]);
   };
@@ -158,7 +178,7 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
       p.tf32 = tf32;
       launched.push_back(p);
     }
-    launch(launched, counter, error.device());
+    launch(launched, counter, output_bias_grad, error.device());
   });
 }
 
@@ -172,11 +192,20 @@ void step(const Network& net, const Motion& motion, const Results& results) {
     const auto found = std::find(dtypes.begin(), dtypes.end(), gate.scalar_type());
     if (found == dtypes.end()) dtypes.push_back(gate.scalar_type());
   }
+  // A kernel is launched for blocks that have elements.
+  const bool sums_error =
+      results.output_bias_grad && error.is_cuda() && !net.gates.empty() &&
+      std::all_of(net.gates.begin(), net.gates.end(), [](const Tensor& t) { return t.numel() > 0; });
+  if (results.output_bias_grad && !sums_error) {
+    Tensor sums = *results.output_bias_grad;
+    at::sum_out(sums, error, /*dim=*/0);
+  }
   for (const auto dtype : dtypes) {
+    const bool last = dtype == dtypes.back();
     // All launches read the old count: the last one changes it.
-    const bool counts = motion.updates && dtype == dtypes.back();
     step_blocks(dtype, net, motion, error, tangent, results,
-                counts ? motion.updates->data_ptr<int64_t>() : nullptr);
+                last && motion.updates ? motion.updates->data_ptr<int64_t>() : nullptr,
+                last && sums_error ? pointer<float>(*results.output_bias_grad) : nullptr);
   }
 }
 
@@ -234,21 +263,23 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
                    const OptionalTensor& updates, const Tensor& error, const OptionalTensor& tangent,
                    at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
                    at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-                   double decay, double lr, double beta1, double beta2, double eps,
-                   at::TensorList deltas, at::TensorList bias_grads) {
+                   double decay, const Tensor& lr, double beta1, double beta2, double eps,
+                   at::TensorList deltas, at::TensorList bias_grads,
+                   const OptionalTensor& output_bias_grad) {
   const Network net{"feedback_step", error,   tangent, noise_state, feedback,
                     gates,           outputs, blocks,  activations, noise};
   const bool learns = tangent || !outputs.empty();
   const Rule rule = !learns ? Rule::fixed : updates ? Rule::adam : Rule::ema;
-  const Motion motion{rule, exp_avg, exp_avg_sq, {}, updates, decay, lr, beta1, beta2, eps};
+  const Motion motion{rule, exp_avg, exp_avg_sq, {}, updates, decay, check_lr(lr), beta1, beta2, eps};
   check_network(net);
   check_moments(net, motion);
   check_deltas(net, deltas);
   check_bias_grads(net, bias_grads);
+  check_output_bias_grad(net, output_bias_grad);
   if (error.size(0) == 0) {  // which reaches no kernel
     for (const Tensor& t : bias_grads) t.zero_();
   }
-  step(net, motion, {deltas, bias_grads});
+  step(net, motion, {deltas, bias_grads, output_bias_grad});
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
@@ -267,7 +298,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
     gradients.push_back(gates[i].size(0) == 0 ? at::zeros_like(feedback[i])
                                               : at::empty_like(feedback[i]));
   }
-  step(net, {Rule::gradient, {}, {}, gradients, std::nullopt, decay}, {deltas, {}});
+  step(net, {Rule::gradient, {}, {}, gradients, std::nullopt, decay}, {deltas, {}, {}});
   return {deltas, gradients};
 }
 

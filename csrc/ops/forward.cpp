@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_strided.h>
 
 #include "ops/checks.h"
+#include "ops/convolution.h"
 #include "ops/launch.h"
 #include "ops/ops.h"
 
@@ -21,6 +22,7 @@ int64_t features_of(const Tensor& t) { return t.size(0) == 0 ? 0 : t.numel() / t
 struct Products {
   Tensor z, tz;
   bool transposed = false;
+  Tensor ty = {};  // memory for it where tz is undefined; may itself be undefined
 };
 
 // The pass after them.
@@ -60,10 +62,13 @@ Tensor empty_pre(const Finish& finish, const Tensor& y) {
 
 // y and ty overwrite the products, unless these are transposed.
 Dual run(const Finish& finish, const Products& products) {
-  const auto& [z, tz, transposed] = products;
+  const auto& [z, tz, transposed, spare] = products;
   const Tensor y = transposed ? at::empty({z.size(1), z.size(0)}, z.options()) : z;
   const bool zero = !tz.defined() && finish.noise == Noise::none;
-  const Tensor ty = zero ? empty_carrier(y) : tz.defined() && !transposed ? tz : at::empty_like(y);
+  const Tensor ty = zero                          ? empty_carrier(y)
+                    : tz.defined() && !transposed ? tz
+                    : spare.defined()             ? spare
+                                                  : at::empty_like(y);
   const Tensor pre = empty_pre(finish, y);
   with_storage(y.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
@@ -123,7 +128,8 @@ Products convolve(const Convolution& c) {
   constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
   const Tensor weight_dense = channels_last(c.weight);
   const auto product = [&](const Tensor& input) {
-    return at::convolution(channels_last(input), weight_dense, {}, c.stride, c.padding, c.dilation,
+    const auto [pixels, stride] = read_pixels(input, c.weight, c.stride, c.padding);
+    return at::convolution(channels_last(pixels), weight_dense, {}, stride, c.padding, c.dilation,
                            /*transposed=*/false, /*output_padding=*/{0, 0}, c.groups)
         .contiguous(kOrder);
   };
@@ -173,6 +179,11 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out_features;
   const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
+  const bool has_tangent = tangent || finish.noise != Noise::none;
+  if (x.is_cuda() && has_tangent && rows <= kMostPairedRows) {
+    const auto [z, tz] = paired_products(x, tangent, weight);
+    return run(finish, {z, tangent ? tz : Tensor(), /*transposed=*/false, tz});
+  }
   const auto product = [&](const Tensor& input) {
     return mm(input.reshape({rows, weight.size(1)}), weight.t()).view(sizes);
   };

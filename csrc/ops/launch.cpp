@@ -62,11 +62,13 @@ void launch(const EpilogueParams<T>& params, const at::Device& device) {
 }
 
 template <class T>
-void launch(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter, const at::Device& device) {
+void launch(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter, float* output_bias_grad,
+            const at::Device& device) {
 #if defined(FDFA_WITH_CUDA)
-  if (device.is_cuda()) return launch_cuda(blocks, counter, device);
+  if (device.is_cuda()) return launch_cuda(blocks, counter, output_bias_grad, device);
 #endif
   (void)device;
+  (void)output_bias_grad;
   feedback_step_cpu(blocks);
   if (counter != nullptr) ++*counter;
 }
@@ -133,9 +135,11 @@ void launch(const CombineParams& params, const at::Device& device) {
 template void launch<float>(const EpilogueParams<float>&, const at::Device&);
 template void launch<bfloat16>(const EpilogueParams<bfloat16>&, const at::Device&);
 template void launch<float16>(const EpilogueParams<float16>&, const at::Device&);
-template void launch<float>(const std::vector<FeedbackParams<float>>&, int64_t*, const at::Device&);
-template void launch<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, int64_t*,
+template void launch<float>(const std::vector<FeedbackParams<float>>&, int64_t*, float*,
+                            const at::Device&);
+template void launch<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, int64_t*, float*,
                                const at::Device&);
-template void launch<float16>(const std::vector<FeedbackParams<float16>>&, int64_t*, const at::Device&);
+template void launch<float16>(const std::vector<FeedbackParams<float16>>&, int64_t*, float*,
+                              const at::Device&);
 
 }  // namespace fdfa

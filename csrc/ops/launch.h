@@ -14,8 +14,10 @@ namespace fdfa {
 template <class T>
 void launch(const EpilogueParams<T>& params, const at::Device& device);
 // All blocks at once: nothing orders them. counter: null, or their `updates`, which counts this step.
+// output_bias_grad: null, or for CUDA alone [outputs], which becomes the error summed over the samples.
 template <class T>
-void launch(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter, const at::Device& device);
+void launch(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter, float* output_bias_grad,
+            const at::Device& device);
 void launch(const NextNoiseParams& params, const at::Device& device);
 void launch(const MaxPoolParams& params, const at::Device& device);
 void launch(const MaxPoolBackwardParams& params, const at::Device& device);
@@ -33,7 +35,7 @@ template <class T>
 void launch_cuda(const EpilogueParams<T>& params, const at::Device& device);
 template <class T>
 void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter,
-                 const at::Device& device);
+                 float* output_bias_grad, const at::Device& device);
 void launch_cuda(const NextNoiseParams& params, const at::Device& device);
 int64_t moment_parts_cuda(const MomentParams& params, const at::Device& device);
 void launch_cuda(const MaxPoolParams& params, const at::Device& device);

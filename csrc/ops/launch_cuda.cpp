@@ -25,10 +25,10 @@ void launch_cuda(const EpilogueParams<T>& params, const at::Device& device) {
 
 template <class T>
 void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter,
-                 const at::Device& device) {
+                 float* output_bias_grad, const at::Device& device) {
   const auto count = static_cast<int64_t>(blocks.size());
   on_stream(device, [&](cudaStream_t stream) {
-    return cuda::launch_feedback_step(blocks.data(), count, counter, stream);
+    return cuda::launch_feedback_step(blocks.data(), count, counter, output_bias_grad, stream);
   });
 }
 
@@ -77,11 +77,11 @@ void launch_cuda(const CombineParams& params, const at::Device& device) {
 template void launch_cuda<float>(const EpilogueParams<float>&, const at::Device&);
 template void launch_cuda<bfloat16>(const EpilogueParams<bfloat16>&, const at::Device&);
 template void launch_cuda<float16>(const EpilogueParams<float16>&, const at::Device&);
-template void launch_cuda<float>(const std::vector<FeedbackParams<float>>&, int64_t*,
+template void launch_cuda<float>(const std::vector<FeedbackParams<float>>&, int64_t*, float*,
                                  const at::Device&);
-template void launch_cuda<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, int64_t*,
+template void launch_cuda<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, int64_t*, float*,
                                     const at::Device&);
-template void launch_cuda<float16>(const std::vector<FeedbackParams<float16>>&, int64_t*,
+template void launch_cuda<float16>(const std::vector<FeedbackParams<float16>>&, int64_t*, float*,
                                    const at::Device&);
 
 }  // namespace fdfa

@@ -1,6 +1,8 @@
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
@@ -54,6 +56,36 @@ Tensor mm(const Tensor& a, const Tensor& b) {
   const at::AutoDispatchBelowAutograd guard;
   const c10::List<std::optional<at::Scalar>> no_scalars;
   return onednn_linear()->call(a, b.t(), std::nullopt, "none", no_scalars, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> paired_products(const Tensor& x, const OptionalTensor& tangent,
+                                           const Tensor& weight) {
+  const int64_t in_features = weight.size(1), out_features = weight.size(0);
+  const int64_t rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+  const auto memory_at = [](void* data, at::IntArrayRef sizes, const Tensor& owner) {
+    return at::for_blob(data, sizes)
+        .deleter([owner](void*) {})
+        .options(owner.options())
+        .target_device(owner.device())
+        .make_tensor();
+  };
+  const auto end = [](const Tensor& t) { return static_cast<char*>(t.data_ptr()) + t.nbytes(); };
+
+  Tensor both = at::empty({2 * rows, out_features}, x.options());
+  Tensor product = memory_at(both.data_ptr(), {rows, out_features}, both);
+  Tensor follower = memory_at(end(product), {rows, out_features}, both);
+  const Tensor primal = x.reshape({rows, in_features});
+  const Tensor direction = tangent ? tangent->reshape({rows, in_features}) : Tensor();
+  if (tangent && primal.is_contiguous() && direction.is_contiguous() &&
+      end(primal) == direction.data_ptr()) {
+    at::mm_out(both, memory_at(primal.data_ptr(), {2 * rows, in_features}, primal), weight.t());
+  } else {
+    at::mm_out(product, primal, weight.t());
+    if (tangent) at::mm_out(follower, direction, weight.t());
+  }
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = out_features;
+  return {product.view(sizes), follower.view(sizes)};
 }
 
 Tensor call_mm(const Tensor& a, const Tensor& b) {

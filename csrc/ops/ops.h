@@ -37,6 +37,16 @@ Tensor call_mm(const Tensor& a, const Tensor& b);
 // x Wᵀ + b of matrices without autograd, by the library that `mm` would take.
 Tensor plain_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias);
 
+// The products x Wᵀ and tangent Wᵀ of x [*, D], of two tensors that lie one behind the other in memory;
+// without a tangent the second is memory for one. Where x and its tangent lie so, they are one product,
+// which costs a GPU little more than one of them as long as rows are few, and a launch less. The
+// tensors have storages of their own in that memory, since results of an operator must share none; it
+// is free once both are.
+std::tuple<Tensor, Tensor> paired_products(const Tensor& x, const OptionalTensor& tangent,
+                                           const Tensor& weight);
+// More fill a GPU by themselves, and the memory of a tangent would be held as long as its primal's.
+constexpr int64_t kMostPairedRows = 512;
+
 // `pre` where it only carries a gradient: zeros in the shape of y, in a single element of memory, which
 // the kernel that has it in `zeros` writes.
 Tensor empty_carrier(const Tensor& y);
@@ -127,8 +137,9 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
                    const OptionalTensor& updates, const Tensor& error, const OptionalTensor& tangent,
                    at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
                    at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-                   double decay, double lr, double beta1, double beta2, double eps,
-                   at::TensorList deltas, at::TensorList bias_grads);
+                   double decay, const Tensor& lr, double beta1, double beta2, double eps,
+                   at::TensorList deltas, at::TensorList bias_grads,
+                   const OptionalTensor& output_bias_grad);
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
     at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent, at::TensorList gates,

@@ -102,18 +102,21 @@ TORCH_LIBRARY(fdfa, m) {
   //   G = tangentᵀ u / N      where tangent [N, K] is given, FDFA with decay 1, or
   //   G = -errorᵀ outputs     where outputs, each y [N, *features], are: Kolen-Pollack.
   // B moves by lr ∇B (no exp_avg, no updates; eq. 8) or by a step of Adam, where G is finite;
-  // `updates`, int64 [1], counts these steps. With neither tangent nor outputs B stays. Then δ =
+  // `updates`, int64 [1], counts these steps; lr is a float64 scalar on the CPU, a tensor so that a
+  // compiled program follows a schedule. With neither tangent nor outputs B stays. Then δ =
   // (error B) ⊙ f'(gate), in gate's shape [N, *features]: y, or the pre-activation for gelu and silu;
   // error [N, K]. Each δ is written to `deltas`, in B's memory order (dense ones on the CPU may be
   // turned over, [D, N]), and not returned, because torch.compile wants no lists from operators that
   // change their arguments. So is each block's sum of δ over the samples to `bias_grads`, [D] in
   // float32, for blocks of [N, D]: the gradient of a bias. Without entries there are none; an empty one
-  // is not wanted.
+  // is not wanted. `output_bias_grad`, [K] in float32, gets the sum of error, as the gradient of the
+  // output layer's bias.
   m.def(
       "feedback_step(Tensor(a!)[] feedback, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
       "Tensor(d!)? updates, Tensor error, Tensor? tangent, Tensor[] gates, Tensor[] outputs, "
-      "Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, float lr, "
-      "float beta1, float beta2, float eps, Tensor(e!)[] deltas, Tensor(f!)[] bias_grads) -> ()");
+      "Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, Tensor lr, "
+      "float beta1, float beta2, float eps, Tensor(e!)[] deltas, Tensor(f!)[] bias_grads, "
+      "Tensor(g!)? output_bias_grad=None) -> ()");
 
   // (δ from the feedback as it is, ∇B) for each block, for a torch optimizer to move B (eq. 10).
   m.def(
@@ -134,7 +137,7 @@ TORCH_LIBRARY(fdfa, m) {
       "Tensor[] handles, Tensor[] biases, int[] biased, Tensor[] gates, bool[] spare_gates, Tensor[] "
       "outputs, Tensor[] feedback, "
       "Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, int[] blocks, str[] activations, "
-      "str noise, str rule, float decay, float lr, float beta1, float beta2, float eps) -> Tensor");
+      "str noise, str rule, float decay, Tensor lr, float beta1, float beta2, float eps) -> Tensor");
 }
 
 #define FDFA_IMPLEMENT(key)                                       \

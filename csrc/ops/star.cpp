@@ -1,4 +1,5 @@
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -21,12 +22,12 @@ using torch::autograd::variable_list;
 // step to step, so autograd must not watch their versions.
 struct Options : torch::CustomClassHolder {
   std::vector<Tensor> feedback, exp_avg, exp_avg_sq;
-  Tensor updates;
+  Tensor updates, lr;
   std::vector<int64_t> blocks, biased;
   c10::List<bool> spare_gates;
   Names activations;
   std::string noise, rule;
-  double decay, lr, beta1, beta2, eps;
+  double decay, beta1, beta2, eps;
   bool wants_weight = false, wants_bias = false;
 };
 
@@ -37,12 +38,8 @@ struct Star : torch::autograd::Function<Star> {
                         const Tensor& noise_state, at::TensorList gates, at::TensorList outputs,
                         c10::intrusive_ptr<Options> options) {
     static const auto next_noise = find<decltype(fdfa::next_noise)>("fdfa::next_noise");
-    OptionalTensor output_tangent = tangent;
-    if (weight && tangent) {
-      const at::AutoDispatchBelowADInplaceOrView guard;
-      output_tangent = call_mm(*tangent, weight->t());
-    }
-    Tensor output = weight ? plain_linear(x, *weight, bias) : x.clone();
+    auto [output, output_tangent] = weight ? output_layer(x, tangent, *weight, bias)
+                                           : std::tuple<Tensor, OptionalTensor>(x.clone(), tangent);
     check_network({"star", output, output_tangent, noise_state, feedback, gates, outputs,
                    options->blocks, options->activations, options->noise});
     for (size_t i = 0; i < gates.size(); ++i) check_order(feedback[i], gates[i]);
@@ -76,11 +73,13 @@ struct Star : torch::autograd::Function<Star> {
     const auto gates = at::TensorList(saved).slice(3, n), outputs = at::TensorList(saved).slice(3 + n);
 
     variable_list deltas, bias_grads, gradients(o.feedback.size());
+    Tensor output_bias_grad;
     if (o.rule == "grad") {
       std::tie(deltas, gradients) =
           feedback_gradient.call(o.feedback, error, tangent, gates, outputs, noise_state, o.blocks,
                                  o.activations, o.noise, o.decay);
       for (const int64_t i : o.biased) bias_grads.push_back(deltas[i].sum(0));
+      if (o.wants_bias) output_bias_grad = error.sum(0);
     } else {
       const bool once = !torch::autograd::get_current_graph_task_keep_graph();
       for (size_t i = 0; i < o.feedback.size(); ++i) {
@@ -93,19 +92,33 @@ struct Star : torch::autograd::Function<Star> {
         sums[i] = at::empty({gates[i].size(1)}, error.options().dtype(at::kFloat));
         bias_grads.push_back(sums[i]);
       }
+      if (o.wants_bias)
+        output_bias_grad = at::empty({error.size(1)}, error.options().dtype(at::kFloat));
       const auto updates = o.rule == "adam" ? OptionalTensor(o.updates) : std::nullopt;
       feedback_step.call(o.feedback, o.exp_avg, o.exp_avg_sq, updates, error, tangent, gates, outputs,
                          noise_state, o.blocks, o.activations, o.noise, o.decay, o.lr, o.beta1, o.beta2,
-                         o.eps, deltas, sums);
+                         o.eps, deltas, sums, optional(output_bias_grad));
     }
     variable_list result{x.defined() ? Tensor() : error, Tensor(),
-                         o.wants_weight ? call_mm(error.t(), x) : Tensor(),
-                         o.wants_bias ? error.sum(0) : Tensor()};
+                         o.wants_weight ? call_mm(error.t(), x) : Tensor(), output_bias_grad};
     result.insert(result.end(), deltas.begin(), deltas.end());
     result.insert(result.end(), bias_grads.begin(), bias_grads.end());
     result.insert(result.end(), gradients.begin(), gradients.end());
     result.resize(result.size() + 2 + gates.size() + outputs.size());  // of what has no gradient
     return result;
+  }
+
+  // The linear output layer's result and its tangent.
+  static std::tuple<Tensor, OptionalTensor> output_layer(const Tensor& x, const OptionalTensor& tangent,
+                                                         const Tensor& weight,
+                                                         const OptionalTensor& bias) {
+    if (!tangent) return {plain_linear(x, weight, bias), std::nullopt};
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    if (!x.is_cuda() || x.size(0) > kMostPairedRows) {
+      return {plain_linear(x, weight, bias), call_mm(*tangent, weight.t())};
+    }
+    const auto [product, output_tangent] = paired_products(x, tangent, weight);
+    return {bias ? at::add(product, *bias) : product, output_tangent};
   }
 
   static void check_biases(at::TensorList biases, at::IntArrayRef biased, at::TensorList gates) {
@@ -134,7 +147,8 @@ Tensor star(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor
             const c10::List<bool>& spare_gates, at::TensorList outputs, at::TensorList feedback,
             at::TensorList exp_avg, at::TensorList exp_avg_sq, const Tensor& updates,
             at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-            c10::string_view rule, double decay, double lr, double beta1, double beta2, double eps) {
+            c10::string_view rule, double decay, const Tensor& lr, double beta1, double beta2,
+            double eps) {
   TORCH_CHECK(!weight || !x.requires_grad(),
               "fdfa::star: x must need no gradient where weight is given");
   auto options = c10::make_intrusive<Options>();

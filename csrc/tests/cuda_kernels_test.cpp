@@ -1,4 +1,5 @@
 #include <cstring>
+#include <vector>
 
 #include "cuda/kernels.h"
 #include "tests/kernel_cases.h"
@@ -20,7 +21,7 @@ struct EmulatedCuda {
   template <class T>
   static void feedback_step(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter) {
     const auto count = static_cast<int64_t>(blocks.size());
-    CHECK(cuda::launch_feedback_step(blocks.data(), count, counter, nullptr) == cudaSuccess);
+    CHECK(cuda::launch_feedback_step(blocks.data(), count, counter, nullptr, nullptr) == cudaSuccess);
   }
 };
 
@@ -31,10 +32,41 @@ void test_next_noise() {
   for (int i = 0; i < 4; ++i) CHECK(snapshot[i] == before[i] && state[i] == after[i]);
 }
 
+// By a thread block of its own, beside few blocks and more than one launch takes.
+void test_output_bias_grad() {
+  for (const int64_t count : {1, 19}) {
+    for (const int64_t outputs : {1, 33, 70}) {
+      constexpr int64_t kSamples = 37, kFeatures = 5;
+      std::vector<float> feedback(outputs * kFeatures, 1.0f), delta(kSamples * kFeatures);
+      std::vector<float> error(kSamples * outputs), sums(outputs + 1, -1.0f);
+      for (size_t i = 0; i < error.size(); ++i) error[i] = static_cast<float>(i * i % 23) - 9.0f;
+      FeedbackParams<float> p{};
+      p.feedback = feedback.data();
+      p.error = error.data();
+      p.delta = delta.data();
+      p.samples = kSamples;
+      p.features = kFeatures;
+      p.outputs = outputs;
+      p.noise = kNoNoise;
+      p.rule = Rule::fixed;
+      const std::vector<FeedbackParams<float>> blocks(count, p);
+      CHECK(cuda::launch_feedback_step(blocks.data(), count, nullptr, sums.data(), nullptr) ==
+            cudaSuccess);
+      for (int64_t k = 0; k < outputs; ++k) {
+        float expected = 0.0f;  // of whole numbers, so that no order of them rounds
+        for (int64_t n = 0; n < kSamples; ++n) expected += error[n * outputs + k];
+        CHECK(sums[k] == expected);
+      }
+      CHECK(sums[outputs] == -1.0f);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   test_next_noise();
+  test_output_bias_grad();
   if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
     test::test_kernels<EmulatedCuda>({{33}, {33, 64}, {65}}, 307, 47);
   } else {

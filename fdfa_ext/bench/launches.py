@@ -98,7 +98,10 @@ def _copies(t: Tensor | None, like: Tensor) -> int:
 
 
 def _operands(a: _Arguments) -> int:
-    """Products of a layer: of its input, and of the tangent where there is one."""
+    """Products of a layer: of its input, and of the tangent where there is one.
+
+    They are one where `linear` made both for few samples, which the arguments do not tell.
+    """
     return 1 if a["tangent"] is None else 2
 
 
@@ -143,7 +146,7 @@ _LAUNCHES: dict[str, _Count] = {
     "fdfa::perturb": 1,
     "fdfa::mm": 1,
     "fdfa::next_noise": 1,  # the copy and the step counted up
-    "fdfa::feedback_step": _feedback_step,  # which counts its step up, and sums δ for biases
+    "fdfa::feedback_step": _feedback_step,  # which counts its step up, and sums δ and e for biases
     "fdfa::feedback_gradient": _feedback_step,
     # Products by cuBLAS.
     "aten::mm": 1,

@@ -23,7 +23,7 @@ _COLD_BYTES = 2**28  # several times a GPU's L2 cache
 _MOST_COPIES = 64  # of an operator's arguments, to make them so many bytes
 # Arguments that a schema says an operator changes: results, which it does not read; and the gradients
 # of fused Adam, which it writes only where it unscales them.
-_MOVED_ONCE = ("deltas", "bias_grads", "ty", "grads")
+_MOVED_ONCE = ("deltas", "bias_grads", "output_bias_grad", "ty", "grads")
 
 
 @dataclass
@@ -206,7 +206,11 @@ def _graphed(run: Callable[[OperatorCall], Any], calls: list[OperatorCall]) -> C
         with torch.cuda.graph(graph):
             results = [run(call) for call in calls]  # kept, so that each writes to memory of its own
     del results
-    return graph.replay
+
+    def replay(_arguments: list[OperatorCall] = calls) -> None:  # whose memory the graph reads
+        graph.replay()
+
+    return replay
 
 
 def _in_plain_torch(call: OperatorCall) -> Any:

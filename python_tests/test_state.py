@@ -1,0 +1,275 @@
+"""State: saved and loaded in any form, shared with optimizers and copies made before it exists."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import NETS, batch, block_net, conv_net, mlp, step
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fdfa_ext import FDFA, FDFABlock, FDFALinear
+
+KEPT = ("feedback.", "exp_avg.", "exp_avg_sq.")  # in float32, whatever the weights are
+
+
+def losses(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    output = model(x)
+    inner = next(module for module in model.modules() if isinstance(module, FDFA))
+    return sum(F.cross_entropy(o, y) for o in (output, *inner.local_outputs))
+
+
+def train(model: nn.Module, name: str, steps: int, optimizer: Any = None) -> Any:
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(steps)
+    batches = [batch(name) for _ in range(steps)]
+    for x, y in batches:
+        optimizer.zero_grad()
+        losses(model, x, y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def one_pixel_net() -> nn.Sequential:
+    """A block whose B [K, C, 1, 1] has a choice of strides; [N, 1, 12, 12] → [N, 3]."""
+    return nn.Sequential(
+        FDFABlock(nn.Conv2d(1, 4, 12), nn.Tanh()),
+        FDFABlock(nn.Conv2d(4, 5, 1), nn.Tanh()),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    )
+
+
+def same_state(a: nn.Module, b: nn.Module) -> None:
+    states = a.state_dict(), b.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+CHANGES: dict[str, Callable[[str, Tensor], Tensor]] = {
+    "as it is": lambda key, t: t.clone(),
+    "row-major": lambda key, t: t.clone(memory_format=torch.contiguous_format),
+    "channels_last": lambda key, t: (
+        t.clone(memory_format=torch.channels_last) if key.startswith(KEPT) and t.dim() == 4 else t
+    ),
+    "float64": lambda key, t: t.double() if key.startswith(KEPT) else t,
+    "bfloat16": lambda key, t: t.bfloat16() if key.startswith(KEPT) else t,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("into", ["fresh", "with example", "running"])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("conv_net", {"feedback": "adam"}),
+        ("block_net", {"feedback": "grad"}),
+        ("one_pixel", {"feedback": "adam"}),
+        ("block_net", {"method": "lg-fg-a"}),
+        ("mlp", {"method": "dkp", "feedback": "ema"}),
+    ],
+    ids=str,
+)
+def test_a_state_in_any_form_goes_on_as_the_model_it_came_from(
+    name: str, options: dict, assign: bool, into: str, change: str
+) -> None:
+    """The same bits where the dtype holds them; with bfloat16 those of the rounded feedback."""
+    make, data = (one_pixel_net, "conv_net") if name == "one_pixel" else (NETS[name][0], name)
+    trained = FDFA(make(), feedback_lr=0.05, **options)
+    train(trained, data, 2)
+    state = {key: CHANGES[change](key, t).clone() for key, t in trained.state_dict().items()}
+    example = None if into == "fresh" else batch(data)[0]
+    model = FDFA(make(), feedback_lr=0.05, **options, example_input=example)
+    if into == "running":
+        train(model, data, 1)
+    model.load_state_dict(state, assign=assign)
+    if change == "bfloat16":
+        rounded = {k: t.bfloat16().float() if k.startswith(KEPT) else t for k, t in state.items()}
+        trained.load_state_dict(rounded)
+    for each in (trained, model):
+        train(each, data, 3)
+    same_state(model, trained)
+    for matrix in (*model.feedback.values(), *model.exp_avg.values()):
+        assert matrix.dtype == torch.float32
+
+
+@pytest.mark.parametrize("into", ["fresh", "running"])
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("rule", ["adam", "grad"])
+def test_a_run_resumed_from_safetensors_is_the_uninterrupted_one(
+    tmp_path: Path, name: str, rule: str, into: str
+) -> None:
+    files = pytest.importorskip("safetensors.torch")
+    trained = FDFA(NETS[name][0](), feedback=rule)
+    train(trained, name, 2)
+    path = str(tmp_path / "model.safetensors")
+    files.save_file(trained.state_dict(), path)
+    resumed = FDFA(NETS[name][0](), feedback=rule)
+    if into == "running":
+        train(resumed, name, 1)
+    resumed.load_state_dict(files.load_file(path))
+    for model in (trained, resumed):
+        train(model, name, 3)
+    same_state(resumed, trained)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_assigned_in_bfloat16_leave_the_feedback_in_float32(assign: bool) -> None:
+    x, y = batch("conv_net")
+    trained = FDFA(conv_net(), example_input=x)
+    train(trained, "conv_net", 1)
+    state = {k: t.bfloat16() if t.is_floating_point() else t for k, t in trained.state_dict().items()}
+    model = FDFA(conv_net(), example_input=x)
+    model.load_state_dict(state, assign=assign)
+    dtype = torch.bfloat16 if assign else torch.float32
+    loss = F.cross_entropy(model(x.to(dtype)).float(), y)
+    loss.backward()
+    assert {p.grad.dtype for p in model.parameters()} == {dtype}
+    assert {matrix.dtype for matrix in model.feedback.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("name", ["noise_state", "updates"])
+def test_a_count_in_floating_point_is_refused_by_name(name: str, assign: bool) -> None:
+    """A seed of 63 bits would be another one, and steps counted in bfloat16 repeat their noise."""
+    model = FDFA(mlp(), example_input=batch("mlp")[0])
+    before = model.state_dict()[name].clone()
+    state = model.state_dict() | {name: model.state_dict()[name].double()}
+    with pytest.raises(RuntimeError, match=rf"FDFA: {name} must hold whole numbers, int64"):
+        model.load_state_dict(state, assign=assign)
+    assert torch.equal(model.state_dict()[name], before)
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1), *batch("mlp"))
+
+
+def test_a_state_saved_before_the_first_step_can_be_loaded() -> None:
+    for options in ({"feedback": "adam"}, {"feedback": "grad"}, {"method": "lg-fg-a"}):
+        early = FDFA(mlp(), **options)
+        late = FDFA(mlp(), **options)
+        late.load_state_dict(early.state_dict())
+        for model in (early, late):
+            torch.manual_seed(2)  # of the heads
+            train(model, "mlp", 2)
+        if not early.heads:
+            same_state(late, early)
+
+
+class _Trainer(nn.Module):
+    """As Lightning holds a model: in one of its own, with more behind it."""
+
+    def __init__(self, model: FDFA) -> None:
+        super().__init__()
+        self.model = model
+        self.tail = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.model(x))
+
+
+LEARNING = [
+    {"feedback": "grad"},
+    {"method": "dkp", "feedback": "grad"},
+    {"method": "lg-fg-a"},
+]
+ALL = [*LEARNING, {"feedback": "adam"}, {"feedback": "ema"}, {"method": "dfa"}, {"method": "fg-a"}]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("options", LEARNING, ids=str)
+def test_an_optimizer_made_before_the_first_step_moves_all_that_learns(
+    options: dict, kind: Any, nested: bool
+) -> None:
+    model: nn.Module = FDFA(mlp("tanh"), **options)
+    inner = model
+    if nested:
+        model = _Trainer(inner)
+    optimizer = kind(model.parameters(), lr=0.1)
+    train(model, "mlp", 1, optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, "mlp", 2, optimizer)
+    assert len(before) == len(optimizer.param_groups[0]["params"])
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+    if options.get("feedback") == "grad":
+        assert [id(p) for p in inner.feedback_parameters()] == list(map(id, inner.feedback.values()))
+
+
+@pytest.mark.parametrize("options", LEARNING, ids=str)
+def test_the_order_of_parameters_does_not_depend_on_when_they_get_their_shape(options: dict) -> None:
+    """An optimizer's state goes by it."""
+    x, _ = batch("block_net")
+    early, late = FDFA(block_net(), **options, example_input=x), FDFA(block_net(), **options)
+    late(x)
+    assert [n for n, _ in early.named_parameters()] == [n for n, _ in late.named_parameters()]
+
+
+@pytest.mark.parametrize("move", [nn.Module.bfloat16, nn.Module.double, nn.Module.cpu])
+def test_parameters_without_a_shape_may_be_moved(move: Callable[[nn.Module], nn.Module]) -> None:
+    x, _ = batch("mlp")
+    for options in LEARNING:
+        model = FDFA(mlp(), backend="reference", **options)
+        move(model)
+        dtype = model.module[0].weight.dtype
+        model(x.to(dtype)).sum().backward()
+        assert {head.weight.dtype for head in model.heads.values()} <= {dtype}
+        assert {matrix.dtype for matrix in model.feedback.values()} <= {torch.float32}
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("options", ALL, ids=str)
+def test_an_average_made_before_the_first_step_follows_the_model(
+    options: dict, nested: bool, use_buffers: bool
+) -> None:
+    model: Any = FDFA(block_net(), **options)
+    model = _Trainer(model) if nested else model
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected: dict[str, Tensor] = {}
+    for _ in range(3):
+        train(model, "block_net", 1, optimizer)
+        average.update_parameters(model)
+        for name, p in model.named_parameters():
+            expected[name] = (
+                p.detach().lerp(expected[name], 0.5) if name in expected else p.detach().clone()
+            )
+    averaged = dict(average.module.named_parameters())
+    assert averaged.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[name].detach(), value, msg=name)
+    train(average.module, "block_net", 1)
+
+
+@pytest.mark.parametrize("options", ALL, ids=str)
+def test_a_copy_made_before_the_first_step_trains_as_the_model(options: dict) -> None:
+    model = FDFA(block_net(), **options)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        train(each, "block_net", 2)
+    same_state(twin, model)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert a.data_ptr() != b.data_ptr()
+
+
+def test_local_heads_declared_for_another_order_are_refused_by_name() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.first = FDFALinear(8, 8), FDFALinear(6, 8)
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.second(self.first(x)))
+
+    x, y = batch("mlp")
+    with pytest.raises(
+        RuntimeError, match=r"block 'second' is the last to be called .* pass example_input"
+    ):
+        FDFA(Backwards(), method="lg-fg-a")(x)
+    losses(FDFA(Backwards(), method="lg-fg-a", example_input=x), x, y).backward()

@@ -1,0 +1,201 @@
+"""What a program does around a model: threads, inference mode, inputs by name, other forms of it."""
+
+import contextlib
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import NETS, batch, conv_net, mlp, step
+from torch import Tensor, nn
+
+from fdfa_ext import FDFA, FDFABlock, FDFALinear
+
+
+class _Attention(nn.Module):
+    """Goes on dual tensors, as a forward of its own does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = FDFALinear(6, 8, activation="tanh")
+        self.second = FDFABlock(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.second(self.first(x)[:, None]).squeeze(1))
+
+
+def test_models_in_threads_of_their_own_train_as_one_after_the_other() -> None:
+    """torch has one level of forward mode, and one choice of attention, for all threads."""
+    x, y = batch("mlp")
+    models = [FDFA(net) for net in (_Attention(), _Attention(), mlp())]
+    expected = copy.deepcopy(models)
+    cuda = torch.backends.cuda
+    settings = (cuda.flash_sdp_enabled, torch.backends.mha.get_fastpath_enabled)
+    before = [ask() for ask in settings]
+
+    def train(model: FDFA) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(60):
+            step(model, optimizer, x, y)
+
+    failures: list[Exception] = []
+
+    def run(model: FDFA) -> None:
+        try:
+            train(model)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert [ask() for ask in settings] == before
+    for model, other in zip(models, expected, strict=True):
+        train(other)
+        for key, value in other.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[key], value, msg=key)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("options", [{}, {"feedback": "grad"}, {"method": "lg-fg-a"}], ids=str)
+@pytest.mark.parametrize("example", [False, True])
+def test_a_wrapper_made_in_inference_mode_trains(name: str, options: dict, example: bool) -> None:
+    x, y = batch(name)
+    net = NETS[name][0]()
+    with torch.inference_mode():
+        model = FDFA(net, **options, example_input=x if example else None)
+        model(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        step(model, optimizer, x, y)
+    assert all(bool((matrix != 0).any()) for matrix in model.feedback.values())
+
+
+def test_a_state_loaded_in_inference_mode_can_be_trained() -> None:
+    x, y = batch("conv_net")
+    saved = FDFA(conv_net(), example_input=x).state_dict()
+    model = FDFA(conv_net())
+    with torch.inference_mode():
+        model.load_state_dict(saved)
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y)
+
+
+def test_a_net_made_in_inference_mode_is_refused_by_name() -> None:
+    with torch.inference_mode():
+        net = mlp()
+    with pytest.raises(
+        RuntimeError, match=r"FDFA: '0\.weight' of the module was made under torch\.inf"
+    ):
+        FDFA(net)(batch("mlp")[0])
+
+
+class _ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = FDFALinear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, *, pixels: Tensor, scale: float = 1.0) -> Tensor:
+        return self.out(scale * self.hidden(pixels))
+
+
+class _OneDict(_ByName):
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(pixels=inputs["pixels"])
+
+
+@pytest.mark.parametrize("net", [_ByName, _OneDict])
+def test_an_example_may_be_a_dict(net: Any) -> None:
+    """Of inputs by name, or as the one input of a model that wants such."""
+    x, _ = batch("mlp")
+    model = FDFA(net(), example_input={"pixels": x})
+    assert list(model.feedback) == ["hidden"]
+    output = model(pixels=x, scale=2.0) if net is _ByName else model({"pixels": x})
+    output.sum().backward()
+
+
+class _Returns(nn.Module):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Any:
+        return self.make(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        (nn.LSTM(8, 8), "tuple"),
+        (nn.GRU(8, 8), "tuple"),
+        (_Returns(lambda x: {"y": x}), "dict"),
+        (_Returns(lambda x: None), "NoneType"),
+    ],
+    ids=["lstm", "gru", "dict", "none"],
+)
+@pytest.mark.parametrize("after", [[], [nn.ReLU()]], ids=["last", "first"])
+@pytest.mark.parametrize("method", ["fdfa", "dfa"])
+def test_a_block_of_more_than_one_tensor_is_refused_by_name(
+    method: str, after: list[nn.Module], module: nn.Module, kind: str
+) -> None:
+    net = nn.Sequential(FDFABlock(module, *after), nn.Linear(8, 3))
+    message = (
+        rf"block '0': its module 0 \(.*\) returned a {kind}, but a block's modules must return one"
+    )
+    with pytest.raises(TypeError, match=message):
+        FDFA(net, method=method)(torch.randn(5, 8))
+
+
+class _Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0][:, -1]
+
+
+def test_a_recurrent_block_trains_without_tangents_and_is_refused_by_name_with_them() -> None:
+    for method, refused in (("dfa", False), ("dkp", False), ("fdfa", True), ("fg-a", True)):
+        net = nn.Sequential(FDFALinear(6, 8), FDFABlock(_Last()), nn.Linear(8, 3))
+        model = FDFA(net, method=method)
+        message = (
+            r"block '1': its module 0 \(_Last\) cannot carry a tangent, since torch has no forward"
+        )
+        with pytest.raises(RuntimeError, match=message) if refused else contextlib.nullcontext():
+            model(torch.randn(5, 4, 6)).sum().backward()
+        assert refused or all(p.grad is not None for p in net[1].parameters())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_trained_model_is_traced_exported_and_quantized_but_not_scripted(name: str) -> None:
+    x, y = batch(name)
+    model = FDFA(NETS[name][0](), example_input=x)
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y)
+    model.eval()
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    quantized = torch.ao.quantization.quantize_dynamic(model)
+    torch.testing.assert_close(quantized(x), expected, rtol=0.1, atol=0.1)
+    for scripted in (model, model.module, nn.Sequential(model)):
+        with pytest.raises(
+            RuntimeError, match=r"FDFA: torch\.jit\.script cannot compile .* torch\.jit\.trace"
+        ):
+            torch.jit.script(scripted)
+    model.train()
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y)
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_a_feedback_rate_is_checked_whenever_it_is_set(rate: float) -> None:
+    model = FDFA(mlp(), feedback_lr=0.5)
+    with pytest.raises(ValueError, match="feedback_lr must be finite and not negative; got"):
+        model.feedback_lr = rate
+    assert model.feedback_lr == 0.5
+    F.cross_entropy(model(batch("mlp")[0]), batch("mlp")[1]).backward()
