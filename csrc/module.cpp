@@ -3,7 +3,7 @@
 #include "cpu/kernels.h"
 #include "guard.h"
 
-// Importing this module registers torch.ops.fdfa (ops/schema.cpp); to Python it gives what was built,
+// Importing this module registers torch.ops.fdfa (ops/schema.cpp). To Python it gives what was built,
 // what it runs on, and the guard of fdfa_ext/plan.py.
 PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = FDFA_TORCH_VERSION;

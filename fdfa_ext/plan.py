@@ -3,8 +3,8 @@ which says at each step whether the module still stands so.
 
 Whatever a user can change between two steps, and the plan was made by, is compared at each step: the
 modules, their order and classes, the functions that these call, hooks, and the options that decide
-which calls are made. Parameters, buffers and all other attributes are no part of a plan: each call
-reads them anew. The comparison itself is in csrc/guard.h.
+between calls. Parameters, buffers and all other attributes are no part of a plan: each call reads them
+anew. The comparison itself is in csrc/guard.h.
 """
 
 from collections.abc import Iterable, Iterator
@@ -122,8 +122,9 @@ class Plan:
         guard = extension.Guard()
         for member in members:
             guard.watch_type(member)
-            # One has a type of its own, and cannot be changed.
-            if isinstance(member, torch.jit.ScriptModule):
+            if isinstance(
+                member, torch.jit.ScriptModule
+            ):  # has a type of its own, and cannot be changed
                 continue
             guard.watch_attribute(member, "__dict__")
             attributes = vars(member)

@@ -337,7 +337,7 @@ def test_a_new_block_that_no_optimizer_can_have_is_refused() -> None:
         model(torch.randn(7, 6))
     model = trained(sequence(), steps=0, method="lg-fg-a")
     a_block_more(model)
-    with pytest.raises(RuntimeError, match=r"block '1' needs a local head that no optimizer has"):
+    with pytest.raises(RuntimeError, match="block '1' needs a local head that no optimizer has"):
         model(torch.randn(7, 6))
 
 
@@ -764,8 +764,8 @@ def test_a_blocks_forward_replaced_by_one_that_does_not_perturb_is_refused_by_na
 
 def test_a_compiled_step_refuses_it_too() -> None:
     torch._dynamo.reset()
-    model = trained(sequence())
     x = torch.randn(7, 6)
+    model = FDFA(nn.Sequential(FDFALinear(6, 6), nn.Linear(6, 3)), example_input=x)
     compiled = torch.compile(model, backend="eager", dynamic=False)
     compiled(x)
     model.module[0].__class__ = Forgets
@@ -992,3 +992,34 @@ def test_a_child_that_is_none_is_torchs_error() -> None:
     model.module[2] = None
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
         model(torch.randn(7, 6))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_hooks_and_attributes_in_new_dictionaries_are_seen(hooked: bool) -> None:
+    """Some libraries clear hooks by a new dictionary, or give a module all that another one has."""
+    model = trained(sequence())
+    x = torch.randn(7, 6)
+    calls = []
+    if hooked:
+        model.module[1].register_forward_hook(lambda *_: calls.append("old"))
+    model(x)
+    calls.clear()
+    model.module[1]._forward_hooks = OrderedDict()
+    model.module[1].register_forward_hook(lambda *_: calls.append("new"))
+    model(x)
+    assert calls == ["new"]
+    model.module.__dict__ = sequence().__dict__
+    assert_trains_as_it_is(model, x)
+    assert calls == ["new"]
+
+
+@pytest.mark.parametrize("kind", ["kernel_size", "dilation"])
+def test_an_option_that_is_a_list_may_change_in_place(kind: str) -> None:
+    net = images()
+    net[3][3] = nn.MaxPool2d([2, 2])
+    net[3][3].dilation = [1, 1]
+    model = trained(net, method="fg-a")
+    x = example(net)
+    net[3][1].track_running_stats = False
+    getattr(net[3][3], kind)[:] = [1, 2]
+    assert_evaluates_alike(model, x)
