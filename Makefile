@@ -19,7 +19,7 @@ train: .venv/built
 	$(BIN)/python -m fdfa_ext train --dataset digits --method fdfa,bp
 
 test: .venv/built
-	$(BIN)/python -m pytest -q python_tests
+	$(BIN)/python -m pytest -q -n auto python_tests
 
 cpp-test: .venv/installed
 	cmake -S . -B build/cpp

@@ -92,10 +92,10 @@ def test_recorded_operators_are_those_of_a_step_with_their_bytes_and_flops(
     row = rows["fdfa::linear"]  # the first block has no tangent; its noise state has 3 words of 8 bytes
     assert row.n_flops == 2 * n * 784 * d
     assert row.n_bytes == 4 * (n * 784 + d * 784 + d + 2 * n * d + 1) + 24
-    # B and two moments, read and written; e, d; gate, δ; the bias's gradient; counters; the rate
+    # B and two moments, read and written; e, d; gate, δ; two biases' gradients; counters; the rate
     row = rows["fdfa::feedback_step"]
     assert row.n_flops == 2 * 2 * n * k * d
-    assert row.n_bytes == 4 * (2 * 3 * k * d + 2 * n * k + 2 * n * d + d) + 24 + 2 * 8 + 8
+    assert row.n_bytes == 4 * (2 * 3 * k * d + 2 * n * k + 2 * n * d + d + k) + 24 + 2 * 8 + 8
     for row in rows.values():
         assert row.ms.median > 0
         assert row.calls == 1
