@@ -47,6 +47,26 @@ class Guard {
     return true;
   }
 
+  // For Python's garbage collector: what is watched may lead back to the guard, by a hook say.
+  int traverse(visitproc visit, void* arg) const {
+    for (const Fact& fact : facts_) {
+      Py_VISIT(fact.owner.ptr());
+      Py_VISIT(fact.name.ptr());
+      Py_VISIT(fact.value.ptr());
+    }
+    for (const auto& [entries, seen] : contents_) {
+      Py_VISIT(entries.ptr());
+      for (const auto& object : seen) Py_VISIT(object.ptr());
+    }
+    return 0;
+  }
+
+  void clear() {
+    // Letting go may run code that looks at the guard.
+    const auto facts = std::exchange(facts_, {});
+    const auto contents = std::exchange(contents_, {});
+  }
+
  private:
   enum class Kind { type, attribute, entry };
 

@@ -392,7 +392,8 @@ class LocalHead(nn.Linear):
 
 def head_of(model: "FDFA", key: str) -> LocalHead:
     if key not in model.heads:
-        model.heads[key] = LocalHead()
+        # To the dictionary itself: a block may be called as one of ModuleDict's attributes is.
+        model.heads._modules[key] = LocalHead()
     head: Any = model.heads[key]
     return head
 

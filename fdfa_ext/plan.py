@@ -87,6 +87,7 @@ class Plan:
             another function put on a module, which may do anything, for a module without a rule, or for
             one compiled by itself.
         output_layer: the last step of those, if it is a linear layer: `steps` does not have it.
+        overriding: by name, the forward of each block that may leave out that of its base class.
         backward_hooked: names of the modules with a backward hook.
         has_global_hooks: whether there are hooks for all modules.
         is_compiled: whether a module within is compiled by itself.
@@ -106,6 +107,11 @@ class Plan:
         for block, block_pass in zip(self.blocks.values(), self.passes, strict=True):
             block.block_pass = block_pass
         self.backward_hooked = [name for name, member in named.items() if any(hooks_of(member)[2:])]
+        self.overriding = {
+            name: (type(block).forward, vars(block).get("forward"))
+            for name, block in self.blocks.items()
+            if is_overridden(block)
+        }
         self.is_compiled = any(map(_is_compiled, named.values()))
         self.has_global_hooks = any(GLOBAL_HOOKS)
         self.steps = None if self.is_compiled else _steps_of(module)

@@ -180,11 +180,15 @@ def convolve(
 
 def skips_pixels(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
     """Whether an unpadded 1×1 kernel leaves out pixels of x [N, C, H, W], on the CPU."""
+
+    def is_all(value: Any, number: int) -> bool:
+        return all(v == number for v in ([value] if isinstance(value, int) else value))
+
     return (
-        stride not in (1, (1,), (1, 1))
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and weight.shape[-2:] == (1, 1)
-        and padding in (0, (0,), (0, 0), "valid", "same")
+        and not is_all(stride, 1)
+        and (isinstance(padding, str) or is_all(padding, 0))
     )
 
 

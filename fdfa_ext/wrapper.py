@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
 
 from fdfa_ext._ops import fused
 from fdfa_ext.feedback import TensorMap
@@ -142,6 +143,7 @@ class FDFA(nn.Module):
         self.heads = nn.ModuleDict()
         self.local_outputs: list[Tensor] = []
         self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
+        self._overriding: dict[str, Any] = {}
         self._plan: Plan | None = None
         self._blocks: dict[str, Any] = {}
         self._passes: list[BlockPass] = []
@@ -172,6 +174,8 @@ class FDFA(nn.Module):
     def feedback_lr(self, value: float) -> None:
         if not 0 <= value < math.inf:
             raise ValueError(f"FDFA: feedback_lr must be finite and not negative; got {value}")
+        if self.rule == "ema" and value >= 1:
+            raise ValueError(f'FDFA: feedback_lr must be below 1 for feedback="ema"; got {value}')
         # A tensor, to which a compiled program does not specialise; a new one, since a forward pass
         # leaves the one it found to its backward. On the CPU, where the operators read it.
         self.learning_rate = torch.tensor(float(value), dtype=torch.float64, device="cpu")
@@ -276,8 +280,9 @@ class FDFA(nn.Module):
         if any(isinstance(inner, FDFA) for inner in module.modules()):
             raise ValueError("FDFA: the module has an FDFA within it; wrap it once, as a whole")
         plan = Plan(module)
-        if plan.blocks != self._blocks or any(map(is_overridden, plan.blocks.values())):
+        if plan.blocks != self._blocks or plan.overriding != self._overriding:
             self._checked = False
+        self._overriding = plan.overriding
         self._blocks = plan.blocks
         self._passes = plan.passes
         self._plan = plan
@@ -477,7 +482,9 @@ class FDFA(nn.Module):
 
     def _prepare(self, *args: Any, **kwargs: Any) -> None:
         for name, parameter in self.module.named_parameters():
-            if not torch.compiler.is_compiling() and parameter.is_inference():
+            if torch.compiler.is_compiling() or is_lazy(parameter):
+                continue
+            if parameter.is_inference():
                 raise RuntimeError(
                     f"FDFA: '{name}' of the module was made under torch.inference_mode, so that it "
                     "cannot be trained; make the module outside"
@@ -489,11 +496,14 @@ class FDFA(nn.Module):
         self._share()
 
     def _share(self) -> None:
-        """Copies that were made before the feedback and heads existed get them with this model.
+        """Copies of this net that were made before the feedback and heads existed get them with it.
 
         What averages models goes through the tensors of a model and its copy side by side.
         """
+        shapes = [*map(_shape, self.module.parameters())]
         for other in self._copies:
+            if other._checked or [*map(_shape, other.module.parameters())] != shapes:
+                continue
             for mine, theirs in (
                 (self.feedback, other.feedback),
                 (self.exp_avg, other.exp_avg),
@@ -576,7 +586,6 @@ class FDFA(nn.Module):
             saved = state_dict.get(f"{prefix}heads.{key}.weight")
             if saved is not None:
                 head_of(self, key).take_shape(saved.shape, saved.to(self.noise_state.device))
-        self._share()
         for name in ("noise_state", "updates"):
             saved = state_dict.get(prefix + name)
             if isinstance(saved, Tensor) and saved.is_floating_point():
@@ -594,6 +603,10 @@ def _without_grad(value: Any) -> Any:
     if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
         return value if isinstance(value, nn.Parameter) else value.detach()
     return value
+
+
+def _shape(parameter: Tensor) -> torch.Size | None:
+    return None if is_lazy(parameter) else parameter.shape
 
 
 def _takes_keywords(module: nn.Module, inputs: dict[str, Any]) -> bool:

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import re
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +16,7 @@ from nets import step
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
+from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear, wrapper
 from fdfa_ext.functional import BACKENDS
 from fdfa_ext.layers import Block
 
@@ -1023,3 +1025,34 @@ def test_an_option_that_is_a_list_may_change_in_place(kind: str) -> None:
     net[3][1].track_running_stats = False
     getattr(net[3][3], kind)[:] = [1, 2]
     assert_evaluates_alike(model, x)
+
+
+# Cost.
+
+
+class Extends(FDFALinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.0
+
+
+@pytest.mark.parametrize("first", [FDFALinear, Extends])
+def test_a_net_that_stays_as_it_is_is_planned_once(
+    first: type[FDFALinear], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(nn.Sequential(first(6, 6, activation="tanh"), nn.Linear(6, 3)))
+    assert model.prepared
+    monkeypatch.setattr(wrapper, "Plan", None)  # to make another is an error
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(7, 6), torch.arange(7) % 3)
+
+
+def test_a_model_that_its_net_leads_back_to_is_collected() -> None:
+    def gone() -> weakref.ref[FDFA]:
+        model = trained(sequence())
+        model.module[0].register_forward_hook(lambda *_: model and None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step(model, optimizer, torch.randn(7, 6), torch.arange(7) % 3)
+        return weakref.ref(model)
+
+    model = gone()
+    gc.collect()
+    assert model() is None

@@ -1,6 +1,7 @@
 """State: saved and loaded in any form, shared with optimizers and copies made before it exists."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,58 @@ def test_local_heads_declared_for_another_order_are_refused_by_name() -> None:
     ):
         FDFA(Backwards(), method="lg-fg-a")(x)
     losses(FDFA(Backwards(), method="lg-fg-a", example_input=x), x, y).backward()
+
+
+def test_a_copy_of_a_loaded_model_has_feedback_of_its_own() -> None:
+    """Placeholders of what is loaded must not become B, whose fixed zeros would teach nothing."""
+    x, y = batch("mlp")
+    source = FDFA(mlp(), method="dfa", example_input=x)
+    model = FDFA(mlp(), method="dfa")
+    twin = copy.deepcopy(model)
+    model.load_state_dict(source.state_dict())
+    losses(twin, x, y).backward()
+    assert all(matrix.any() for matrix in twin.feedback.values())
+
+
+def test_a_copy_that_got_another_net_keeps_to_it() -> None:
+    x, y = batch("mlp")
+    model = FDFA(mlp())
+    twin = copy.deepcopy(model)
+    twin.module = nn.Sequential(FDFALinear(6, 20), FDFALinear(20, 20), nn.Linear(20, 3))
+    losses(model, x, y).backward()
+    losses(twin, x, y).backward()
+    assert [list(matrix.shape) for matrix in twin.feedback.values()] == [[3, 20], [3, 20]]
+
+
+def test_a_copy_that_runs_is_left_alone() -> None:
+    x, y = batch("mlp")
+    model = FDFA(mlp(), example_input=x)
+    twin = copy.deepcopy(model)
+    before = list(twin.state_dict())
+    model.module.insert(2, FDFALinear(model.module[1].out_features, model.module[1].out_features))
+    losses(model, x, y).backward()
+    assert len(model.feedback) == 3
+    assert list(twin.state_dict()) == before
+
+
+def test_heads_may_have_any_name() -> None:
+    x, y = batch("mlp")
+    layers = [(name, FDFALinear(6, 6, activation="tanh")) for name in ("keys", "values")]
+    net = nn.Sequential(OrderedDict([*layers, ("out", nn.Linear(6, 3))]))
+    model = FDFA(net, method="lg-fg-a", example_input=x)
+    losses(model, x, y).backward()
+    assert model.heads["keys"].weight.grad.any()
+
+
+def test_lazy_modules_get_their_shapes_in_the_first_pass() -> None:
+    x, y = batch("mlp")
+    model = FDFA(nn.Sequential(FDFABlock(nn.LazyLinear(5), nn.ReLU()), nn.LazyLinear(3)))
+    losses(model, x, y).backward()
+    assert model.feedback["0"].any()
+
+
+def test_a_rate_of_an_average_stays_below_one() -> None:
+    model = FDFA(mlp(), feedback="ema", feedback_lr=0.5)
+    with pytest.raises(ValueError, match=r"feedback_lr must be below 1 for feedback=.ema.; got 2.5"):
+        model.feedback_lr = 2.5
+    assert model.feedback_lr == 0.5
