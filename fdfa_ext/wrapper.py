@@ -174,8 +174,8 @@ class FDFA(nn.Module):
     def feedback_lr(self, value: float) -> None:
         if not 0 <= value < math.inf:
             raise ValueError(f"FDFA: feedback_lr must be finite and not negative; got {value}")
-        if self.rule == "ema" and value >= 1:
-            raise ValueError(f'FDFA: feedback_lr must be below 1 for feedback="ema"; got {value}')
+        if self.rule == "ema" and value > 1:  # 1 takes the estimate itself, as the first of a mean
+            raise ValueError(f'FDFA: feedback_lr must be at most 1 for feedback="ema"; got {value}')
         # A tensor, to which a compiled program does not specialise; a new one, since a forward pass
         # leaves the one it found to its backward. On the CPU, where the operators read it.
         self.learning_rate = torch.tensor(float(value), dtype=torch.float64, device="cpu")

@@ -324,8 +324,8 @@ def test_lazy_modules_get_their_shapes_in_the_first_pass() -> None:
     assert model.feedback["0"].any()
 
 
-def test_a_rate_of_an_average_stays_below_one() -> None:
+def test_a_rate_of_an_average_is_at_most_one() -> None:
     model = FDFA(mlp(), feedback="ema", feedback_lr=0.5)
-    with pytest.raises(ValueError, match=r"feedback_lr must be below 1 for feedback=.ema.; got 2.5"):
+    with pytest.raises(ValueError, match=r"feedback_lr must be at most 1 for feedback=.ema.; got 2.5"):
         model.feedback_lr = 2.5
     assert model.feedback_lr == 0.5
