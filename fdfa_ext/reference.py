@@ -159,7 +159,7 @@ def linear(
 
 
 def convolve(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -172,10 +172,10 @@ def convolve(
     There oneDNN's gradient of its weight writes beyond its buffer for a stride above 1, fewer than 16
     channels and channels_last (torch 2.13).
     """
-    if skips_pixels(x, weight, stride, padding):
+    if skips_pixels(input, weight, stride, padding):
         rows, columns = (stride, stride) if isinstance(stride, int) else (stride[0], stride[-1])
-        x, stride = x[..., ::rows, ::columns], 1
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        input, stride = input[..., ::rows, ::columns], 1
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def skips_pixels(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> bool:
