@@ -165,6 +165,14 @@ class FDFA(nn.Module):
         else:
             self._prepare(*(example_input if isinstance(example_input, tuple) else (example_input,)))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("method", "rule") and name in self.__dict__:
+            raise AttributeError(
+                f"FDFA: {name} cannot be changed, since what the model keeps was made for it; wrap the "
+                "module again"
+            )
+        super().__setattr__(name, value)
+
     @property
     def feedback_lr(self) -> float:
         """α; may be set at any time, by a schedule say."""

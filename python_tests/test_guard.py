@@ -1056,3 +1056,12 @@ def test_a_model_that_its_net_leads_back_to_is_collected() -> None:
     model = gone()
     gc.collect()
     assert model() is None
+
+
+@pytest.mark.parametrize(("name", "value"), [("method", "dfa"), ("rule", "grad")])
+def test_what_the_state_was_made_for_cannot_be_changed(name: str, value: str) -> None:
+    model = trained(sequence())
+    before = getattr(model, name)
+    with pytest.raises(AttributeError, match=f"FDFA: {name} cannot be changed"):
+        setattr(model, name, value)
+    assert getattr(model, name) is before
