@@ -1,6 +1,8 @@
 #include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "cpu/kernels.h"
+#include "dual.h"
 #include "guard.h"
 
 namespace {
@@ -29,12 +31,16 @@ void collect_guards(PyHeapTypeObject* heap_type) {
 }  // namespace
 
 // Importing this module registers torch.ops.fdfa (ops/schema.cpp). To Python it gives what was built,
-// what it runs on, and the guard of fdfa_ext/plan.py.
+// what it runs on, dual tensors, and the guard of fdfa_ext/plan.py.
 PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = FDFA_TORCH_VERSION;
   m.attr("cuda_version") = FDFA_CUDA_VERSION;  // empty: built for the CPU alone
   m.attr("cuda_architectures") = FDFA_CUDA_ARCHITECTURES;
   m.def("cpu_isa", &fdfa::cpu::isa);
+  m.def("has_tangent", &fdfa::has_tangent);
+  m.def("unpack_dual", &fdfa::unpack_dual);
+  m.def("make_dual", &fdfa::make_dual);
+  m.def("dual_output_layer", &fdfa::dual_output_layer);
   pybind11::class_<fdfa::Guard>(m, "Guard", pybind11::custom_type_setup(collect_guards))
       .def(pybind11::init<>())
       .def("watch_type", &fdfa::Guard::watch_type)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdfa_ext.tangents import (
+from fdfa_ext.jvp import (
     ACTIVATION_NAMES,
     BATCH_NORMS,
     Step,

@@ -1,9 +1,8 @@
 """The dual pass of a training step: what its blocks do, and what they leave for the backward.
 
 A block takes primal and tangent apart, since an operator of torch.library that is given a dual tensor
-drops its tangent in silence. Between blocks the two travel side by side where every module's way with
-a tangent is known, and else on torch's forward-mode dual tensors, so that any torch module may stand
-there.
+drops its tangent in silence. Between blocks the two travel apart too where every module's JVP rule is
+known, and else on torch's forward-mode dual tensors, so that any torch module may stand there.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,19 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import reference
-from fdfa_ext._ops import fused
+from fdfa_ext._ops import extension, fused
 from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, Chain, ChainEnd, counter_of, norm_arguments
-from fdfa_ext.tangents import (
-    MaybePair,
+from fdfa_ext.duals import make_dual, unpack_dual
+from fdfa_ext.jvp import (
+    FunctionRules,
+    PrimalTangent,
     forward_dual,
     has_fused_pool,
-    make_dual,
     pool_geometry,
     single_precision,
-    unpack_dual,
     without_rules,
 )
 
@@ -48,6 +48,15 @@ class BlockRecord:
 
 
 @dataclass(slots=True)
+class OutputLayer:
+    """A linear output layer that is left to the method."""
+
+    weight: Tensor
+    bias: Tensor | None
+    input: Tensor | None = None  # [N, in_features], where its result is computed already
+
+
+@dataclass(slots=True)
 class DualPass:
     """One forward pass of primal and tangent: noise, operators, and the blocks met so far."""
 
@@ -59,14 +68,14 @@ class DualPass:
     records: list[BlockRecord] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # the blocks of the records
     takes_output_layer: bool = False  # whether the method can run a linear output layer itself
-    output_layer: nn.Linear | None = None  # one that was left to it
+    output_layer: OutputLayer | None = None  # one that was left to it
     takes_biases: bool = False  # whether the method gives biases of dense blocks their gradients itself
     biases: list[Tensor] = field(default_factory=list)  # those that were left to it
     biased: list[int] = field(default_factory=list)  # their blocks' places in records
+    perturbs: bool = field(init=False)
 
-    @property
-    def perturbs(self) -> bool:
-        return self.noise != "none"
+    def __post_init__(self) -> None:
+        self.perturbs = self.noise != "none"
 
     def use_noise(self) -> Tensor:
         """The noise state of this pass, for its backward; that of the model moves on."""
@@ -84,6 +93,52 @@ class DualPass:
         return bias.detach()
 
 
+class OwnForwardRules(FunctionRules):
+    """FunctionRules for a net with a forward of its own, which finds its output layer.
+
+    That is F.linear where it is the last function that the forward calls, its result is what the
+    forward returns, and nobody else has it. Once found, by its weight, it is left to the method. What
+    the forward does is seen at each step: where it does otherwise, the pass is `strayed`, and void.
+    """
+
+    def __init__(self, weight: Tensor | None, perturbs: bool) -> None:
+        self.weight = weight  # of the output layer in the pass before
+        self.perturbs = perturbs
+        self.last: tuple[Tensor, Tensor] | None = None  # result and weight of F.linear, called last
+        self.layer: OutputLayer | None = None
+        self.strayed = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.layer is not None:
+            self.strayed = True
+        if func is not F.linear or kwargs or len(args) != 3:
+            self.last = None
+            return super().__torch_function__(func, types, args, kwargs)
+        x, weight, bias = args
+        if weight is self.weight and weight is not None:
+            found = extension.dual_output_layer(x, weight, bias, self.perturbs)
+            if found is not None:
+                result, x = found
+                self.layer = OutputLayer(weight, bias, x)
+                self.last = result, weight
+                return result
+        result = super().__torch_function__(func, types, args)
+        self.last = None if weight is None else (result, weight)
+        return result
+
+
+def is_simple(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer is trained on rows without a graph, and no autocast stands between."""
+    return (
+        x.dim() == 2
+        and not x.requires_grad
+        and weight.requires_grad
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
 @dataclass(slots=True, eq=False)
 class BlockPass:
     """A block's own name, place in the noise and planned calls, and the dual pass while one runs."""
@@ -93,22 +148,27 @@ class BlockPass:
     planned: Chain | None = None  # None for a block that is one fused operator
     dual: DualPass | None = None
 
-    def through_duals(self, x: Tensor, block: Callable[[Tensor, Tensor | None], MaybePair]) -> Tensor:
-        """A dual tensor through a block that takes primal and tangent apart; so is the result.
+    def on_dual_tensor(
+        self, x: Tensor, block: Callable[[Tensor, Tensor | None], PrimalTangent]
+    ) -> Tensor:
+        """The dual tensor of a block's output, by a function that takes primal and tangent apart.
 
         Without a tangent both are plain tensors.
         """
-        assert self.dual is not None
+        dual = self.dual
+        assert dual is not None
         with without_rules():
-            if not self.dual.perturbs:
+            if not dual.perturbs:
                 return block(x, None)[0]
-            y, ty = block(*unpack_dual(x))
-            assert ty is not None
-            return make_dual(y, ty)
+            if dual.compiling:
+                y, ty = block(*torch._unpack_dual(x, level=0))
+                assert ty is not None
+                return torch._make_dual(y, ty, level=0)
+            return make_dual(*block(*unpack_dual(x)))
 
     def linear(
         self, x: Tensor, tangent: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
-    ) -> MaybePair:
+    ) -> PrimalTangent:
         """x [N, *, in_features] → y, ty [N, *, out_features]. Algorithm 1, lines 10 to 16."""
         dual = self._enter(x)
         if dual.tangents == "block":
@@ -138,7 +198,7 @@ class BlockPass:
         groups: int,
         activation: str,
         pool: nn.MaxPool2d | None = None,
-    ) -> MaybePair:
+    ) -> PrimalTangent:
         """x [N, C, H, W] → y and its tangent [N, C', H', W'], in channels_last.
 
         With a pool, one that has_fused_pool, these go through it, but it is no part of the block.
@@ -164,7 +224,7 @@ class BlockPass:
         tangent: Tensor | None,
         chain: Chain,
         pool: nn.MaxPool2d | None = None,
-    ) -> MaybePair:
+    ) -> PrimalTangent:
         """Calls one after the other, perturbed at the end of the last; pool as in conv2d."""
         dual = self._enter(x)
         x = x.detach()
@@ -218,7 +278,7 @@ class BlockPass:
         tangent: Tensor | None,
         spare: Tensor | None,
         pool: nn.MaxPool2d | None,
-    ) -> MaybePair:
+    ) -> PrimalTangent:
         """spare: memory for the tangent of the result, if it has the right order."""
         module: Any = end.first
         images = x.dim() == 4 and single_precision(x)
@@ -265,7 +325,7 @@ class BlockPass:
 
     def _pooled_end(
         self, dual: DualPass, end: ChainEnd, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d
-    ) -> MaybePair:
+    ) -> PrimalTangent:
         """The end of a block of images and the pool after the block."""
         module: Any = end.first
         rest = (dual.noise_state, self.index, end.activation, dual.noise, *pool_geometry(pool))
@@ -339,7 +399,7 @@ def _geometry(convolution: Any) -> tuple[Any, ...]:
     return (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
 
 
-def _through_pool(pool: nn.MaxPool2d | None, y: Tensor, ty: Tensor | None) -> MaybePair:
+def _through_pool(pool: nn.MaxPool2d | None, y: Tensor, ty: Tensor | None) -> PrimalTangent:
     return (y, ty) if pool is None else forward_dual(pool, y, ty)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fdfa_ext import reference
 from fdfa_ext.chains import Chain
 from fdfa_ext.functional import ACTIVATIONS, BlockPass
-from fdfa_ext.tangents import MaybePair, forward_dual, forward_mode_step, is_patched
+from fdfa_ext.jvp import PrimalTangent, forward_dual, forward_mode_step, is_patched
 
 
 def _check_activation(layer: str, activation: str) -> None:
@@ -40,7 +40,7 @@ class Block:
         """What the block computes outside FDFA's training step."""
         raise NotImplementedError
 
-    def dual(self, x: Tensor, tangent: Tensor | None) -> MaybePair:
+    def dual(self, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
         """The block's output and its tangent, perturbed, for an input with a tangent or none.
 
         While FDFA makes a training step. None in one that perturbs nothing.
@@ -64,12 +64,6 @@ class Block:
 
     def _by_forward_mode(self) -> Chain:
         return Chain([forward_mode_step(self.plain)], [type(self).__name__])
-
-    @property
-    def running_pass(self) -> BlockPass | None:
-        """The block's pass while FDFA makes a training step, else None."""
-        block_pass = self.block_pass
-        return None if block_pass is None or block_pass.dual is None else block_pass
 
 
 class FDFALinear(nn.Linear, Block):
@@ -96,11 +90,12 @@ class FDFALinear(nn.Linear, Block):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if (running := self.running_pass) is None:
+        own = self.block_pass
+        if own is None or own.dual is None:
             return self.plain(x)
-        return running.through_duals(x, self.dual)
+        return own.on_dual_tensor(x, self.dual)
 
-    def dual(self, x: Tensor, tangent: Tensor | None) -> MaybePair:
+    def dual(self, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
         own = self.block_pass
         assert own is not None, "a plan gives each block a pass"
         if own.planned is not None:
@@ -137,11 +132,14 @@ class FDFAConv2d(nn.Conv2d, Block):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if (running := self.running_pass) is None:
+        own = self.block_pass
+        if own is None or own.dual is None:
             return self.plain(x)
-        return running.through_duals(x, self.dual)
+        return own.on_dual_tensor(x, self.dual)
 
-    def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
+    def dual(
+        self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None
+    ) -> PrimalTangent:
         """pool: one that comes after the block, to be done with it."""
         own = self.block_pass
         assert own is not None, "a plan gives each block a pass"
@@ -196,9 +194,10 @@ class FDFABlock(nn.Sequential, Block):
         super().__init__(*modules)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (running := self.running_pass) is None:
+        own = self.block_pass
+        if own is None or own.dual is None:
             return self.plain(x)
-        return running.through_duals(x, self.dual)
+        return own.on_dual_tensor(x, self.dual)
 
     def plain(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -206,7 +205,9 @@ class FDFABlock(nn.Sequential, Block):
     def plan(self) -> Chain:
         return Chain.of(list(self)) if self._is_torchs() else self._by_forward_mode()
 
-    def dual(self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None) -> MaybePair:
+    def dual(
+        self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None
+    ) -> PrimalTangent:
         """pool: one that comes after the block, to be done with it."""
         own = self.block_pass
         assert own is not None, "a plan gives each block a pass"

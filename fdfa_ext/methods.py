@@ -17,9 +17,10 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._ops import fused
+from fdfa_ext.duals import forward_mode
 from fdfa_ext.functional import BlockRecord, DualPass, rows, unrows
+from fdfa_ext.jvp import function_rules
 from fdfa_ext.reference import derivative
-from fdfa_ext.tangents import forward_mode, function_rules, make_dual, unpack_dual
 
 if TYPE_CHECKING:
     from fdfa_ext.wrapper import FDFA
@@ -84,10 +85,11 @@ class WeightPerturbation(Method):
         direction = partial(_direction, model.backend_operators, model.noise)
         with forward_mode(), function_rules(), torch.no_grad():
             duals = {
-                name: make_dual(parameter.detach(), direction(used, index, parameter))
+                name: torch._make_dual(parameter.detach(), direction(used, index, parameter), level=0)
                 for index, (name, parameter) in enumerate(named)
             }
-            output, tangent = unpack_dual(functional_call(model.module, duals, args, kwargs))
+            output = functional_call(model.module, duals, args, kwargs)
+            output, tangent = torch._unpack_dual(output, level=0)
             if tangent is None:
                 raise RuntimeError(
                     "FDFA: the output has no tangent: a module detached it or is not differentiable in "
@@ -476,10 +478,9 @@ class ProjectedError(BlockMethod):
         dual, output, tangent = model.run_blocks(args, kwargs, takes_output_layer=True)
         records, layer = dual.records, dual.output_layer
         weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
-        outputs = output.shape[1] if weight is None else len(weight)
         checks = dual.backend is fused and not dual.compiling  # the operator does
         if not checks or any([record.output._version != record.version for record in records]):
-            model.check_blocks(dual, len(output), outputs)
+            model.check_blocks(dual, *_output_shape(output, weight))
         names = [record.name for record in records]
         try:
             result: Tensor = dual.backend.star(
@@ -495,7 +496,7 @@ class ProjectedError(BlockMethod):
                 [record.spare_gate for record in records],
                 [record.output for record in records] if self.reads_output else [],
                 *model.feedback_state(names),
-                model.updates,
+                model._buffers["updates"],
                 [record.index for record in records],
                 [record.activation for record in records],
                 model.noise,
@@ -504,11 +505,17 @@ class ProjectedError(BlockMethod):
                 model.learning_rate,
                 *model.betas,
                 model.eps,
+                None if layer is None else layer.input,
             )
         except (RuntimeError, TypeError, ValueError):
-            model.check_blocks(dual, len(output), outputs)  # it calls blocks by their names
+            model.check_blocks(dual, *_output_shape(output, weight))  # it calls blocks by their names
             raise
         return result
+
+
+def _output_shape(output: Tensor, weight: Tensor | None) -> tuple[int, int]:
+    """N and K of an output, or of what goes into an output layer with this weight."""
+    return output.shape[0], output.shape[1] if weight is None else weight.shape[0]
 
 
 class DirectFeedback(ProjectedError):

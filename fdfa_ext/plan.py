@@ -9,29 +9,32 @@ anew. The comparison itself is in csrc/guard.h.
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from fdfa_ext._ops import extension
+from fdfa_ext.duals import forward_mode, make_dual, unpack_dual
 from fdfa_ext.functional import BlockPass
-from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
-from fdfa_ext.tangents import (
+from fdfa_ext.jvp import (
     FORWARD_FUNCTIONS,
     FORWARD_NAMES,
     GLOBAL_HOOKS,
     OPTIONS,
+    PrimalTangent,
     Step,
+    function_rules,
     has_fused_pool,
     has_own_forward,
     hooks_of,
     is_patched,
     plain_type,
     rule_step,
+    without_rules,
 )
+from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
 
 BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
 _BLOCK_FORWARDS = [kind.forward for kind in BLOCKS]
@@ -81,12 +84,15 @@ class Plan:
     Attributes:
         blocks: by name, in the order of the module.
         passes: those of the blocks, each with the block's calls.
-        steps: the calls of a net of blocks and modules with a JVP rule in sequence, which take primal
-            and tangent side by side, without dual tensors; each is given what the one before returned.
-            None for any other net, which needs dual tensors: for a forward of its own, for a hook or
-            another function put on a module, which may do anything, for a module without a rule, or for
-            one compiled by itself.
+        steps: the calls of a sequence, each given primal and tangent of what the one before returned.
+            Blocks and modules with a JVP rule take them apart; any other module gets a dual tensor, as
+            one with a hook or another function put on it does, which may do anything. None for a net
+            with a forward of its own, or with a module in it that is compiled by itself, which are
+            called as a whole.
         output_layer: the last step of those, if it is a linear layer: `steps` does not have it.
+        output_weight: that of the linear output layer which the pass before found in a forward of the
+            net's own; each pass checks it.
+        takes_output_weight: whether it may be looked for.
         overriding: by name, the forward of each block that may leave out that of its base class.
         backward_hooked: names of the modules with a backward hook.
         has_global_hooks: whether there are hooks for all modules.
@@ -95,6 +101,8 @@ class Plan:
 
     steps: list[Step] | None
     output_layer: nn.Linear | None = None
+    output_weight: Tensor | None = None
+    takes_output_weight: bool = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -114,10 +122,14 @@ class Plan:
         }
         self.is_compiled = any(map(_is_compiled, named.values()))
         self.has_global_hooks = any(GLOBAL_HOOKS)
-        self.steps = None if self.is_compiled else _steps_of(module)
-        if self.steps and isinstance(module, nn.Sequential) and type(module[-1]) is nn.Linear:
-            self.output_layer = module[-1]
-            self.steps.pop()
+        self.steps = None
+        if isinstance(module, nn.Sequential) and _is_sequence(module) and not self.is_compiled:
+            names = {member: name for name, member in named.items()}
+            self.steps = _steps_of(module, names)
+            last: Any = module[-1]
+            if plain_type(last) is nn.Linear:
+                self.output_layer = last
+                self.steps.pop()
         self._guard = self._watch(named.values())
 
     def holds(self, module: nn.Module) -> bool:
@@ -165,25 +177,72 @@ def _is_called_plainly(block: Any) -> bool:
     return not (hooked or is_overridden(block) or is_patched(block.torch_type))
 
 
-def _steps_of(module: Any) -> list[Step] | None:
-    if isinstance(module, Block):
-        return [module.dual] if _is_called_plainly(module) else None
-    if plain_type(module) is not nn.Sequential:
-        step = rule_step(module)
-        return None if step is None else [step]
+def _is_sequence(module: nn.Module) -> bool:
+    # torch lets a child be None, and has the words for its call.
+    return plain_type(module) is nn.Sequential and None not in module._modules.values()
+
+
+def _steps_of(sequence: nn.Sequential, names: dict[nn.Module, str]) -> list[Step]:
     steps: list[Step] = []
-    for before, inner in pairwise([None, *module]):
-        if _pools(before, inner):
-            steps[-1] = partial(before.dual, pool=inner)
+    block: Any = None  # whose call is the last step
+    for module in sequence:
+        if block is not None and _pools(block, module):
+            steps[-1] = partial(block.dual, pool=module)
+            block = None
             continue
-        inner_steps = _steps_of(inner)
-        if inner_steps is None:
-            return None
-        steps += inner_steps
+        block = module if isinstance(module, Block) and _is_called_plainly(module) else None
+        step: Step | None
+        if block is not None:
+            steps.append(block.dual)
+        elif isinstance(module, nn.Sequential) and _is_sequence(module):
+            steps += _steps_of(module, names)
+        elif (step := rule_step(module)) is not None:
+            steps.append(step)
+        elif steps and isinstance(steps[-1], _OnDualTensors):
+            # Modules of unknown kind may hand each other more than one tensor.
+            steps[-1].add(module, names[module])
+        else:
+            steps.append(_OnDualTensors(module, names[module]))
     return steps
 
 
-def _pools(before: Any, module: Any) -> bool:
+class _OnDualTensors:
+    """Modules of unknown kind, one after the other."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.modules: list[nn.Module] = []
+        self.block: Any = None
+        self.add(module, name)
+
+    def add(self, module: nn.Module, name: str) -> None:
+        self.modules.append(module)
+        self.last = f"module '{name}' ({type(module).__name__})"
+        blocks = [inner for inner in module.modules() if isinstance(inner, Block)]
+        self.block = self.block or next(iter(blocks), None)
+
+    def __call__(self, x: Any, tangent: Tensor | None) -> PrimalTangent:
+        running = None if self.block is None else self.block.block_pass.dual
+        if tangent is None and (running is None or not running.perturbs):
+            with function_rules():
+                return self._call(x), None
+        with forward_mode(), function_rules():
+            result = self._call(x if tangent is None else make_dual(x, tangent))
+            if not isinstance(result, Tensor):
+                raise TypeError(
+                    f"FDFA: {self.last} must return one tensor; got {type(result).__name__}. Put it "
+                    "and what takes its result into one module"
+                )
+            with without_rules():
+                y, ty = unpack_dual(result)
+                return y, None if ty is None else ty.detach()
+
+    def _call(self, value: Any) -> Any:
+        for module in self.modules:
+            value = module(value)
+        return value
+
+
+def _pools(block: Any, module: Any) -> bool:
     """Whether it is a max-pool that the block before it can do."""
-    is_block = type(before) is FDFAConv2d or type(before) is FDFABlock
+    is_block = type(block) is FDFAConv2d or type(block) is FDFABlock
     return is_block and plain_type(module) is nn.MaxPool2d and has_fused_pool(module)

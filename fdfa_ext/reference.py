@@ -548,10 +548,12 @@ def star(
     beta1: float,
     beta2: float,
     eps: float,
+    input: Tensor | None = None,
 ) -> Tensor:
     if weight is not None:
-        x = F.linear(x, weight, bias)
-        tangent = None if tangent is None else F.linear(tangent, weight.detach())
+        x = F.linear(x if input is None else input, weight, bias)
+        if tangent is not None and input is None:
+            tangent = F.linear(tangent, weight.detach())
     # The operator: a compiler may put off a clone in plain torch until the state has moved.
     used = None if tangent is None else fused.next_noise(noise_state)
     tensors = (*handles, *biases, *gates, *outputs, *feedback, *exp_avg, *exp_avg_sq)

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,21 +16,23 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 
 from fdfa_ext._ops import fused
+from fdfa_ext.duals import forward_mode, has_tangent, slow_attention, unpack_dual
 from fdfa_ext.feedback import TensorMap
-from fdfa_ext.functional import BACKENDS, NOISES, BlockPass, BlockRecord, DualPass
+from fdfa_ext.functional import (
+    BACKENDS,
+    NOISES,
+    BlockPass,
+    BlockRecord,
+    DualPass,
+    OutputLayer,
+    OwnForwardRules,
+    is_simple,
+)
+from fdfa_ext.jvp import GLOBAL_HOOKS, forward_dual
 from fdfa_ext.layers import NOT_SCRIPTABLE
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import METHODS, Method, head_of
 from fdfa_ext.plan import BLOCKS, Plan, find_blocks, is_overridden
-from fdfa_ext.tangents import (
-    GLOBAL_HOOKS,
-    forward_dual,
-    forward_mode,
-    function_rules,
-    slow_attention,
-    unpack_dual,
-    without_rules,
-)
 
 RULES = ("ema", "adam", "grad")
 
@@ -249,7 +252,10 @@ class FDFA(nn.Module):
                 self._current_plan()  # the dry run had a hook
         dual.takes_output_layer = takes_output_layer
         dual.takes_biases = takes_output_layer and dual.backend is fused and not dual.compiling
-        output, tangent = self._run(dual, *args, **kwargs)
+        try:
+            output, tangent = self._run(dual, *args, **kwargs)
+        except _StrayedError:  # as seldom as the forward changes its course
+            return self.run_blocks(args, kwargs, takes_output_layer)
         if tangent is None and dual.tangents != "none":
             raise self._no_tangent(self._probe(*args, **kwargs)[3])
         if dual.output_layer is not None:
@@ -324,11 +330,12 @@ class FDFA(nn.Module):
             output, tangent = args[0], None
             for step in plan.steps:
                 output, tangent = step(output, tangent)
+            self._check_overridden(dual)
             layer = plan.output_layer
             if layer is not None:
                 complete = tangent is not None or not dual.perturbs
-                if dual.takes_output_layer and complete and _is_simple(layer, output):
-                    dual.output_layer = layer
+                if dual.takes_output_layer and complete and is_simple(output, layer.weight):
+                    dual.output_layer = OutputLayer(layer.weight, layer.bias)
                 else:
                     output, tangent = forward_dual(layer, output, tangent)
             return self._tensor(output), tangent
@@ -339,14 +346,31 @@ class FDFA(nn.Module):
     def _on_dual_tensors(
         self, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        if not dual.perturbs:
-            with function_rules():
-                return self._tensor(self.module(*args, **kwargs)), None
-        with forward_mode(), function_rules():
-            output = self._tensor(self.module(*args, **kwargs))
-            with without_rules():
-                output, tangent = unpack_dual(output)
+        level = forward_mode() if dual.perturbs else nullcontext()
+        plan = self._plan
+        if dual.compiling or plan is None:
+            with level:
+                output = self._tensor(self.module(*args, **kwargs))
+                if not dual.perturbs:
+                    return output, None
+                output, tangent = torch._unpack_dual(output, level=0)
                 return output, None if tangent is None else tangent.detach()
+        rules = OwnForwardRules(plan.output_weight if dual.takes_output_layer else None, dual.perturbs)
+        with level:
+            with rules:
+                output = self._tensor(self.module(*args, **kwargs))
+            # It has one holder more than `rules`, rules.last, unless the user's code keeps it too.
+            kept = sys.getrefcount(output) - sys.getrefcount(rules) > 1
+            result, tangent = unpack_dual(output)
+        ends_in_linear = rules.last is not None and rules.last[0] is output and not kept
+        if rules.layer is not None:
+            if rules.strayed or not ends_in_linear:
+                plan.output_weight, plan.takes_output_weight = None, False
+                raise _StrayedError
+            dual.output_layer = rules.layer
+        elif rules.last is not None and ends_in_linear and plan.takes_output_weight:
+            plan.output_weight = rules.last[1]
+        return result, None if tangent is None else tangent.detach()
 
     def _check_places(self) -> None:
         """For a compiler, which cannot plan: a block that came later would learn by backpropagation."""
@@ -460,7 +484,7 @@ class FDFA(nn.Module):
         names = {module: name for name, module in self.module.named_modules() if name}
 
         def watch(module: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
-            if module in names and _has_tangent(inputs) and not _has_tangent(result):
+            if module in names and _any_tangent(inputs) and not _any_tangent(result):
                 droppers.append(f"'{names[module]}' ({type(module).__name__})")
 
         modes = {module: module.training for module in self.module.modules()}
@@ -605,6 +629,10 @@ class FDFA(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class _StrayedError(Exception):
+    """A forward's output layer was left to the method, and the forward did not end with it."""
+
+
 def _without_grad(value: Any) -> Any:
     """An input of the whole model gets no gradient; a parameter, which would want one, is refused by
     the block that it reaches."""
@@ -626,21 +654,11 @@ def _takes_keywords(module: nn.Module, inputs: dict[str, Any]) -> bool:
     return True
 
 
-def _is_simple(layer: nn.Linear, x: Tensor) -> bool:
-    """Whether it is trained on rows that depend on no parameter, and no autocast stands between."""
-    return (
-        x.dim() == 2
-        and x.grad_fn is None
-        and layer.weight.requires_grad
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-
-
-def _has_tangent(value: Any) -> bool:
+def _any_tangent(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.is_floating_point() and unpack_dual(value)[1] is not None
+        return has_tangent(value)
     if isinstance(value, (tuple, list)):
-        return any(_has_tangent(item) for item in value)
+        return any(_any_tangent(item) for item in value)
     if isinstance(value, dict):
-        return any(_has_tangent(item) for item in value.values())
+        return any(_any_tangent(item) for item in value.values())
     return False

@@ -40,6 +40,15 @@ def block_net() -> nn.Sequential:
     )
 
 
+class Residue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(x)
+
+
 NETS = {"mlp": (mlp, (6,)), "conv_net": (conv_net, (1, 12, 12)), "block_net": (block_net, (1, 12, 12))}
 
 

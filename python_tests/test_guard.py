@@ -916,7 +916,8 @@ def test_an_error_leaves_no_hook_and_no_mode_behind() -> None:
             assert not module._forward_hooks
             assert not module._forward_pre_hooks
         assert not nn.modules.module._global_forward_hooks
-        assert all(block.running_pass is None for block in net.modules() if isinstance(block, Block))
+        passes = [block.block_pass for block in net.modules() if isinstance(block, Block)]
+        assert all(own is None or own.dual is None for own in passes)
 
 
 # Reparametrized weights.

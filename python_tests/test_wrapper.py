@@ -1,6 +1,5 @@
 """FDFA as a user meets it: training steps, state, rules and errors."""
 
-import contextlib
 import copy
 import os
 import platform
@@ -13,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from nets import NETS, batch, block_net, conv_net, mlp, step
+from nets import NETS, Residue, batch, block_net, conv_net, mlp, step
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -376,15 +374,6 @@ def test_an_input_that_wants_a_gradient_gets_none(between: nn.Module, first: lis
     assert all(p.grad is not None for p in model.parameters())
 
 
-class Residue(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(2, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(x)
-
-
 @pytest.mark.parametrize(
     "norm", [lambda: nn.GroupNorm(2, 4), lambda: nn.GroupNorm(4, 4, affine=False), Residue]
 )
@@ -408,22 +397,6 @@ def test_group_normalisation_takes_images_in_any_order(norm: Any, method: str) -
         results.append([*model.feedback.values(), *[p.grad for p in model.parameters()]])
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("norm", [lambda: nn.GroupNorm(2, 4), Residue])
-def test_the_tangent_of_group_normalisation_is_its_directional_derivative(norm: Any) -> None:
-    from fdfa_ext.tangents import forward_dual
-
-    module = norm().double()
-    for p in module.parameters():
-        nn.init.normal_(p)
-    x, tangent = torch.randn(2, 5, 4, 3, 3, dtype=torch.double).unbind()
-    _, expected = torch.func.jvp(module, (x,), (tangent,))
-    order = torch.channels_last
-    _, ty = forward_dual(
-        module, x.contiguous(memory_format=order), tangent.contiguous(memory_format=order)
-    )
-    torch.testing.assert_close(ty, expected)
 
 
 def test_a_block_may_return_an_expanded_tensor() -> None:
@@ -529,89 +502,6 @@ def test_a_block_leaves_the_tangent_of_its_input_to_others(chain: list[nn.Module
         torch.testing.assert_close(matrix, models[1].feedback[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "chain",
-    [
-        lambda: [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU()],
-        lambda: [nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), nn.GELU(), nn.MaxPool2d(2)],
-        lambda: [nn.BatchNorm2d(2), nn.SiLU(), nn.Conv2d(2, 4, 3)],
-        lambda: [nn.Conv2d(2, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 5), nn.Tanh()],
-        lambda: [nn.Flatten(), nn.Linear(128, 6), nn.LayerNorm(6), nn.Softmax(1), nn.LeakyReLU()],
-    ],
-)
-def test_tangent_of_a_block_is_that_of_forward_mode(chain: Any) -> None:
-    """Whatever way forward_dual takes for a module, it is torch's own forward-mode derivative."""
-    from fdfa_ext.tangents import forward_dual
-
-    modules = chain()
-    x, tangent = torch.randn(2, 5, 2, 8, 8, dtype=torch.double).unbind()
-    for module in modules:
-        module.double()
-    with forward_ad.dual_level():
-        y, ty = x, tangent
-        for module in modules:
-            y, ty = forward_dual(module, y, ty)
-        expected = forward_ad.unpack_dual(nn.Sequential(*modules)(forward_ad.make_dual(x, tangent)))
-    torch.testing.assert_close(y, expected.primal)
-    torch.testing.assert_close(ty, expected.tangent)
-    assert not ty.requires_grad
-
-
-@pytest.mark.parametrize("moving", [(True, False), (True, True), (False, True), (False, False)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_tangents_are_those_of_forward_mode(moving: tuple[bool, bool], bias: bool) -> None:
-    """Also for a weight that has a tangent itself, as that of a layer whose weights are computed."""
-    from fdfa_ext.tangents import FunctionRules
-
-    tensors = [torch.randn(2, *size, dtype=torch.double) for size in ((5, 6), (4, 6))]
-    b = torch.randn(4, dtype=torch.double) if bias else None
-    results = []
-    for rules in (FunctionRules(), contextlib.nullcontext()):
-        with forward_ad.dual_level(), rules:
-            x, weight = (
-                forward_ad.make_dual(*t) if dual else t[0]
-                for t, dual in zip(tensors, moving, strict=True)
-            )
-            results.append(forward_ad.unpack_dual(F.linear(x, weight, bias=b)))
-    assert (results[0].tangent is not None) == any(moving)
-    for mine, expected in zip(*results, strict=True):
-        torch.testing.assert_close(mine, expected)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"kernel_size": 2},
-        {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0)},
-        {"kernel_size": 3, "stride": 2, "ceil_mode": True},
-        {"kernel_size": 2, "dilation": 2},
-        {"kernel_size": 2, "return_indices": True},
-    ],
-)
-@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("needs_gradient", [False, True])
-def test_max_pool_tangents_are_those_of_forward_mode(
-    arguments: dict[str, Any], order: torch.memory_format, needs_gradient: bool
-) -> None:
-    from fdfa_ext.tangents import FunctionRules
-
-    x, tangent = (t.contiguous(memory_format=order) for t in torch.randn(2, 3, 4, 8, 9).unbind())
-    x.requires_grad_(needs_gradient)
-    results: list[list[Any]] = []
-    for rules in (FunctionRules(), contextlib.nullcontext()):
-        with forward_ad.dual_level(), rules:
-            out = F.max_pool2d(forward_ad.make_dual(x, tangent), **arguments)
-            y = out[0] if isinstance(out, tuple) else out
-            assert y.requires_grad == needs_gradient
-            results.append(
-                [*forward_ad.unpack_dual(y), *out[1:]]
-                if isinstance(out, tuple)
-                else [*forward_ad.unpack_dual(y)]
-            )
-    for mine, expected in zip(*results, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=0, atol=0)
-
-
 class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -662,36 +552,36 @@ def test_residual_and_attention_blocks_learn(attention: nn.Module, backend: str)
         assert parameter.grad is not None
 
 
-def test_fused_attention_is_back_after_a_step_and_after_one_that_failed() -> None:
-    """In between it has to give way: it has no forward mode."""
+def test_attention_alone_does_without_fused_kernels_and_leaves_them_as_they_are() -> None:
+    """They have no forward mode, so a tangent shows that they gave way."""
     cuda = torch.backends.cuda
     enabled = [cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled]
     within = []
 
-    class Fails(nn.Module):
-        fails = False
+    class Attends(nn.Module):
+        features = 8
 
         def forward(self, x: Tensor) -> Tensor:
             within.append([ask() for ask in enabled])
-            if self.fails:
-                raise ArithmeticError
-            return x
+            key = x[..., : self.features]
+            return F.scaled_dot_product_attention(x, key, x)
 
-    fails = Fails()
-    net = nn.Sequential(FDFALinear(6, 8), fails, nn.Linear(8, 3))
-    x = torch.randn(4, 6)
+    attends = Attends()
+    net = nn.Sequential(FDFALinear(6, 8), attends, nn.Flatten(), nn.Linear(40, 3))
+    x = torch.randn(4, 5, 6)
     cuda.enable_cudnn_sdp(False)  # the user's own choice
     try:
-        model = FDFA(net, example_input=x)
+        model = FDFA(net, feedback="ema", feedback_lr=0.5, example_input=x)
         model(x).sum().backward()
-        assert [ask() for ask in enabled] == [True, True, False]
-        fails.fails = True
-        with pytest.raises(ArithmeticError):
+        within.append([ask() for ask in enabled])
+        attends.features = 7
+        with pytest.raises(RuntimeError, match="size"):
             model(x)
-        assert [ask() for ask in enabled] == [True, True, False]
+        within.append([ask() for ask in enabled])
     finally:
         cuda.enable_cudnn_sdp(True)
-    assert within[-1] == [False, False, False]
+    assert model.feedback["0"].abs().max() > 0
+    assert within == [[True, True, False]] * 5
 
 
 @pytest.mark.parametrize("name", NETS)

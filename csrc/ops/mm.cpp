@@ -1,6 +1,7 @@
 #include <ATen/Context.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
@@ -10,6 +11,7 @@
 
 #include "ops/checks.h"
 #include "ops/ops.h"
+#include "ops/output_layer.h"
 
 namespace fdfa {
 namespace {
@@ -99,6 +101,17 @@ Tensor plain_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   Tensor y = call_mm(x, weight.t());
   if (bias) y.add_(*bias);
   return y;
+}
+
+std::tuple<Tensor, OptionalTensor> output_layer(const Tensor& x, const OptionalTensor& tangent,
+                                                const Tensor& weight, const OptionalTensor& bias) {
+  if (!tangent) return {plain_linear(x, weight, bias), std::nullopt};
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  if (!x.is_cuda() || x.size(0) > kMostPairedRows) {
+    return {plain_linear(x, weight, bias), call_mm(*tangent, weight.t())};
+  }
+  const auto [product, output_tangent] = paired_products(x, tangent, weight);
+  return {bias ? at::add(product, *bias) : product, output_tangent};
 }
 
 }  // namespace fdfa

@@ -128,7 +128,8 @@ TORCH_LIBRARY(fdfa, m) {
   // by a feedback step (rule "ema", "adam" or, with neither tangent nor outputs, "fixed") or by
   // feedback_gradient ("grad"), and passes the error on to what made the output. The output is x, with
   // its tangent; or with weight [K, D] and bias [K] it is x Wᵀ + b of x [N, D], and they get their
-  // exact gradients here: a node, two calls and a copy less. With a tangent it advances noise_state, of
+  // exact gradients here: a node, two calls and a copy less. With `input` too x is what that layer has
+  // made of it, and its tangent. With a tangent it advances noise_state, of
   // which the backward uses the value before. A gate that is spare, since nobody else reads it, gives
   // its memory to δ, unless the graph is retained. `biases`, each [D] of the block of [N, D] in that
   // place of `biased`, get their gradients here too, which the feedback step has at no cost.
@@ -137,7 +138,8 @@ TORCH_LIBRARY(fdfa, m) {
       "Tensor[] handles, Tensor[] biases, int[] biased, Tensor[] gates, bool[] spare_gates, Tensor[] "
       "outputs, Tensor[] feedback, "
       "Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, int[] blocks, str[] activations, "
-      "str noise, str rule, float decay, Tensor lr, float beta1, float beta2, float eps) -> Tensor");
+      "str noise, str rule, float decay, Tensor lr, float beta1, float beta2, float eps, "
+      "Tensor? input=None) -> Tensor");
 }
 
 #define FDFA_IMPLEMENT(key)                                       \

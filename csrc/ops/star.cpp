@@ -1,5 +1,4 @@
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/add.h>
 #include <ATen/ops/clone.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -7,7 +6,9 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include "ops/checks.h"
 #include "ops/ops.h"
+#include "ops/output_layer.h"
 
 // The one autograd node between the loss and all blocks (Algorithm 1, lines 18 to 24), with the linear
 // output layer in it where there is one. No path leads from one block to another.
@@ -36,10 +37,11 @@ struct Star : torch::autograd::Function<Star> {
                         const OptionalTensor& weight, const OptionalTensor& bias,
                         at::TensorList handles, at::TensorList biases, at::TensorList feedback,
                         const Tensor& noise_state, at::TensorList gates, at::TensorList outputs,
-                        c10::intrusive_ptr<Options> options) {
+                        const OptionalTensor& input, c10::intrusive_ptr<Options> options) {
     static const auto next_noise = find<decltype(fdfa::next_noise)>("fdfa::next_noise");
-    auto [output, output_tangent] = weight ? output_layer(x, tangent, *weight, bias)
-                                           : std::tuple<Tensor, OptionalTensor>(x.clone(), tangent);
+    auto [output, output_tangent] = weight && !input
+                                        ? output_layer(x, tangent, *weight, bias)
+                                        : std::tuple<Tensor, OptionalTensor>(x.clone(), tangent);
     check_network({"star", output, output_tangent, noise_state, feedback, gates, outputs,
                    options->blocks, options->activations, options->noise});
     for (size_t i = 0; i < gates.size(); ++i) check_order(feedback[i], gates[i]);
@@ -47,7 +49,8 @@ struct Star : torch::autograd::Function<Star> {
     options->wants_weight = weight && weight->requires_grad();
     options->wants_bias = bias && bias->requires_grad();
     variable_list saved{output_tangent.value_or(Tensor()),
-                        tangent ? next_noise.call(noise_state) : Tensor(), weight ? x : Tensor()};
+                        tangent ? next_noise.call(noise_state) : Tensor(),
+                        weight ? input.value_or(x) : Tensor()};
     saved.insert(saved.end(), gates.begin(), gates.end());
     saved.insert(saved.end(), outputs.begin(), outputs.end());
     ctx->save_for_backward(std::move(saved));
@@ -104,21 +107,8 @@ struct Star : torch::autograd::Function<Star> {
     result.insert(result.end(), deltas.begin(), deltas.end());
     result.insert(result.end(), bias_grads.begin(), bias_grads.end());
     result.insert(result.end(), gradients.begin(), gradients.end());
-    result.resize(result.size() + 2 + gates.size() + outputs.size());  // of what has no gradient
+    result.resize(result.size() + 3 + gates.size() + outputs.size());  // of what has no gradient
     return result;
-  }
-
-  // The linear output layer's result and its tangent.
-  static std::tuple<Tensor, OptionalTensor> output_layer(const Tensor& x, const OptionalTensor& tangent,
-                                                         const Tensor& weight,
-                                                         const OptionalTensor& bias) {
-    if (!tangent) return {plain_linear(x, weight, bias), std::nullopt};
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    if (!x.is_cuda() || x.size(0) > kMostPairedRows) {
-      return {plain_linear(x, weight, bias), call_mm(*tangent, weight.t())};
-    }
-    const auto [product, output_tangent] = paired_products(x, tangent, weight);
-    return {bias ? at::add(product, *bias) : product, output_tangent};
   }
 
   static void check_biases(at::TensorList biases, at::IntArrayRef biased, at::TensorList gates) {
@@ -148,9 +138,15 @@ Tensor star(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor
             at::TensorList exp_avg, at::TensorList exp_avg_sq, const Tensor& updates,
             at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
             c10::string_view rule, double decay, const Tensor& lr, double beta1, double beta2,
-            double eps) {
-  TORCH_CHECK(!weight || !x.requires_grad(),
-              "fdfa::star: x must need no gradient where weight is given");
+            double eps, const OptionalTensor& input) {
+  TORCH_CHECK(!weight || !input.value_or(x).requires_grad(), "fdfa::star: ", input ? "input" : "x",
+              " must need no gradient where weight is given");
+  TORCH_CHECK(!input || weight,
+              "fdfa::star: input is that of an output layer, whose weight is missing");
+  if (input) {
+    check_shape("star", "input", *input, {x.size(0), weight->size(1)});
+    check_shape("star", "weight", *weight, {x.size(1), input->size(1)});
+  }
   auto options = c10::make_intrusive<Options>();
   options->feedback = feedback.vec();
   options->exp_avg = exp_avg.vec();
@@ -168,7 +164,7 @@ Tensor star(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor
   options->beta2 = beta2;
   options->eps = eps;
   return Star::apply(x, tangent, weight, bias, handles, biases, feedback, noise_state, gates, outputs,
-                     std::move(options));
+                     input, std::move(options));
 }
 
 }  // namespace

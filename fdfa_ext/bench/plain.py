@@ -12,8 +12,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from fdfa_ext.functional import rows, unrows
+from fdfa_ext.jvp import forward_dual
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
-from fdfa_ext.tangents import forward_dual
 from fdfa_ext.wrapper import FDFA
 
 _ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}

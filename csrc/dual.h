@@ -1,0 +1,67 @@
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/_make_dual.h>
+
+#include <optional>
+#include <utility>
+
+#include "ops/output_layer.h"
+
+namespace fdfa {
+
+// Dual tensors of torch's forward mode. torch._make_dual and torch._unpack_dual make views that
+// autograd can follow, which costs a small step a tenth of its time. A tensor without a graph needs
+// none: here it gets an alias with the same version counter, which takes a fifth of the time.
+
+// torch has no other level.
+inline constexpr uint64_t kLevel = 0;
+
+inline bool has_tangent(const at::Tensor& x) { return x._fw_grad(kLevel).defined(); }
+
+// Whether no graph leads to it, and it is no wrapper of torch.func and no subclass with a dispatch of
+// its own.
+inline bool needs_no_view(const at::Tensor& x) {
+  static constexpr c10::DispatchKeySet others{
+      c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+      c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize};
+  return !x.requires_grad() && !x.key_set().has_any(others);
+}
+
+inline at::Tensor share(const at::Tensor& x) {
+  const auto* impl = x.unsafeGetTensorImpl();
+  return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), true));
+}
+
+// Primal and tangent, if it has one.
+inline std::pair<at::Tensor, std::optional<at::Tensor>> unpack_dual(const at::Tensor& x) {
+  const at::Tensor& tangent = x._fw_grad(kLevel);
+  if (!tangent.defined()) return {x, std::nullopt};
+  return {needs_no_view(x) ? share(x) : x._fw_primal(kLevel), tangent};
+}
+
+inline at::Tensor make_dual(const at::Tensor& primal, const at::Tensor& tangent) {
+  if (!needs_no_view(primal) || has_tangent(primal)) return at::_make_dual(primal, tangent, kLevel);
+  const at::Tensor dual = share(primal);
+  dual._set_fw_grad(tangent, kLevel, /*is_inplace_op=*/false);
+  return dual;
+}
+
+// The result of a linear output layer as a dual tensor without a graph, and the layer's input; nothing
+// for one that has to be left to autograd, since its input depends on parameters or autocast stands
+// between. Without tangents both are plain tensors.
+inline std::optional<std::pair<at::Tensor, at::Tensor>> dual_output_layer(
+    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    bool has_tangents) {
+  const bool is_simple = input.dim() == 2 && !input.requires_grad() && weight.requires_grad() &&
+                         has_tangent(input) == has_tangents && !has_tangent(weight) &&
+                         !(bias && has_tangent(*bias)) &&
+                         !at::autocast::is_autocast_enabled(input.device().type());
+  if (!is_simple) return std::nullopt;
+  const auto [x, tangent] = unpack_dual(input);
+  const auto [y, ty] = output_layer(x, tangent, weight, bias);
+  return std::pair{ty ? make_dual(y, *ty) : y, x};
+}
+
+}  // namespace fdfa

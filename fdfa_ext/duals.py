@@ -1,0 +1,98 @@
+"""Dual tensors of torch's forward mode, and the levels that they live in."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+from fdfa_ext._ops import extension
+
+# torch has one level of forward mode for all threads, and one choice of attention's kernels.
+_one_thread = threading.RLock()
+
+
+# For eager steps. A compiler traces torch._make_dual and torch._unpack_dual.
+make_dual = extension.make_dual
+unpack_dual = extension.unpack_dual  # primal and tangent, None for none
+has_tangent = extension.has_tangent
+
+
+def forward_mode() -> AbstractContextManager[object]:
+    """A level of torch's forward mode, for this thread alone."""
+    return forward_ad.dual_level() if torch.compiler.is_compiling() else _Level()
+
+
+def some_forward_mode() -> AbstractContextManager[object]:
+    """The level that this thread has opened, or its own; a sequence has none."""
+    return forward_ad.dual_level() if torch.compiler.is_compiling() else _SomeLevel()
+
+
+class _Level:
+    # As forward_ad.dual_level, in a third of its time.
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        _one_thread.acquire()
+        try:
+            forward_ad._current_level = torch._C._enter_dual_level()
+        except BaseException:
+            _one_thread.release()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._exit_dual_level(level=0)
+        forward_ad._current_level = -1
+        _one_thread.release()
+
+
+class _SomeLevel:
+    __slots__ = ("_own",)
+
+    def __enter__(self) -> None:
+        _one_thread.acquire()
+        self._own = _Level() if forward_ad._current_level < 0 else None
+        if self._own is not None:
+            self._own.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._own is not None:
+            self._own.__exit__()
+        _one_thread.release()
+
+
+# What torch.nn.attention.sdpa_kernel does, in a third of its 40 us.
+_FUSED_ATTENTION = [
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+]
+
+
+@contextmanager
+def attention_by_products() -> Iterator[None]:
+    """Within it attention takes plain products: fused, it has no forward mode."""
+    with _one_thread:
+        enabled = [ask() for ask, _ in _FUSED_ATTENTION]
+        for _, enable in _FUSED_ATTENTION:
+            enable(False)
+        try:
+            yield
+        finally:
+            for (_, enable), was in zip(_FUSED_ATTENTION, enabled, strict=True):
+                enable(was)
+
+
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """Within it attention in eval mode and without gradients takes no kernel without forward mode."""
+    mha = torch.backends.mha
+    with _one_thread:
+        fast = mha.get_fastpath_enabled()
+        mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            mha.set_fastpath_enabled(fast)

@@ -1,0 +1,272 @@
+"""Nets with a forward of their own: they train as the same modules in a sequence would, and their
+linear output layer is left to the method where, and only where, nothing can tell the difference."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import step
+from torch import Tensor, nn
+
+from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear, functional
+
+OPTIONS: dict[str, Any] = {"feedback": "ema", "feedback_lr": 0.3}
+
+
+def sequence() -> nn.Sequential:
+    return nn.Sequential(
+        FDFALinear(6, 8, activation="tanh"), FDFALinear(8, 7, activation="tanh"), nn.Linear(7, 3)
+    )
+
+
+class Own(nn.Module):
+    """sequence() as a class, whose output another function may work on."""
+
+    def __init__(self, after: Callable[["Own", Tensor], Tensor] = lambda self, out: out) -> None:
+        super().__init__()
+        for name, module in sequence().named_children():
+            self.add_module(name, module)
+        self.after = after
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.get_submodule("1")(self.get_submodule("0")(x))
+        return self.after(self, self.get_submodule("2")(hidden))
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights of the output layers that were left to a method, one a forward."""
+    left: list[Tensor] = []
+    original = functional.OutputLayer
+
+    def count(weight: Tensor, *rest: Any) -> Any:
+        left.append(weight)
+        return original(weight, *rest)
+
+    monkeypatch.setattr(functional, "OutputLayer", count)
+    return left
+
+
+def wrapped(net: nn.Module, **options: Any) -> FDFA:
+    torch.manual_seed(3)
+    return FDFA(net, example_input=torch.randn(5, 6), **{**OPTIONS, **options})
+
+
+def assert_same_training(
+    model: FDFA, other: FDFA, loss: Callable[[FDFA, Tensor], Tensor], steps: int = 4
+) -> None:
+    optimizers = [torch.optim.SGD(m.module.parameters(), lr=0.1) for m in (model, other)]
+    for i in range(steps):
+        x = torch.randn(5, 6)
+        for m, optimizer in zip((model, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss(m, m(x)).backward()
+            optimizer.step()
+        theirs = other.state_dict()
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, theirs[key], msg=lambda m, k=key, i=i: f"{k} in {i}: {m}")
+
+
+def squares(model: FDFA, out: Tensor) -> Tensor:
+    return out.square().sum()
+
+
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a", "lg-fg-a"])
+def test_a_class_trains_as_the_sequence(method: str, rule: str, layers: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    net = sequence()
+    own = Own()
+    own.load_state_dict(net.state_dict())
+    models = [wrapped(n, method=method, feedback=rule) for n in (own, net)]
+    assert_same_training(*models, squares)
+    fused = method in ("fdfa", "dfa", "dkp")
+    assert layers == [own.get_submodule("2").weight] * (3 if fused else 0)
+
+
+def softened(self: Own, out: Tensor) -> Tensor:
+    return F.log_softmax(out, 1)
+
+
+def keeps(self: Own, out: Tensor) -> Tensor:
+    self.kept = [out]
+    return out
+
+
+def keeps_a_part(self: Own, out: Tensor) -> Tensor:
+    self.kept = [out.abs().sum()]
+    return out
+
+
+def alternates(self: Own, out: Tensor) -> Tensor:
+    self.kept.append(torch.ones(()))
+    return out * 2 if len(self.kept) % 3 == 0 else out
+
+
+def returns_its_hidden_layer(self: Own, out: Tensor) -> Tensor:
+    return torch.cat([out, out], 1)
+
+
+AFTER = [softened, keeps, keeps_a_part, alternates, returns_its_hidden_layer]
+
+
+def loss_of_all(model: FDFA, out: Tensor) -> Tensor:
+    kept = [t for t in model.module.kept if t.requires_grad]
+    return out.square().sum() + sum(t.square().sum() for t in kept)
+
+
+@pytest.mark.parametrize("after", AFTER)
+def test_whatever_becomes_of_the_output_layers_result_has_its_gradient(
+    after: Callable[[Own, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the output layer is never left to the method."""
+    own = Own(after)
+    models = [wrapped(copy.deepcopy(own)) for _ in range(2)]
+    models[1]._current_plan().takes_output_weight = False
+    assert_same_training(*models, loss_of_all, steps=7)
+
+
+@pytest.mark.parametrize("looks", [lambda out: [out], lambda out: [out.square().sum()]])
+def test_a_hook_on_the_output_layer_finds_a_graph(looks: Callable[[Tensor], list[Tensor]]) -> None:
+    own = Own()
+    models = [wrapped(copy.deepcopy(own)) for _ in range(2)]
+    models[1]._current_plan()
+    for model in models:
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(5, 6), torch.arange(5) % 3)
+        model.load_state_dict(models[0].state_dict())
+        net = model.module
+
+        def hook(module: nn.Module, inputs: Any, out: Tensor, net: Any = net) -> None:
+            net.kept = looks(out)
+
+        net.get_submodule("2").register_forward_hook(hook)
+    models[1]._current_plan().takes_output_weight = False
+    assert_same_training(*models, loss_of_all)
+
+
+def test_an_output_layer_with_other_parameters_is_another(layers: list[Tensor]) -> None:
+    own = Own()
+    model = wrapped(own)
+    for _ in range(2):
+        model(torch.randn(5, 6)).sum().backward()
+    assert len(layers) == 1
+    new = own.get_submodule("2").weight = nn.Parameter(torch.randn(3, 7))
+    x = torch.randn(5, 6)
+    out = model(x)
+    torch.testing.assert_close(out, own(x))
+    out.sum().backward()
+    assert len(layers) == 1
+    expected = own.get_submodule("1")(own.get_submodule("0")(x)).sum(0).expand(3, -1)
+    torch.testing.assert_close(new.grad, expected)
+    own.get_submodule("2").requires_grad_(False)
+    model(x).sum().backward()
+    assert len(layers) == 1
+
+
+class Tied(nn.Module):
+    """Its output layer's weight is in use before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = FDFALinear(6, 6, activation="tanh")
+        self.out = nn.Linear(6, 6)
+        self.twice = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden(x)
+        if self.twice:
+            hidden = hidden + self.out(hidden)
+        return self.out(hidden)
+
+
+def test_an_output_layer_called_twice_gets_both_gradients() -> None:
+    net = Tied()
+    models = [wrapped(copy.deepcopy(net)) for _ in range(2)]
+    assert_same_training(*models, squares)
+    for model in models:
+        model.module.twice = True
+    models[1]._current_plan().takes_output_weight = False
+    models[1]._current_plan().output_weight = None
+    assert_same_training(*models, squares)
+
+
+def test_under_autocast_the_output_layer_is_autograds(layers: list[Tensor]) -> None:
+    model = wrapped(Own())
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(torch.randn(5, 6))
+        assert out.dtype == torch.bfloat16
+        out.float().sum().backward()
+    assert not layers
+
+
+# Modules of unknown kind within a sequence.
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, x.tanh()
+
+
+class Add(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + pair[1]
+
+
+class Residual(nn.Module):
+    """With blocks in it, one of which may stand first in the net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (FDFAConv2d(4, 4, 3, padding=1, activation="relu") for _ in "ab")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.first(x)) * 0.5
+
+
+class Whole(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "fg-a"])
+def test_modules_of_unknown_kind_in_a_sequence_train_as_the_whole_on_dual_tensors(method: str) -> None:
+    net = nn.Sequential(
+        Residual(),
+        nn.MaxPool2d(2),
+        FDFABlock(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.ReLU()),
+        nn.MaxPool2d(2),
+        Pair(),
+        Add(),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(5, 3),
+    )
+    x = torch.randn(6, 4, 8, 8)
+    models = []
+    for whole in (False, True):
+        torch.manual_seed(5)
+        twin = copy.deepcopy(net)
+        model = FDFA(Whole(twin) if whole else twin, method=method, example_input=x, **OPTIONS)
+        assert (model._current_plan().steps is None) == whole
+        for _ in range(3):
+            model(x).square().sum().backward()
+        models.append(model)
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(models[0].feedback.values(), models[1].feedback.values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_several_tensors_between_two_modules_of_a_sequence_need_one_module() -> None:
+    net = nn.Sequential(FDFALinear(6, 4), Pair(), nn.Identity(), Add(), nn.Linear(4, 3))
+    with pytest.raises(TypeError, match=r"module '1' \(Pair\) must return one tensor; got tuple"):
+        FDFA(net)(torch.randn(5, 6))
