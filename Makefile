@@ -3,6 +3,7 @@
 #   make test      the Python tests
 #   make cpp-test  the C++ tests of the kernels
 #   make lint      formatting, linting and types
+#   make docs      the documentation with the API reference, into build/docs
 #   make clean     remove what was built, and .venv
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test cpp-test lint clean
+.PHONY: train test cpp-test lint docs clean
 
 train: .venv/built
 	$(BIN)/python -m fdfa_ext train --dataset digits --method fdfa,bp
@@ -32,13 +33,23 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
+# The variable silences a notice of the theme on a later version of MkDocs.
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf .venv build dist *.egg-info fdfa_ext/_built_for.txt fdfa_ext/*.so
 
-.venv/installed: requirements-dev.txt
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+.venv/installed: requirements-dev.txt | $(BIN)/pip
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
+
+.venv/docs-installed: requirements-docs.txt requirements-dev.txt | $(BIN)/pip
+	$(BIN)/pip install --quiet -r requirements-docs.txt
+	touch $@
+
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
 
 .venv/built: .venv/installed $(BUILD_INPUTS)
 	$(BIN)/python setup.py --quiet build_ext --inplace

@@ -141,7 +141,8 @@ class _WeightNode(torch.autograd.Function):
 class BlockStep:
     """A block in the backward of one step. D features, in the memory order of the block's output."""
 
-    error: Tensor  # e [N, K]: gradient of the loss at the output
+    error: Tensor
+    """e [N, K]: gradient of the loss at the output."""
     _tangent: Tensor | None
     _feedback: Tensor | None
     _output: Tensor | None
@@ -174,7 +175,9 @@ class BlockStep:
 class BlockMethod(Method):
     """Base of the methods that give every block its own error, straight from the output's.
 
-    Attributes for subclasses to set:
+    A subclass sets the attributes and defines `delta`.
+
+    Attributes:
         tangents: "none": nothing is perturbed. "network": blocks are perturbed, and tangents run from
             block to block to the output (Algorithm 1). "block": blocks are perturbed, and a tangent
             ends where the next block begins.
@@ -183,7 +186,8 @@ class BlockMethod(Method):
     """
 
     def delta(self, block: BlockStep) -> Tensor:
-        """The error of a block, an estimate of ∂L/∂y [N, D]. f' is not its business."""
+        """The error of a block, an estimate of ∂L/∂y [N, D]. The activation's derivative is applied
+        to what it returns."""
         raise NotImplementedError
 
     def feedback_gradient(self, block: BlockStep) -> Tensor:

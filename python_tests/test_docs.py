@@ -1,9 +1,14 @@
-"""What README and docs/ show: their code runs, and their figures are those of the records."""
+"""What README, docs/ and examples/ show: their code runs, and their figures are those of the records."""
 
+import ast
 import copy
 import csv
+import os
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fdfa_ext
 from fdfa_ext import FDFA, FDFALinear
 from fdfa_ext.__main__ import main
 from fdfa_ext.bench.roofline import CASES, HEAD, parts_of_step, table_lines
@@ -19,11 +25,15 @@ from fdfa_ext.experiments.report import mean_and_deviation
 from fdfa_ext.experiments.tables import paper_accuracies
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
-METHODS = (ROOT / "docs" / "methods.md").read_text()
-RESULTS = (ROOT / "docs" / "results.md").read_text()
-CUDA = (ROOT / "docs" / "cuda.md").read_text()
-RECORDS = ROOT / "docs" / "records"
+GUIDE, TROUBLESHOOTING, METHODS, EXTENDING, RESULTS, PERFORMANCE, CUDA = (
+    (DOCS / f"{name}.md").read_text()
+    for name in ("guide", "troubleshooting", "methods", "extending", "results", "performance", "cuda")
+)
+RECORDS = DOCS / "records"
+EXAMPLES = ROOT / "examples"
+PACKAGE = Path(fdfa_ext.__file__).parent
 NETS = {"784-800-10": "mlp-2", "784-800-800-10": "mlp-3", "784-800-800-800-10": "mlp-4", "cnn": "cnn"}
 
 
@@ -31,12 +41,79 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+def table(text: str, first_columns: str) -> list[dict[str, str]]:
+    """The rows, by column, of the table that begins with these columns."""
+    lines = text[text.index(first_columns) :].split("\n\n")[0].splitlines()
+    columns, _, *rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def python(*arguments: str | Path, folder: Path, stdin: str | None = None) -> str:
+    """What a fresh interpreter prints, without a word of errors."""
+    run = subprocess.run(
+        [sys.executable, *arguments],
+        input=stdin,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Error" not in run.stderr, run.stderr
+    return run.stdout
+
+
 def images() -> dict[str, Tensor]:
     return {"x": torch.randn(8, 1, 28, 28), "y": torch.randint(10, (8,))}
 
 
-def test_the_readmes_program_trains_every_weight_and_matrix() -> None:
+def dense_net() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), FDFALinear(784, 8, activation="relu"), nn.Linear(8, 10))
+
+
+def run(program: str) -> dict[str, Any]:
+    """A program of docs/extending.md, with the names that it uses."""
+    names: dict[str, Any] = {"net": dense_net(), **images()}
+    exec(program, names)
+    return names
+
+
+def test_the_readmes_program_runs_as_it_is_pasted(tmp_path: Path) -> None:
     (program,) = python_blocks(README)
+    printed = python("-i", "-q", folder=tmp_path, stdin=program)  # line by line, as at a prompt
+    accuracy = re.search(r"test accuracy: ([\d.]+)%", printed)
+    assert accuracy is not None, printed
+    assert float(accuracy[1]) > 90  # ten classes
+    assert not list(tmp_path.iterdir())
+
+
+def accuracies_in(printed: str) -> list[float]:
+    return [float(figure) for figure in re.findall(r"test accuracy ([\d.]+)%", printed)]
+
+
+def test_the_example_of_images_learns(tmp_path: Path) -> None:
+    first, *_, last = accuracies_in(python(EXAMPLES / "images.py", folder=tmp_path))
+    assert first + 10 < last
+    assert last > 90
+
+
+def test_the_example_of_a_forward_of_its_own_learns_its_feedback(tmp_path: Path) -> None:
+    printed = python(EXAMPLES / "own_forward.py", folder=tmp_path)
+    angles = [int(angle) for angle in re.findall(r": (\d+) degrees", printed)]
+    assert len(angles) == 4
+    assert max(angles) < 30  # of a random B about 90
+    assert accuracies_in(printed)[0] > 90
+
+
+def test_the_example_of_a_rule_learns_by_each_method(tmp_path: Path) -> None:
+    printed = python(EXAMPLES / "own_rule.py", folder=tmp_path)
+    dfa, own, exact = accuracies_in(printed)
+    assert min(dfa, own, exact) > 70
+    assert own != dfa
+
+
+def test_the_guides_program_trains_every_weight_and_matrix() -> None:
+    program = next(block for block in python_blocks(GUIDE) if "loss.backward()" in block)
     begin, step = program.split("\nloss =")
     names: dict[str, Any] = images()
     exec(begin, names)
@@ -49,19 +126,108 @@ def test_the_readmes_program_trains_every_weight_and_matrix() -> None:
     assert len(model.feedback) == 3
 
 
-def test_the_documented_rule_is_fdfa_and_the_diagnostics_run() -> None:
-    rule, diagnostics = python_blocks(METHODS)
-    net = nn.Sequential(nn.Flatten(), FDFALinear(784, 8, activation="relu"), nn.Linear(8, 10))
-    names: dict[str, Any] = {"net": net, **images()}
-    exec(rule, names)
-    exec(diagnostics, names)
-    documented, fdfa = names["model"], FDFA(copy.deepcopy(net), example_input=names["x"])
-    for model in (documented, fdfa):
-        model.noise_state.copy_(torch.tensor([7, 0, 0]))
-        F.cross_entropy(model(names["x"]), names["y"]).backward()
-    for one, other in zip(documented.parameters(), fdfa.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
-    torch.testing.assert_close(documented.feedback["1"], fdfa.feedback["1"])
+@pytest.mark.parametrize(("name", "method"), [("ForwardFeedback", "fdfa"), ("KolenPollack", "dkp")])
+def test_a_documented_rule_is_the_method(name: str, method: str) -> None:
+    (program,) = (block for block in python_blocks(EXTENDING) if f"class {name}(" in block)
+    names = run(program)
+    documented = names["model"]
+    model = FDFA(copy.deepcopy(names["net"]), method=method, example_input=names["x"])
+    for each in (documented, model):
+        each.noise_state.copy_(torch.tensor([7, 0, 0]))
+        each.feedback_lr = 0.1  # so that B is of a size where its decay counts
+        for _ in range(3):
+            each.zero_grad()
+            F.cross_entropy(each(names["x"]), names["y"]).backward()
+    for one, other in zip(documented.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(documented.feedback["1"], model.feedback["1"])
+
+
+def test_the_documented_sign_of_the_error_reaches_the_block() -> None:
+    (program,) = (block for block in python_blocks(EXTENDING) if "class ErrorSign(" in block)
+    names = run(program)
+    model, net, x, y = (names[name] for name in ("model", "net", "x", "y"))
+    feedback = model.feedback["1"].clone()
+    output = model(x)
+    F.cross_entropy(output, y).backward()
+    error = (output.detach().softmax(1) - F.one_hot(y, 10)) / len(x)
+    delta = error.sign() / len(x) @ feedback * (net[1](x.flatten(1)) > 0)
+    torch.testing.assert_close(net[1].weight.grad, delta.t() @ x.flatten(1), rtol=1e-4, atol=1e-6)
+    assert torch.equal(model.feedback["1"], feedback)
+
+
+def test_the_documented_start_of_dfa_is_orthogonal() -> None:
+    (program,) = (block for block in python_blocks(EXTENDING) if "orthogonal_" in block)
+    feedback = run(program)["model"].feedback["1"]  # [10, 8]
+    torch.testing.assert_close(feedback.t() @ feedback, torch.eye(8))
+
+
+def test_the_documented_module_of_ones_own_is_trained() -> None:
+    (program,) = (block for block in python_blocks(EXTENDING) if "class Gated(" in block)
+    names = run(program)
+    model = names["model"]
+    F.cross_entropy(model(names["x"]), names["y"]).backward()
+    assert len(model.feedback) == 2
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_the_documented_diagnostics_run() -> None:
+    names = run("")
+    (diagnostics,) = python_blocks(METHODS)
+    exec(diagnostics, names | {"model": FDFA(names["net"], example_input=names["x"])})
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *DOCS.glob("*.md"),
+    ):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def words(node: ast.expr, names: dict[str, str]) -> str:
+    """The fixed words of a string, with … for each value."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(words(part, names) for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return words(node.left, names) + words(node.right, names)
+    return names.get(node.id, "…") if isinstance(node, ast.Name) else "…"
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """File and first clause of each error and warning that a user of the layers may meet."""
+    commands = ("__main__.py", "arguments.py")  # their messages are for the command line
+    for path in sorted(PACKAGE.glob("*.py")):
+        if path.name in commands:
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {
+            node.targets[0].id: words(node.value, {})
+            for node in nodes
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        }
+        for node in nodes:
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            text = words(node.args[0], names)
+            if ast.unparse(node.func).endswith(("Error", "warn")) or text.startswith("FDFA: "):
+                yield path.name, text
+    for path in sorted((ROOT / "csrc").rglob("*.cpp")):
+        for text in re.findall(r'"(FDFA: [^"]+)"', path.read_text()):
+            yield path.name, text
+
+
+def test_troubleshooting_has_each_message() -> None:
+    documented = " ".join(TROUBLESHOOTING.split())
+    found = {(file, re.split(r"[;.?] ", re.sub("…+", "…", text))[0]) for file, text in messages()}
+    assert len(found) > 50
+    missing = [f"{file}: {clause}" for file, clause in sorted(found) if f"`{clause}" not in documented]
+    assert not missing, "docs/troubleshooting.md lacks\n" + "\n".join(missing)
 
 
 @pytest.mark.parametrize("name", ["table-b6", "table-2"])
@@ -73,8 +239,7 @@ def test_documented_tables_are_what_the_records_beside_them_say(
     which = ["--datasets", dataset, "--seeds", "1"]
     assert main(["experiment", name, *which, "--output", str(tmp_path)]) == 0
     lines = (tmp_path / name / "table.md").read_text().splitlines()
-    table = "\n".join(line for line in lines if line.startswith("|"))
-    assert table in RESULTS
+    assert "\n".join(line for line in lines if line.startswith("|")) in RESULTS
 
 
 def final(dataset: str, net: str, method: str, seed: int = 0) -> float:
@@ -83,25 +248,48 @@ def final(dataset: str, net: str, method: str, seed: int = 0) -> float:
     return 100 * float(rows[-1]["test_accuracy"])
 
 
-def test_the_readmes_accuracies_are_those_of_the_records() -> None:
-    head = README.index("| data | net | epochs |")
-    rows = [re.split(r" *\| *", row)[1:-1] for row in README[head:].split("\n\n")[0].splitlines()[2:]]
-    on_file = [row for row in rows if row[0] != "digits"]
-    assert len(on_file) == 7
-    for data, net, epochs, fdfa, paper, bp, _ in on_file:
-        dataset, net = data.lower(), NETS[net]
-        assert epochs == "100"
-        assert fdfa == f"{final(dataset, net, 'fdfa'):.2f} %"
-        assert bp == f"{final(dataset, net, 'bp'):.2f} %"
-        mean, deviation = paper_accuracies()[net, "fdfa", dataset]
-        assert paper == f"{mean:.2f} ± {deviation:.2f}"
+@pytest.mark.parametrize(("page", "rows"), [("README.md", 3), ("docs/results.md", 7)])
+def test_documented_accuracies_are_those_of_the_records(page: str, rows: int) -> None:
+    on_file = [
+        row for row in table((ROOT / page).read_text(), "| data | net |") if row["data"] != "digits"
+    ]
+    assert len(on_file) == rows
+    for row in on_file:
+        dataset, net = row["data"].lower(), NETS[row["net"]]
+        assert row.get("epochs", "100") == "100"
+        for column, method in (("FDFA", "fdfa"), ("backpropagation", "bp")):
+            assert row[column].removesuffix(" %") == f"{final(dataset, net, method):.2f}"
+            if f"paper, {column}" in row:
+                mean, deviation = paper_accuracies()[net, method, dataset]
+                assert row[f"paper, {column}"] == f"{mean:.2f} ± {deviation:.2f}"
+
+
+def test_the_readmes_speeds_are_those_of_the_documents() -> None:
+    on_cpu = {
+        (row["net"], row["input"], row["batch"]): [
+            row[f"{way}, ms"] for way in ("FDFA", "backpropagation")
+        ]
+        for row in table(PERFORMANCE, "| net | input | batch | FDFA, ms |")
+    }
+    on_gpu = {
+        (row["net"], row["outputs"]): row["float32"]
+        for row in table(CUDA, "| net | outputs | float32 |")
+    }
+    rows = table(README, "| machine | net | input |")
+    assert {row["machine"][:4] for row in rows} == {"CPU,", "H200"}
+    for row in rows:
+        if row["machine"].startswith("CPU"):
+            times = [time.split()[0] for time in on_cpu[row["net"], row["input"], row["batch"]]]
+        else:
+            times = on_gpu[f"`{NETS[row['net']].replace('-', '')}`", "10"].split(" / ")
+        assert [row["FDFA"], row["backpropagation"]] == times
+        assert row["ratio"] == f"{float(times[0]) / float(times[1]):.2f}"
 
 
 def test_the_documented_means_of_three_seeds_are_those_of_the_records() -> None:
-    head = RESULTS.index("| method | three seeds | mean | paper |")
-    rows = [re.split(r" *\| *", row)[1:-1] for row in RESULTS[head:].split("\n\n")[0].splitlines()[2:]]
+    rows = table(RESULTS, "| method | three seeds | mean | paper |")
     assert len(rows) == 6
-    for method, each, mean, paper in rows:
+    for method, each, mean, paper in map(dict.values, rows):
         accuracies = [final("fashion-mnist", "mlp-2", method, seed) for seed in range(3)]
         assert each == ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
         assert mean == "{:.2f} ± {:.2f}".format(*mean_and_deviation(accuracies))
@@ -109,9 +297,9 @@ def test_the_documented_means_of_three_seeds_are_those_of_the_records() -> None:
 
 
 def test_the_documented_roofline_is_what_the_command_prints() -> None:
-    table = CUDA[CUDA.index(HEAD) :]
+    documented = CUDA[CUDA.index(HEAD) :]
     # Of alexnet, which takes seconds, with one number of outputs.
     checked = [case for case in CASES if (case.model, case.outputs) != ("alexnet", 100)]
     for case in checked:
-        assert table_lines(case, parts_of_step(case)) in table
-    assert "| alexnet | 100 | whole step |" in table
+        assert table_lines(case, parts_of_step(case)) in documented
+    assert "| alexnet | 100 | whole step |" in documented
