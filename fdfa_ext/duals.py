@@ -19,6 +19,19 @@ unpack_dual = extension.unpack_dual  # primal and tangent, None for none
 has_tangent = extension.has_tangent
 
 
+def refuse_unknown(what: str, error: NotImplementedError) -> None:
+    """Raises the error for something that torch has no forward mode for; leaves other errors alone.
+
+    Raises:
+        RuntimeError: `what` cannot carry a tangent.
+    """
+    if "forward AD" in str(error) or "jvp" in str(error):
+        raise RuntimeError(
+            f"FDFA: {what} cannot carry a tangent, since torch has no forward mode for it; use a "
+            f"method without tangents, such as dfa or dkp, or another module. torch says: {error}"
+        ) from error
+
+
 def forward_mode() -> AbstractContextManager[object]:
     """A level of torch's forward mode, for this thread alone."""
     return forward_ad.dual_level() if torch.compiler.is_compiling() else _Level()

@@ -5,20 +5,19 @@ drops its tangent in silence. Between blocks the two travel apart too where ever
 known, and else on torch's forward-mode dual tensors, so that any torch module may stand there.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import reference
-from fdfa_ext._ops import extension, fused
+from fdfa_ext._ops import fused
 from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, Chain, ChainEnd, counter_of, norm_arguments
-from fdfa_ext.duals import make_dual, unpack_dual
+from fdfa_ext.duals import make_dual, refuse_unknown, unpack_dual
 from fdfa_ext.jvp import (
-    FunctionRules,
     PrimalTangent,
     forward_dual,
     has_fused_pool,
@@ -26,6 +25,7 @@ from fdfa_ext.jvp import (
     single_precision,
     without_rules,
 )
+from fdfa_ext.own_code import OutputLayer, OwnCodeRules, expose, leaves_behind
 
 ACTIVATIONS = {name: function for name, (function, _) in reference.ACTIVATIONS.items()}
 NOISES = ("gaussian", "rademacher")
@@ -48,15 +48,6 @@ class BlockRecord:
 
 
 @dataclass(slots=True)
-class OutputLayer:
-    """A linear output layer that is left to the method."""
-
-    weight: Tensor
-    bias: Tensor | None
-    input: Tensor | None = None  # [N, in_features], where its result is computed already
-
-
-@dataclass(slots=True)
 class DualPass:
     """One forward pass of primal and tangent: noise, operators, and the blocks met so far."""
 
@@ -72,6 +63,9 @@ class DualPass:
     takes_biases: bool = False  # whether the method gives biases of dense blocks their gradients itself
     biases: list[Tensor] = field(default_factory=list)  # those that were left to it
     biased: list[int] = field(default_factory=list)  # their blocks' places in records
+    rules: OwnCodeRules | None = None  # where code of the user's runs
+    exposes: bool = False  # whether blocks hand out activations with a graph
+    exposed: list[Tensor] = field(default_factory=list)  # those
     perturbs: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,52 +87,6 @@ class DualPass:
         return bias.detach()
 
 
-class OwnForwardRules(FunctionRules):
-    """FunctionRules for a net with a forward of its own, which finds its output layer.
-
-    That is F.linear where it is the last function that the forward calls, its result is what the
-    forward returns, and nobody else has it. Once found, by its weight, it is left to the method. What
-    the forward does is seen at each step: where it does otherwise, the pass is `strayed`, and void.
-    """
-
-    def __init__(self, weight: Tensor | None, perturbs: bool) -> None:
-        self.weight = weight  # of the output layer in the pass before
-        self.perturbs = perturbs
-        self.last: tuple[Tensor, Tensor] | None = None  # result and weight of F.linear, called last
-        self.layer: OutputLayer | None = None
-        self.strayed = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self.layer is not None:
-            self.strayed = True
-        if func is not F.linear or kwargs or len(args) != 3:
-            self.last = None
-            return super().__torch_function__(func, types, args, kwargs)
-        x, weight, bias = args
-        if weight is self.weight and weight is not None:
-            found = extension.dual_output_layer(x, weight, bias, self.perturbs)
-            if found is not None:
-                result, x = found
-                self.layer = OutputLayer(weight, bias, x)
-                self.last = result, weight
-                return result
-        result = super().__torch_function__(func, types, args)
-        self.last = None if weight is None else (result, weight)
-        return result
-
-
-def is_simple(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer is trained on rows without a graph, and no autocast stands between."""
-    return (
-        x.dim() == 2
-        and not x.requires_grad
-        and weight.requires_grad
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-
-
 @dataclass(slots=True, eq=False)
 class BlockPass:
     """A block's own name, place in the noise and planned calls, and the dual pass while one runs."""
@@ -158,13 +106,37 @@ class BlockPass:
         dual = self.dual
         assert dual is not None
         with without_rules():
-            if not dual.perturbs:
-                return block(x, None)[0]
             if dual.compiling:
-                y, ty = block(*torch._unpack_dual(x, level=0))
-                assert ty is not None
-                return torch._make_dual(y, ty, level=0)
-            return make_dual(*block(*unpack_dual(x)))
+                return self._while_compiling(dual, x, block)
+            tangent = None
+            if dual.perturbs:
+                x, tangent = unpack_dual(x)
+            if dual.exposes and x.requires_grad and not leaves_behind(x):
+                x = x.detach()
+            rules = dual.rules
+            if rules is not None:
+                rules.within_block = True
+            y, ty = block(x, tangent)
+            if rules is not None:
+                rules.within_block = False
+            if dual.exposes:
+                r = dual.records[-1]
+                dual.exposed.append(expose(r.output, r.handle, r.gate, r.activation))
+                y = dual.exposed[-1].view(y.shape)
+            result: Tensor = y if ty is None else make_dual(y, ty)
+            if rules is not None and ty is not None:
+                rules.made.append(weakref.ref(result))
+            return result
+
+    @staticmethod
+    def _while_compiling(
+        dual: DualPass, x: Tensor, block: Callable[[Tensor, Tensor | None], PrimalTangent]
+    ) -> Tensor:
+        if not dual.perturbs:
+            return block(x, None)[0]
+        y, ty = block(*torch._unpack_dual(x, level=0))
+        assert ty is not None
+        return torch._make_dual(y, ty, level=0)
 
     def linear(
         self, x: Tensor, tangent: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
@@ -239,27 +211,21 @@ class BlockPass:
                 # The tangent that a layer just made is nobody else's: it may be overwritten.
                 spare = ty if chain.makes_tangent else None
                 return self._fused_end(dual, end, y, ty, spare, pool)
-            had_tangent = ty is not None
-            which = f"FDFA: block '{self.name}': its module {position} ({chain.names[position]}) "
+            which = f"block '{self.name}': its module {position} ({chain.names[position]})"
             try:
                 y, ty = step(y, ty)
             except NotImplementedError as error:
-                if not had_tangent:
-                    raise
-                raise RuntimeError(
-                    which
-                    + "cannot carry a tangent, since torch has no forward mode for it; use a method "
-                    f"without tangents, such as dfa or dkp, or another module. torch says: {error}"
-                ) from error
+                refuse_unknown(which, error)
+                raise
             if not isinstance(y, Tensor):
                 raise TypeError(
-                    which
-                    + f"returned a {type(y).__name__}, but a block's modules must return one tensor "
-                    "each; put it into a module of your own that returns the tensor you want"
+                    f"FDFA: {which} returned a {type(y).__name__}, but a block's modules must return "
+                    "one tensor each; put it into a module of your own that returns the tensor you want"
                 )
             if tangent is not None and ty is None:
                 raise RuntimeError(
-                    which + "dropped the tangent; it is not differentiable in torch's forward mode"
+                    f"FDFA: {which} dropped the tangent; it is not differentiable in torch's forward "
+                    "mode"
                 )
         if 0 in y.stride():  # expanded: its elements must be apart to be perturbed
             y = y.contiguous()
@@ -373,7 +339,8 @@ class BlockPass:
             output = output.clone()
         gate = handle.detach() if has_pre else output
         # For images alone: a dense block's δ has a memory order of its own.
-        spare_gate = (own_output or has_pre) and output.dim() == 4 and not dual.compiling
+        spare_gate = (own_output or has_pre) and output.dim() == 4
+        spare_gate = spare_gate and not (dual.compiling or dual.exposes)
         version = 0 if dual.compiling else output._version
         dual.seen.add(self.index)
         dual.records.append(

@@ -20,7 +20,7 @@ from fdfa_ext._ops import fused
 from fdfa_ext.duals import forward_mode
 from fdfa_ext.functional import BlockRecord, DualPass, rows, unrows
 from fdfa_ext.jvp import function_rules
-from fdfa_ext.reference import derivative
+from fdfa_ext.reference import through_activation
 
 if TYPE_CHECKING:
     from fdfa_ext.wrapper import FDFA
@@ -297,18 +297,9 @@ class _BlockNode(torch.autograd.Function):
         deltas = []
         for step, block, gate in zip(steps, blocks, gates, strict=True):
             delta = unrows(method.delta(step), gate.shape)
-            deltas.append(_through(block.activation, gate, delta))
+            deltas.append(through_activation(block.activation, gate, delta))
         nothing = [None] * len(saved)
         return (grads[0], None, None, None, *deltas, *gradients, *nothing)
-
-
-def _through(activation: str, gate: Tensor, delta: Tensor) -> Tensor:
-    """δ ⊙ f', in the gate's dtype."""
-    if activation == "relu":  # one pass, where a product would first make f' as a tensor
-        delta = torch.ops.aten.threshold_backward(delta, gate.to(delta.dtype), 0)
-    elif activation != "identity":
-        delta = delta * derivative(activation, gate.to(delta.dtype))
-    return delta.to(gate.dtype)
 
 
 def _perturbation(model: "FDFA", noise_state: Tensor, index: int, gate: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from fdfa_ext._ops import extension
-from fdfa_ext.duals import forward_mode, make_dual, unpack_dual
+from fdfa_ext.duals import forward_mode, make_dual, refuse_unknown, unpack_dual
 from fdfa_ext.functional import BlockPass
 from fdfa_ext.jvp import (
     FORWARD_FUNCTIONS,
@@ -25,16 +25,15 @@ from fdfa_ext.jvp import (
     OPTIONS,
     PrimalTangent,
     Step,
-    function_rules,
     has_fused_pool,
     has_own_forward,
     hooks_of,
     is_patched,
     plain_type,
     rule_step,
-    without_rules,
 )
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
+from fdfa_ext.own_code import OwnCodeRules
 
 BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
 _BLOCK_FORWARDS = [kind.forward for kind in BLOCKS]
@@ -93,6 +92,9 @@ class Plan:
         output_weight: that of the linear output layer which the pass before found in a forward of the
             net's own; each pass checks it.
         takes_output_weight: whether it may be looked for.
+        runs_own_code: whether any function called in it is the user's: a forward or a hook.
+        exposes: whether such code was seen to keep hidden activations.
+        has_run: whether a pass has gone through.
         overriding: by name, the forward of each block that may leave out that of its base class.
         backward_hooked: names of the modules with a backward hook.
         has_global_hooks: whether there are hooks for all modules.
@@ -103,6 +105,8 @@ class Plan:
     output_layer: nn.Linear | None = None
     output_weight: Tensor | None = None
     takes_output_weight: bool = True
+    exposes: bool = False
+    has_run: bool = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -122,10 +126,11 @@ class Plan:
         }
         self.is_compiled = any(map(_is_compiled, named.values()))
         self.has_global_hooks = any(GLOBAL_HOOKS)
+        self.runs_own_code = any(map(_is_own_code, _called_between_blocks(module)))
         self.steps = None
         if isinstance(module, nn.Sequential) and _is_sequence(module) and not self.is_compiled:
             names = {member: name for name, member in named.items()}
-            self.steps = _steps_of(module, names)
+            self.steps = _steps_of(module, names, self.passes[0])
             last: Any = module[-1]
             if plain_type(last) is nn.Linear:
                 self.output_layer = last
@@ -177,12 +182,27 @@ def _is_called_plainly(block: Any) -> bool:
     return not (hooked or is_overridden(block) or is_patched(block.torch_type))
 
 
+def _called_between_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    if not isinstance(module, Block):
+        for child in module.children():
+            yield from _called_between_blocks(child)
+
+
+def _is_own_code(module: nn.Module) -> bool:
+    """Whether something else is called than a block's forward or torch's."""
+    if isinstance(module, Block):
+        return not _is_called_plainly(module)
+    return plain_type(module) is None or not type(module).__module__.startswith("torch.nn.")
+
+
 def _is_sequence(module: nn.Module) -> bool:
     # torch lets a child be None, and has the words for its call.
     return plain_type(module) is nn.Sequential and None not in module._modules.values()
 
 
-def _steps_of(sequence: nn.Sequential, names: dict[nn.Module, str]) -> list[Step]:
+def _steps_of(sequence: nn.Sequential, names: dict[nn.Module, str], running: BlockPass) -> list[Step]:
+    """running: any block's, which knows the pass while one runs."""
     steps: list[Step] = []
     block: Any = None  # whose call is the last step
     for module in sequence:
@@ -195,46 +215,56 @@ def _steps_of(sequence: nn.Sequential, names: dict[nn.Module, str]) -> list[Step
         if block is not None:
             steps.append(block.dual)
         elif isinstance(module, nn.Sequential) and _is_sequence(module):
-            steps += _steps_of(module, names)
+            steps += _steps_of(module, names, running)
         elif (step := rule_step(module)) is not None:
             steps.append(step)
-        elif steps and isinstance(steps[-1], _OnDualTensors):
-            # Modules of unknown kind may hand each other more than one tensor.
-            steps[-1].add(module, names[module])
         else:
-            steps.append(_OnDualTensors(module, names[module]))
+            # Modules of unknown kind may hand each other more than one tensor.
+            last = steps[-1] if steps else None
+            if not isinstance(last, _OnDualTensors):
+                last = _OnDualTensors(running)
+                steps.append(last)
+            last.add(module, names[module])
     return steps
 
 
 class _OnDualTensors:
     """Modules of unknown kind, one after the other."""
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, running: BlockPass) -> None:
+        self.running = running
         self.modules: list[nn.Module] = []
-        self.block: Any = None
-        self.add(module, name)
+        self.has_block = False
 
     def add(self, module: nn.Module, name: str) -> None:
         self.modules.append(module)
         self.last = f"module '{name}' ({type(module).__name__})"
-        blocks = [inner for inner in module.modules() if isinstance(inner, Block)]
-        self.block = self.block or next(iter(blocks), None)
+        self.has_block = self.has_block or any(isinstance(inner, Block) for inner in module.modules())
 
     def __call__(self, x: Any, tangent: Tensor | None) -> PrimalTangent:
-        running = None if self.block is None else self.block.block_pass.dual
-        if tangent is None and (running is None or not running.perturbs):
-            with function_rules():
+        dual = self.running.dual
+        assert dual is not None, "a pass runs"
+        if dual.rules is None:
+            dual.rules = OwnCodeRules(None, dual.perturbs, exposes=False)
+        if tangent is None and not (self.has_block and dual.perturbs):
+            with dual.rules:
                 return self._call(x), None
-        with forward_mode(), function_rules():
-            result = self._call(x if tangent is None else make_dual(x, tangent))
+        with forward_mode():
+            value = x if tangent is None else make_dual(x, tangent)
+            dual.rules.watch(value)
+            with dual.rules:
+                try:
+                    result = self._call(value)
+                except NotImplementedError as error:
+                    refuse_unknown(self.last, error)
+                    raise
             if not isinstance(result, Tensor):
                 raise TypeError(
                     f"FDFA: {self.last} must return one tensor; got {type(result).__name__}. Put it "
                     "and what takes its result into one module"
                 )
-            with without_rules():
-                y, ty = unpack_dual(result)
-                return y, None if ty is None else ty.detach()
+            y, ty = unpack_dual(result)
+            return y, None if ty is None else ty.detach()
 
     def _call(self, value: Any) -> Any:
         for module in self.modules:

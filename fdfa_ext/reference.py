@@ -48,6 +48,15 @@ def derivative(activation: str, gate: Tensor) -> Tensor:
     return ACTIVATIONS[activation][1](gate)
 
 
+def through_activation(activation: str, gate: Tensor, delta: Tensor) -> Tensor:
+    """δ ⊙ f', in the gate's dtype."""
+    if activation == "relu":  # one pass, where a product would first make f' as a tensor
+        delta = torch.ops.aten.threshold_backward(delta, gate.to(delta.dtype), 0)
+    elif activation != "identity":
+        delta = delta * derivative(activation, gate.to(delta.dtype))
+    return delta.to(gate.dtype)
+
+
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """High and low word of a 32 x 32 bit product, in int64 arithmetic."""
     low = constant * (word & 0xFFFF)

@@ -16,7 +16,13 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 
 from fdfa_ext._ops import fused
-from fdfa_ext.duals import forward_mode, has_tangent, slow_attention, unpack_dual
+from fdfa_ext.duals import (
+    forward_mode,
+    has_tangent,
+    refuse_unknown,
+    slow_attention,
+    unpack_dual,
+)
 from fdfa_ext.feedback import TensorMap
 from fdfa_ext.functional import (
     BACKENDS,
@@ -24,14 +30,12 @@ from fdfa_ext.functional import (
     BlockPass,
     BlockRecord,
     DualPass,
-    OutputLayer,
-    OwnForwardRules,
-    is_simple,
 )
 from fdfa_ext.jvp import GLOBAL_HOOKS, forward_dual
 from fdfa_ext.layers import NOT_SCRIPTABLE
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import METHODS, Method, head_of
+from fdfa_ext.own_code import OutputLayer, OwnCodeRules, cut_from_blocks, is_simple
 from fdfa_ext.plan import BLOCKS, Plan, find_blocks, is_overridden
 
 RULES = ("ema", "adam", "grad")
@@ -243,21 +247,34 @@ class FDFA(nn.Module):
         For a method that takes the output layer these may be what goes into it, if it is in the pass.
         """
         dual = self._dual_pass(self._buffers["noise_state"])  # type: ignore[arg-type]
+        dual.takes_output_layer = takes_output_layer
         if dual.compiling:
             self._check_places()
+            if self._plan is not None and self._plan.exposes:
+                raise RuntimeError(
+                    "FDFA: the module keeps hidden activations, on which a loss has no gradient in a "
+                    "compiled step; run it without torch.compile, or keep none"
+                )
+            output, tangent = self._run(dual, *args, **kwargs)
         else:
-            self._current_plan()
+            plan = self._current_plan()
             if not self._checked:  # other blocks have come
                 self._prepare(*args, **kwargs)
-                self._current_plan()  # the dry run had a hook
-        dual.takes_output_layer = takes_output_layer
-        dual.takes_biases = takes_output_layer and dual.backend is fused and not dual.compiling
-        try:
-            output, tangent = self._run(dual, *args, **kwargs)
-        except _StrayedError:  # as seldom as the forward changes its course
-            return self.run_blocks(args, kwargs, takes_output_layer)
+                plan = self._current_plan()  # a dry run had a hook
+            # Whether activations are kept is seen by their tangents.
+            dual.exposes = plan.exposes if dual.perturbs else plan.runs_own_code
+            dual.takes_biases = takes_output_layer and dual.backend is fused and not dual.exposes
+            # A first pass may be made anew, but buffers, as running statistics, move once.
+            buffers = [] if plan.has_run else [(b, b.clone()) for b in self.module.buffers()]
+            try:
+                output, tangent = self._run(dual, *args, **kwargs)
+            except _StrayedError:  # as seldom as the code of the net changes its course
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+                return self.run_blocks(args, kwargs, takes_output_layer)
+            plan.has_run = True
         if tangent is None and dual.tangents != "none":
-            raise self._no_tangent(self._probe(*args, **kwargs)[3])
+            raise self._no_tangent(self._find_droppers(*args, **kwargs))
         if dual.output_layer is not None:
             return dual, output, tangent
         self.check_output(output)
@@ -320,7 +337,7 @@ class FDFA(nn.Module):
             assert plan is not None, "forward and the dry run have made it"
             if plan.backward_hooked or plan.has_global_hooks:
                 self._refuse_backward_hooks(plan.backward_hooked, dual)
-            if plan.steps is None or len(args) != 1 or kwargs:
+            if plan.steps is None or len(args) != 1 or kwargs or dual.exposes:
                 # A module compiled by itself has no forward mode, and its blocks do not see the pass.
                 eager = torch.compiler.set_stance("force_eager") if plan.is_compiled else nullcontext()
                 with eager:
@@ -338,6 +355,8 @@ class FDFA(nn.Module):
                     dual.output_layer = OutputLayer(layer.weight, layer.bias)
                 else:
                     output, tangent = forward_dual(layer, output, tangent)
+            if dual.rules is not None:
+                self._look_for_activations(plan, dual.rules, output)
             return self._tensor(output), tangent
         finally:
             for block_pass in self._passes:
@@ -355,22 +374,43 @@ class FDFA(nn.Module):
                     return output, None
                 output, tangent = torch._unpack_dual(output, level=0)
                 return output, None if tangent is None else tangent.detach()
-        rules = OwnForwardRules(plan.output_weight if dual.takes_output_layer else None, dual.perturbs)
+        weight = plan.output_weight if dual.takes_output_layer else None
+        dual.rules = rules = OwnCodeRules(weight, dual.perturbs, dual.exposes)
         with level:
             with rules:
-                output = self._tensor(self.module(*args, **kwargs))
-            # It has one holder more than `rules`, rules.last, unless the user's code keeps it too.
-            kept = sys.getrefcount(output) - sys.getrefcount(rules) > 1
-            result, tangent = unpack_dual(output)
-        ends_in_linear = rules.last is not None and rules.last[0] is output and not kept
-        if rules.layer is not None:
-            if rules.strayed or not ends_in_linear:
+                try:
+                    output = self._tensor(self.module(*args, **kwargs))
+                except NotImplementedError as error:
+                    refuse_unknown("a function in the module's forward", error)
+                    raise
+            # It has one holder more than `rules`, rules.last, unless the net's code keeps it too. The
+            # pass holds `rules` as well.
+            kept = sys.getrefcount(output) - sys.getrefcount(rules) > 0
+            last, rules.last = rules.last, None
+            weight = None if last is None or last[0] is not output or kept else last[1]
+            del last
+            if rules.layer is not None and (rules.strayed or weight is None):
                 plan.output_weight, plan.takes_output_weight = None, False
                 raise _StrayedError
+            self._look_for_activations(plan, rules, output, kept)
             dual.output_layer = rules.layer
-        elif rules.last is not None and ends_in_linear and plan.takes_output_weight:
-            plan.output_weight = rules.last[1]
+            if plan.takes_output_weight and torch.is_grad_enabled():  # which it is not in a dry run
+                plan.output_weight = weight
+            result, tangent = unpack_dual(output)
+        if dual.exposes and rules.layer is None:
+            result = cut_from_blocks(result, [t for t in dual.exposed if t.requires_grad])
         return result, None if tangent is None else tangent.detach()
+
+    @staticmethod
+    def _look_for_activations(
+        plan: Plan, rules: OwnCodeRules, output: Any, keeps_output: bool = False
+    ) -> None:
+        """Whether the net's code keeps some, for which they need a graph."""
+        if plan.exposes or not rules.perturbs or not torch.is_grad_enabled():
+            return
+        if rules.keeps_activations(output, keeps_output):
+            plan.exposes = True
+            raise _StrayedError
 
     def _check_places(self) -> None:
         """For a compiler, which cannot plan: a block that came later would learn by backpropagation."""
@@ -475,11 +515,22 @@ class FDFA(nn.Module):
                 )
 
     @torch.no_grad()
-    def _probe(self, *args: Any, **kwargs: Any) -> tuple[DualPass, Tensor, Tensor | None, list[str]]:
-        """A dual pass that leaves no trace: noise and buffers stay as they are.
+    def _probe(self, *args: Any, **kwargs: Any) -> tuple[DualPass, Tensor, Tensor | None]:
+        """A dual pass that leaves no trace: noise and buffers stay as they are."""
+        modes = {module: module.training for module in self.module.modules()}
+        dual = self._dual_pass(self.noise_state.clone())
+        try:
+            self.module.eval()
+            self._current_plan()
+            with slow_attention():
+                output, tangent = self._run(dual, *args, **kwargs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return dual, output, tangent
 
-        Also returns the names of the modules that were given a tangent and returned none.
-        """
+    def _find_droppers(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Names of the modules that are given a tangent and return none, with their types."""
         droppers: list[str] = []
         names = {module: name for name, module in self.module.named_modules() if name}
 
@@ -487,20 +538,13 @@ class FDFA(nn.Module):
             if module in names and _any_tangent(inputs) and not _any_tangent(result):
                 droppers.append(f"'{names[module]}' ({type(module).__name__})")
 
-        modes = {module: module.training for module in self.module.modules()}
-        dual = self._dual_pass(self.noise_state.clone())
         # For all modules at once, so that no error can leave one on the user's.
         hook = register_module_forward_hook(watch)
         try:
-            self.module.eval()
-            self._current_plan()
-            with slow_attention():
-                output, tangent = self._run(dual, *args, **kwargs)
+            self._probe(*args, **kwargs)
         finally:
             hook.remove()
-            for module, mode in modes.items():
-                module.training = mode
-        return dual, output, tangent, droppers
+        return droppers
 
     @staticmethod
     def _no_tangent(droppers: list[str]) -> RuntimeError:
@@ -559,7 +603,8 @@ class FDFA(nn.Module):
                 "FDFA: give example_input, or run one training forward, before torch.compile: the "
                 "feedback matrices must exist"
             )
-        dual, output, tangent, droppers = self._probe(*args, **kwargs)
+        dual, output, tangent = self._probe(*args, **kwargs)
+        droppers = self._find_droppers(*args, **kwargs) if dual.perturbs else []
         if tangent is None and dual.tangents != "none":
             raise self._no_tangent(droppers)
         self.check_output(output)
@@ -630,7 +675,7 @@ class FDFA(nn.Module):
 
 
 class _StrayedError(Exception):
-    """A forward's output layer was left to the method, and the forward did not end with it."""
+    """The code of the net did otherwise than in the pass before; this one is void."""
 
 
 def _without_grad(value: Any) -> Any:

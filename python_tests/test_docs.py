@@ -112,6 +112,25 @@ def test_the_example_of_a_rule_learns_by_each_method(tmp_path: Path) -> None:
     assert own != dfa
 
 
+def test_the_guides_penalty_reaches_its_block() -> None:
+    (program,) = (block for block in python_blocks(GUIDE) if "class Sparse(" in block)
+    names: dict[str, Any] = {
+        "nn": nn,
+        "FDFA": FDFA,
+        "FDFALinear": FDFALinear,
+        "inputs": torch.randn(8, 64),
+        "targets": torch.randint(10, (8,)),
+    }
+    exec(program, names)
+    hidden = names["sparse"].hidden
+    with_both = hidden.weight.grad.clone()
+    (alone,) = torch.autograd.grad(
+        0.1 * torch.relu(hidden.plain(names["inputs"])).mean(), hidden.weight
+    )
+    # B is zero but for its first step, which is far smaller than the penalty.
+    torch.testing.assert_close(with_both, alone, rtol=0.2, atol=0.2 * float(alone.abs().max()))
+
+
 def test_the_guides_program_trains_every_weight_and_matrix() -> None:
     program = next(block for block in python_blocks(GUIDE) if "loss.backward()" in block)
     begin, step = program.split("\nloss =")

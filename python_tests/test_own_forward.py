@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from nets import step
 from torch import Tensor, nn
 
-from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear, functional
+from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear, own_code
 
 OPTIONS: dict[str, Any] = {"feedback": "ema", "feedback_lr": 0.3}
 
@@ -41,13 +41,13 @@ class Own(nn.Module):
 def layers(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The weights of the output layers that were left to a method, one a forward."""
     left: list[Tensor] = []
-    original = functional.OutputLayer
+    original = own_code.OutputLayer
 
     def count(weight: Tensor, *rest: Any) -> Any:
         left.append(weight)
         return original(weight, *rest)
 
-    monkeypatch.setattr(functional, "OutputLayer", count)
+    monkeypatch.setattr(own_code, "OutputLayer", count)
     return left
 
 
@@ -269,4 +269,38 @@ def test_modules_of_unknown_kind_in_a_sequence_train_as_the_whole_on_dual_tensor
 def test_several_tensors_between_two_modules_of_a_sequence_need_one_module() -> None:
     net = nn.Sequential(FDFALinear(6, 4), Pair(), nn.Identity(), Add(), nn.Linear(4, 3))
     with pytest.raises(TypeError, match=r"module '1' \(Pair\) must return one tensor; got tuple"):
-        FDFA(net)(torch.randn(5, 6))
+        FDFA(net, example_input=torch.randn(5, 6))
+
+
+class Doubled(torch.autograd.Function):
+    """Without a jvp."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * 2
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled: Tensor = Doubled.apply(x)
+        return doubled
+
+
+@pytest.mark.parametrize(
+    ("net", "what"),
+    [
+        (nn.Sequential(FDFALinear(6, 4), Doubles(), nn.Linear(4, 3)), r"module '1' \(Doubles\)"),
+        (
+            nn.Sequential(FDFALinear(6, 6), FDFABlock(nn.Linear(6, 4), Doubles()), nn.Linear(4, 3)),
+            r"block '1': its module 1 \(Doubles\)",
+        ),
+        (Own(lambda self, out: Doubles()(out)), "a function in the module's forward"),
+    ],
+)
+def test_a_function_without_a_forward_mode_is_refused_with_its_place(net: nn.Module, what: str) -> None:
+    with pytest.raises(RuntimeError, match=f"FDFA: {what} cannot carry a tangent"):
+        FDFA(net, example_input=torch.randn(5, 6))

@@ -1,0 +1,176 @@
+"""What a training pass sees of code of the user's: a forward, a module of unknown kind, a hook.
+
+It calls functions, which have JVP rules. Its last may be the output layer, which the method can take.
+And it may keep hidden activations for a loss of its own, whose gradient has to reach the block that
+they come from, added to δ.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fdfa_ext._ops import extension
+from fdfa_ext.jvp import FunctionRules
+from fdfa_ext.reference import through_activation
+
+
+@dataclass(slots=True)
+class OutputLayer:
+    """A linear output layer that is left to the method."""
+
+    weight: Tensor
+    bias: Tensor | None
+    input: Tensor | None = None  # [N, in_features], where its result is computed already
+
+
+def is_simple(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer is trained on rows without a graph, and no autocast stands between."""
+    return (
+        x.dim() == 2
+        and not x.requires_grad
+        and weight.requires_grad
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+class OwnCodeRules(FunctionRules):
+    """FunctionRules that remember what the code of one pass made.
+
+    A linear output layer is F.linear where it is the last function of a forward, its result is what
+    the forward returns, and nobody else has it. Once found, by its weight, the next pass computes it
+    without a graph. Where that pass does otherwise, it `strayed`, and is void.
+    """
+
+    def __init__(self, weight: Tensor | None, perturbs: bool, exposes: bool) -> None:
+        self.weight = weight  # of the output layer in the pass before
+        self.perturbs = perturbs
+        self.exposes = exposes
+        self.last: tuple[Tensor, Tensor] | None = None  # result and weight of F.linear, called last
+        self.layer: OutputLayer | None = None
+        self.strayed = False
+        self.within_block = False  # whose functions are its own business
+        self.made: list[weakref.ref[Tensor]] = []  # tensors with a tangent that the code was given
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.within_block:
+            return func(*args, **(kwargs or {}))
+        if self.layer is not None:
+            self.strayed = True
+        if func is not F.linear or kwargs or len(args) != 3:
+            self.last = None
+            result = super().__torch_function__(func, types, args, kwargs)
+            if func is not Tensor.detach and torch.is_grad_enabled():
+                self.watch(result)
+            return result
+        x, weight, bias = args
+        if weight is self.weight and weight is not None:
+            if self.exposes and x.requires_grad and not leaves_behind(x):
+                x = x.detach()
+            found = extension.dual_output_layer(x, weight, bias, self.perturbs)
+            if found is not None:
+                result, x = found
+                self.layer = OutputLayer(weight, bias, x)
+                self.last = result, weight
+                return result
+        result = super().__torch_function__(func, types, args)
+        self.last = None if weight is None else (result, weight)
+        self.watch(result)
+        return result
+
+    def watch(self, result: Any) -> None:
+        """Adds a tensor, or several, to what the code was given."""
+        if isinstance(result, Tensor):
+            if extension.has_tangent(result):  # else it comes from no block
+                self.made.append(weakref.ref(result))
+        elif isinstance(result, (tuple, list)):
+            for item in result:
+                self.watch(item)
+
+    def keeps_activations(self, output: Any, keeps_output: bool) -> bool:
+        """Whether the code has let live any other tensor with a tangent; to be asked at its end.
+
+        What the output's graph has in it autograd may keep. Parameters behind the blocks, which the
+        graph leads to, have the gradients of losses on that anyway.
+        """
+        if keeps_output and isinstance(output, Tensor) and not output.requires_grad:
+            return True
+        alive = [t for made in self.made if (t := made()) is not None and t is not output]
+        if not alive or not all(t.requires_grad for t in alive):
+            return bool(alive)
+        graph = _nodes_behind(output)
+        return any(t.grad_fn not in graph for t in alive)
+
+
+# Where activations are kept, blocks hand them out with a graph that leads to the blocks' own parameters
+# and ends there: each block cuts its input off from it, and so does the output part.
+
+
+def expose(output: Tensor, handle: Tensor, gate: Tensor, activation: str) -> Tensor:
+    """A block's output y [N, *features], from which gradients go to the block's handle, as δ does."""
+    exposed: Tensor = _Exposed.apply(output, handle, gate, activation)
+    return exposed
+
+
+class _Exposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, handle: Tensor, gate: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate)
+        ctx.activation = activation
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gate,) = ctx.saved_tensors
+        return None, through_activation(ctx.activation, gate, grads[0]), None, None
+
+
+def leaves_behind(x: Tensor) -> list[Tensor]:
+    """The leaves that the graph of x leads to, without those behind what blocks expose."""
+    return [node.variable for node in _nodes_behind(x) if hasattr(node, "variable")]
+
+
+def _nodes_behind(x: Tensor) -> set[Any]:
+    """The nodes of the graph of x, up to those that blocks expose."""
+    seen: set[Any] = set()
+    nodes: list[Any] = [x.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen and not isinstance(node, _Exposed._backward_cls):
+            seen.add(node)
+            nodes += [after for after, _ in node.next_functions]
+    return seen
+
+
+def cut_from_blocks(output: Tensor, exposed: Sequence[Tensor]) -> Tensor:
+    """The output, whose gradient reaches the parameters behind the blocks, and no block."""
+    if not output.requires_grad:
+        return output
+    leaves = leaves_behind(output)
+    if not leaves:
+        return output.detach()
+    cut: Tensor = _OutputPart.apply((output,), exposed, *leaves)
+    return cut
+
+
+class _OutputPart(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, graph: Sequence[Tensor], exposed: Sequence[Tensor], *leaves: Tensor
+    ) -> Tensor:
+        """graph: the output, in a tuple for autograd not to see it."""
+        ctx.graph, ctx.inputs = graph, (*leaves, *exposed)
+        return graph[0].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Those of what blocks expose are for backward hooks on the way, which wait for them. Losses on
+        # activations may walk the same graph after this.
+        found = torch.autograd.grad(ctx.graph, ctx.inputs, grads, retain_graph=True, allow_unused=True)
+        return None, None, *found[: len(ctx.needs_input_grad) - 2]
