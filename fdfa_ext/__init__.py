@@ -2,8 +2,11 @@
 
 from fdfa_ext import _flops, methods, metrics  # noqa: F401  (_flops registers its formulas)
 from fdfa_ext._ops import build_info
+from fdfa_ext.feedback import FeedbackUpdate
 from fdfa_ext.graphed import make_graphed_step
+from fdfa_ext.jvp import register_jvp
 from fdfa_ext.layers import FDFABlock, FDFAConv2d, FDFALinear
+from fdfa_ext.methods import register_method
 from fdfa_ext.wrapper import FDFA
 
 __all__ = [
@@ -11,8 +14,11 @@ __all__ = [
     "FDFABlock",
     "FDFAConv2d",
     "FDFALinear",
+    "FeedbackUpdate",
     "build_info",
     "make_graphed_step",
     "methods",
     "metrics",
+    "register_jvp",
+    "register_method",
 ]

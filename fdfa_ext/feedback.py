@@ -132,3 +132,18 @@ def in_noise_order(matrix: Tensor) -> Tensor:
     with torch.inference_mode(False):
         ordered = torch.empty_like(like, dtype=torch.float32, device=matrix.device)
         return ordered.copy_(matrix.detach())
+
+
+class FeedbackUpdate(nn.Module):
+    """How feedback follows its gradient, as an argument of FDFA: feedback=MyUpdate().
+
+    Tensors that it keeps from step to step are its buffers, which `create` makes, so that state_dict
+    has them. `name` is the block's, with slashes for dots, which no name of a buffer may have.
+    """
+
+    def create(self, name: str, feedback: Tensor) -> None:
+        """Makes what is kept for a new B [K, *features]."""
+
+    def step(self, name: str, feedback: Tensor, gradient: Tensor) -> None:
+        """Moves B [K, *features] in place along ∇B, for FDFA B - G, of the same shape and finite."""
+        raise NotImplementedError

@@ -140,8 +140,9 @@ def plain_type(module: nn.Module | None) -> type[nn.Module] | None:
     if module is None:  # torch allows it among a module's children
         return None
     kind = type(module)
-    changed = any(hooks_of(module)) or any(GLOBAL_HOOKS) or has_own_forward(module) or is_patched(kind)
-    return None if changed else kind
+    if any(hooks_of(module)) or any(GLOBAL_HOOKS):
+        return None
+    return None if has_own_forward(module) or is_patched(kind) else kind
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -569,7 +570,7 @@ def has_fused_pool(pool: nn.MaxPool2d) -> bool:
     return not (pool.ceil_mode or pool.return_indices) and pool.dilation in (1, (1, 1))
 
 
-_MODULE_RULES: dict[type[nn.Module], ModuleRule] = {
+MODULE_RULES: dict[type[nn.Module], ModuleRule] = {
     nn.Linear: _linear_module,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution_module),
     nn.Flatten: _flatten,
@@ -601,14 +602,14 @@ def _torchs_own(kind: type[nn.Module], name: str) -> Any:
     return function if function.__globals__ is vars(home) else None
 
 
+def _names_of_calls(kind: type[nn.Module]) -> list[str]:
+    return [name for name in (*FORWARD_NAMES, "__call__", "_call_impl") if hasattr(kind, name)]
+
+
 # By class, the functions that the rules and the fused operators stand for.
 FORWARD_FUNCTIONS: dict[type[nn.Module], list[tuple[str, Any]]] = {
-    kind: [
-        (name, _torchs_own(kind, name))
-        for name in (*FORWARD_NAMES, "__call__", "_call_impl")
-        if hasattr(kind, name)
-    ]
-    for kind in (*_MODULE_RULES, nn.Sequential)
+    kind: [(name, _torchs_own(kind, name)) for name in _names_of_calls(kind)]
+    for kind in (*MODULE_RULES, nn.Sequential)
 }
 
 
@@ -623,9 +624,68 @@ OPTIONS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+_REGISTERED: set[type[nn.Module]] = set()
+
+
+def register_jvp(kind: type[nn.Module]) -> Callable[[ModuleRule], ModuleRule]:
+    """Decorator for the JVP rule of a module class, and of no subclass: (module, x, tangent) → (y, ty).
+
+    It is asked in training steps that nothing compiles, wherever a module of this class is called with
+    one tensor x that has a tangent, of x's shape and dtype. y keeps its autograd graph to the module's
+    parameters, and ty = J tangent has y's shape and no graph. The module itself may be called for y.
+
+    Raises:
+        TypeError: kind is no class of modules.
+        ValueError: the class has a rule.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"FDFA: a JVP rule is that of a module class; got {kind!r}")
+    if kind in MODULE_RULES:
+        raise ValueError(f"FDFA: {kind.__name__} has a JVP rule")
+
+    def register(rule: ModuleRule) -> ModuleRule:
+        def checked(module: Any, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
+            if tangent is None:
+                return module(x), None
+            y, ty = rule(module, x, tangent)
+            if ty is None or ty.shape != y.shape or ty.requires_grad:
+                found = "none" if ty is None else f"{list(ty.shape)}, requires_grad={ty.requires_grad}"
+                raise RuntimeError(
+                    f"FDFA: the JVP rule of {kind.__name__} must return a tangent of the output's "
+                    f"shape {list(y.shape)} and without a graph; got {found}"
+                )
+            return y, ty
+
+        MODULE_RULES[kind] = checked
+        FORWARD_FUNCTIONS[kind] = [(name, getattr(kind, name)) for name in _names_of_calls(kind)]
+        _REGISTERED.add(kind)
+        return rule
+
+    return register
+
+
+def registered_rule(module: nn.Module) -> ModuleRule | None:
+    """The rule that register_jvp has for it, where its call comes down to its class's forward."""
+    kind = type(module)
+    changed = kind not in _REGISTERED or has_own_forward(module) or is_patched(kind)
+    return None if changed else MODULE_RULES[kind]
+
+
+def call_by_rule(module: Any, rule: ModuleRule, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+    """What a module's forward returns, and whether that is a dual tensor by its rule."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        primal, tangent = unpack_dual(args[0])
+        if tangent is not None:
+            with without_rules():
+                y, ty = rule(module, primal, tangent)
+                assert ty is not None, "the rule is checked"
+                return make_dual(y, ty), True
+    return type(module).forward(module, *args, **kwargs), False
+
+
 def _module_rule(module: Any) -> ModuleRule | None:
     kind = plain_type(module)
-    rule = None if kind is None else _MODULE_RULES.get(kind)
+    rule = None if kind is None else MODULE_RULES.get(kind)
     if rule is not None and getattr(module, "inplace", False):
         return None  # the input would be gone by the time its derivative is asked for
     if rule is _max_pool_module and module.return_indices:

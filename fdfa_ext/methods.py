@@ -141,6 +141,7 @@ class _WeightNode(torch.autograd.Function):
 class BlockStep:
     """A block in the backward of one step. D features, in the memory order of the block's output."""
 
+    name: str
     error: Tensor
     """e [N, K]: gradient of the loss at the output."""
     _tangent: Tensor | None
@@ -175,7 +176,7 @@ class BlockStep:
 class BlockMethod(Method):
     """Base of the methods that give every block its own error, straight from the output's.
 
-    A subclass sets the attributes and defines `delta`.
+    A subclass sets the attributes and defines `delta`, or `deltas` for all blocks at once.
 
     Attributes:
         tangents: "none": nothing is perturbed. "network": blocks are perturbed, and tangents run from
@@ -193,6 +194,14 @@ class BlockMethod(Method):
     def feedback_gradient(self, block: BlockStep) -> Tensor:
         """∇B [K, D] for feedback = "learned". B moves by it before the errors are computed."""
         raise NotImplementedError
+
+    def deltas(self, blocks: Sequence[BlockStep]) -> Sequence[Tensor]:
+        """δ of all blocks, for a rule that needs them together; else each block's `delta`."""
+        return [self.delta(block) for block in blocks]
+
+    def feedback_gradients(self, blocks: Sequence[BlockStep]) -> Sequence[Tensor]:
+        """∇B of all blocks, for a rule that needs them together; else each `feedback_gradient`."""
+        return [self.feedback_gradient(block) for block in blocks]
 
     def declare(self, model: "FDFA") -> None:
         if self.feedback == "learned" and model.rule == "grad":
@@ -275,6 +284,7 @@ class _BlockNode(torch.autograd.Function):
         error = grads[0].float()
         steps = [
             BlockStep(
+                blocks[i].name,
                 error,
                 None if tangent is None else tangent.float(),
                 rows(ctx.feedback[i].detach()) if ctx.feedback else None,
@@ -287,17 +297,17 @@ class _BlockNode(torch.autograd.Function):
         if method.feedback == "learned" and len(error) > 0:
             names = [block.name for block in blocks]
             found = [
-                unrows(method.feedback_gradient(step), model.feedback[name].shape)
-                for step, name in zip(steps, names, strict=True)
+                unrows(gradient, model.feedback[name].shape)
+                for gradient, name in zip(method.feedback_gradients(steps), names, strict=True)
             ]
             if model.rule == "grad":
                 gradients[:] = found
             else:
                 move_feedback(model, names, found)
-        deltas = []
-        for step, block, gate in zip(steps, blocks, gates, strict=True):
-            delta = unrows(method.delta(step), gate.shape)
-            deltas.append(through_activation(block.activation, gate, delta))
+        deltas = [
+            through_activation(block.activation, gate, unrows(delta, gate.shape))
+            for block, gate, delta in zip(blocks, gates, method.deltas(steps), strict=True)
+        ]
         nothing = [None] * len(saved)
         return (grads[0], None, None, None, *deltas, *gradients, *nothing)
 
@@ -315,6 +325,11 @@ def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) 
     matrices = model.feedback.select(names)
     # A sum keeps what is not finite, and is far cheaper than a test of each element.
     finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
+    if model.feedback_update is not None:
+        if finite:
+            for name, matrix, gradient in zip(names, matrices, gradients, strict=True):
+                model.feedback_update.step(model.feedback.key(name), matrix, gradient)
+        return
     if model.rule == "ema":
         for matrix, gradient in zip(matrices, gradients, strict=True):
             matrix.sub_(torch.where(finite, model.feedback_lr * gradient, 0))
@@ -468,7 +483,7 @@ class ProjectedError(BlockMethod):
         return block.error @ block.feedback
 
     def forward(self, model: "FDFA", *args: Any, **kwargs: Any) -> Tensor:
-        if type(self) not in _FUSED:
+        if type(self) not in _FUSED or model.feedback_update is not None:
             return super().forward(model, *args, **kwargs)
         dual, output, tangent = model.run_blocks(args, kwargs, takes_output_layer=True)
         records, layer = dual.records, dual.output_layer
@@ -574,3 +589,22 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fg-w": WeightPerturbation,
     "bp": Backpropagation,
 }
+
+
+def register_method(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: FDFA(net, method=name) makes one of this class, which needs no arguments.
+
+    Raises:
+        ValueError: a method has this name already.
+        TypeError: the class is no Method.
+    """
+
+    def register(kind: type[Method]) -> type[Method]:
+        if name in METHODS:
+            raise ValueError(f"FDFA: there is a method {name!r} already; register it by another name")
+        if not (isinstance(kind, type) and issubclass(kind, Method)):
+            raise TypeError(f"FDFA: a method must be a subclass of Method; got {kind!r}")
+        METHODS[name] = kind
+        return kind
+
+    return register

@@ -22,14 +22,18 @@ from fdfa_ext.jvp import (
     FORWARD_FUNCTIONS,
     FORWARD_NAMES,
     GLOBAL_HOOKS,
+    MODULE_RULES,
     OPTIONS,
+    ModuleRule,
     PrimalTangent,
     Step,
+    call_by_rule,
     has_fused_pool,
     has_own_forward,
     hooks_of,
     is_patched,
     plain_type,
+    registered_rule,
     rule_step,
 )
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
@@ -94,6 +98,8 @@ class Plan:
         takes_output_weight: whether it may be looked for.
         runs_own_code: whether any function called in it is the user's: a forward or a hook.
         exposes: whether such code was seen to keep hidden activations.
+        ruled: the modules with a registered JVP rule, each with the function that is its forward in a
+            pass.
         has_run: whether a pass has gone through.
         overriding: by name, the forward of each block that may leave out that of its base class.
         backward_hooked: names of the modules with a backward hook.
@@ -135,6 +141,11 @@ class Plan:
             if plain_type(last) is nn.Linear:
                 self.output_layer = last
                 self.steps.pop()
+        self.ruled = [
+            (member, partial(_forward_by_rule, self.passes[0], member, rule))
+            for member in named.values()
+            if (rule := registered_rule(member)) is not None
+        ]
         self._guard = self._watch(named.values())
 
     def holds(self, module: nn.Module) -> bool:
@@ -156,7 +167,7 @@ class Plan:
                 guard.watch_contents(attributes[name])
             for name in (*FORWARD_NAMES, "_compiled_call_impl", *OPTIONS.get(type(member), ())):
                 guard.watch_entry(attributes, name)
-        for hooks in GLOBAL_HOOKS:
+        for hooks in (*GLOBAL_HOOKS, MODULE_RULES):
             guard.watch_contents(hooks)
         for kind in {kind for member in members for kind in type(member).__mro__}:
             if kind in FORWARD_FUNCTIONS or issubclass(kind, BLOCKS):
@@ -165,6 +176,16 @@ class Plan:
                         guard.watch_attribute(kind, name)
         guard.watch_attribute(nn.Module, "_call_impl")
         return guard
+
+
+def _forward_by_rule(
+    running: BlockPass, module: nn.Module, rule: ModuleRule, *args: Any, **kwargs: Any
+) -> Any:
+    """running: any block's pass."""
+    result, is_dual = call_by_rule(module, rule, *args, **kwargs)
+    if is_dual and running.dual is not None and running.dual.rules is not None:
+        running.dual.rules.watch(result)
+    return result
 
 
 def is_overridden(block: Any) -> bool:

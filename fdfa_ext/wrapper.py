@@ -23,7 +23,7 @@ from fdfa_ext.duals import (
     slow_attention,
     unpack_dual,
 )
-from fdfa_ext.feedback import TensorMap
+from fdfa_ext.feedback import FeedbackUpdate, TensorMap
 from fdfa_ext.functional import (
     BACKENDS,
     NOISES,
@@ -57,6 +57,8 @@ class FDFA(nn.Module):
     that replaces another under its name trains on with that one's B; a new name gets a new B. A module
     within that is compiled by itself runs uncompiled in training.
 
+    What cannot be trained is refused when the model is made, or in its first training forward.
+
     Args:
         module: a model whose output is [N, K], K outputs for each of N samples.
         method: "fdfa", "dfa", "dkp", "fg-a", "lg-fg-a", "fg-w" or "bp", or a Method of your own
@@ -66,9 +68,10 @@ class FDFA(nn.Module):
             gradient B - G (Appendix A, the paper's tables). "ema": B ← (1 - lr) B + lr G (eq. 8).
             "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer. The same for
             another method's ∇B in place of B - G. Since B - G does not scale with the loss, keep
-            `feedback_parameters()` out of GradScaler and of gradient clipping.
+            `feedback_parameters()` out of GradScaler and of gradient clipping. Or a FeedbackUpdate.
         feedback_lr: α, per step.
-        betas, eps: Adam's, for feedback="adam".
+        betas: Adam's, for feedback="adam".
+        eps: Adam's.
         noise: "gaussian" or "rademacher" perturbations, of unit variance.
         backend: "fused" (float32, bfloat16, float16) or "reference", plain torch in any dtype.
         example_input: an input of any batch size, a tuple of inputs, or a dict of keyword inputs (one
@@ -87,7 +90,7 @@ class FDFA(nn.Module):
         local_outputs: method "lg-fg-a": outputs [N, K] of the local heads in the last training forward,
             each of which wants the loss too.
 
-    Raises, as its first training forward may:
+    Raises:
         ValueError: an option is unknown or out of range; the module has no block or is one; its output
             is not [N, K].
         TypeError: method is a class; the module returns no tensor; a dtype that the backend lacks; a
@@ -103,7 +106,7 @@ class FDFA(nn.Module):
         module: nn.Module,
         *,
         method: str | Method = "fdfa",
-        feedback: str = "adam",
+        feedback: str | FeedbackUpdate = "adam",
         feedback_lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -112,8 +115,9 @@ class FDFA(nn.Module):
         example_input: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        choices: list[tuple[str, str, Iterable[str]]] = [
-            ("feedback", feedback, RULES),
+        own_update = isinstance(feedback, FeedbackUpdate)
+        choices: list[tuple[str, Any, Iterable[str]]] = [
+            ("feedback", RULES[0] if own_update else feedback, RULES),
             ("noise", noise, NOISES),
             ("backend", backend, BACKENDS),
         ]
@@ -138,7 +142,8 @@ class FDFA(nn.Module):
             raise TypeError(f"FDFA: method must be a name or a Method, not its class; got {method!r}")
         self.module = module
         self.method = method
-        self.rule = feedback
+        self.rule = "own" if isinstance(feedback, FeedbackUpdate) else feedback
+        self.feedback_update = feedback if isinstance(feedback, FeedbackUpdate) else None
         self.feedback_lr = feedback_lr
         self.betas = betas
         self.eps = eps
@@ -328,12 +333,15 @@ class FDFA(nn.Module):
             block_pass.dual = dual
             if block.block_pass is not block_pass:
                 block.block_pass = block_pass
+        plan = self._plan
+        ruled = [] if plan is None or dual.compiling else plan.ruled
+        for module, by_rule in ruled:
+            module.__dict__["forward"] = by_rule
         try:
             if dual.compiling:
                 result = self._on_dual_tensors(dual, args, kwargs)
                 self._check_overridden(dual)
                 return result
-            plan = self._plan
             assert plan is not None, "forward and the dry run have made it"
             if plan.backward_hooked or plan.has_global_hooks:
                 self._refuse_backward_hooks(plan.backward_hooked, dual)
@@ -361,6 +369,8 @@ class FDFA(nn.Module):
         finally:
             for block_pass in self._passes:
                 block_pass.dual = None
+            for module, _ in ruled:
+                del module.__dict__["forward"]
 
     def _on_dual_tensors(
         self, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -588,6 +598,7 @@ class FDFA(nn.Module):
                 for name, tensor in mine.items():
                     if name not in theirs:
                         theirs.put(name, tensor.detach().clone())
+                        other._keep_for(theirs, name)
             heads: Any = self.heads.items()
             for key, head in heads:
                 if head.has_shape and head_of(other, key).take_shape(head.weight.shape, head.weight):
@@ -645,6 +656,12 @@ class FDFA(nn.Module):
                 if tensors is self.feedback:
                     self.method.initialize(matrix)
                 tensors.put(record.name, matrix)
+                self._keep_for(tensors, record.name)
+
+    def _keep_for(self, tensors: TensorMap, name: str) -> None:
+        """Has an own FeedbackUpdate make what it keeps for a new B."""
+        if tensors is self.feedback and self.feedback_update is not None:
+            self.feedback_update.create(TensorMap.key(name), tensors[name])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback and heads that a saved model has and this one has not yet."""
@@ -659,6 +676,7 @@ class FDFA(nn.Module):
                 saved = state_dict.get(f"{prefix}{name}.{TensorMap.key(block)}")
                 if saved is not None and block not in tensors:
                     tensors.put(block, torch.zeros_like(saved, device=self.noise_state.device))
+                    self._keep_for(tensors, block)
         for key in map(TensorMap.key, self._blocks):
             saved = state_dict.get(f"{prefix}heads.{key}.weight")
             if saved is not None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fdfa_ext
-from fdfa_ext import FDFA, FDFALinear
+from fdfa_ext import FDFA, FDFALinear, jvp
 from fdfa_ext.__main__ import main
 from fdfa_ext.bench.roofline import CASES, HEAD, parts_of_step, table_lines
 from fdfa_ext.experiments.report import mean_and_deviation
@@ -188,6 +188,56 @@ def test_the_documented_module_of_ones_own_is_trained() -> None:
     F.cross_entropy(model(names["x"]), names["y"]).backward()
     assert len(model.feedback) == 2
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_the_documented_joint_regression_learns_the_mean_jacobian() -> None:
+    """Of a linear net, whose Jacobians are products of its weights, and better than FDFA does."""
+    (program,) = (block for block in python_blocks(EXTENDING) if "class JointRegression(" in block)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), FDFALinear(784, 8), FDFALinear(8, 8), nn.Linear(8, 10))
+    names = images() | {"net": net}
+    exec(program, names)
+    joint = names["model"]
+    separate = FDFA(copy.deepcopy(net), feedback="ema", feedback_lr=1e-2, example_input=names["x"])
+    jacobian = net[3].weight.detach() @ net[2].weight.detach()
+    distances = []
+    for model in (joint, separate):
+        for _ in range(1000):
+            model(names["x"]).sum().backward()
+        distances.append((model.feedback["1"] - jacobian).norm() / jacobian.norm())
+    assert distances[0] < 0.05
+    assert distances[0] < distances[1] / 2
+
+
+def test_the_documented_momentum_is_that_of_torch() -> None:
+    (program,) = (block for block in python_blocks(EXTENDING) if "class Momentum(" in block)
+    names = run(program)
+    model = names["model"]
+    twin = FDFA(copy.deepcopy(names["net"]), feedback="grad", example_input=names["x"])
+    optimizer = torch.optim.SGD(twin.feedback_parameters(), lr=1e-2, momentum=0.9)
+    twin.noise_state.copy_(model.noise_state)
+    for _ in range(4):
+        for each in (model, twin):
+            F.cross_entropy(each(names["x"]), names["y"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(model.feedback["1"], twin.feedback["1"].detach())
+
+
+def test_the_documented_jvp_rule_is_right() -> None:
+    (program,) = (block for block in python_blocks(EXTENDING) if "class Scale(" in block)
+    names = images()
+    try:
+        exec(program, names)
+        model = FDFA(names["net"], feedback="ema", feedback_lr=0.5, example_input=names["x"])
+        by_forward_mode = copy.deepcopy(model)
+        model(names["x"]).sum().backward()
+    finally:
+        del jvp.MODULE_RULES[names["Scale"]]
+        jvp._REGISTERED.discard(names["Scale"])
+    by_forward_mode(names["x"]).sum().backward()
+    assert model.feedback["1"].any()
+    torch.testing.assert_close(model.feedback["1"], by_forward_mode.feedback["1"])
 
 
 def test_the_documented_diagnostics_run() -> None:
