@@ -73,10 +73,6 @@ class TensorMap(nn.Module):
         store.clear()
         store.update(kept)
 
-    def select(self, names: Iterable[str]) -> list[Tensor]:
-        tensors: dict[str, Any] = self._parameters if self._as_parameters else self._buffers
-        return [tensors[name.replace(".", "/")] for name in names]  # as `key`, without its calls
-
     def __contains__(self, name: str) -> bool:
         return self.key(name) in self._tensors
 
@@ -120,6 +116,17 @@ class TensorMap(nn.Module):
 
 
 Mapping.register(TensorMap)
+
+
+def select(names: Iterable[str], *maps: TensorMap) -> list[list[Tensor]]:
+    """The tensors of these blocks in each map."""
+    found: list[list[Tensor]] = []
+    for tensors in maps:
+        store: dict[str, Any] = tensors._parameters if tensors._as_parameters else tensors._buffers
+        found.append([])
+        for name in names:
+            found[-1].append(store[name.replace(".", "/")])  # as TensorMap.key, without its call
+    return found
 
 
 def in_noise_order(matrix: Tensor) -> Tensor:

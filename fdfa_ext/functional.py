@@ -47,6 +47,31 @@ class BlockRecord:
     spare_gate: bool  # no one else reads it: δ may take its memory
 
 
+class BlockLists:
+    """What the records of a pass hold, block after block."""
+
+    __slots__ = (
+        "activations",
+        "changed",
+        "gates",
+        "handles",
+        "indices",
+        "names",
+        "outputs",
+        "spare_gates",
+    )
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.indices: list[int] = []
+        self.handles: list[Tensor] = []
+        self.gates: list[Tensor] = []
+        self.spare_gates: list[bool] = []
+        self.activations: list[str] = []
+        self.outputs: list[Tensor] = []
+        self.changed = False  # whether any output was, in place
+
+
 @dataclass(slots=True)
 class DualPass:
     """One forward pass of primal and tangent: noise, operators, and the blocks met so far."""
@@ -55,7 +80,8 @@ class DualPass:
     noise: str  # or "none", where nothing is perturbed and there are no tangents
     backend: Any
     compiling: bool  # by torch.compile
-    tangents: str = "network"  # or "block": they end at the next block; or "none"
+    tangents: str  # "network", "block": they end at the next block, or "none"
+    perturbs: bool
     records: list[BlockRecord] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # the blocks of the records
     takes_output_layer: bool = False  # whether the method can run a linear output layer itself
@@ -66,10 +92,21 @@ class DualPass:
     rules: OwnCodeRules | None = None  # where code of the user's runs
     exposes: bool = False  # whether blocks hand out activations with a graph
     exposed: list[Tensor] = field(default_factory=list)  # those
-    perturbs: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.perturbs = self.noise != "none"
+    def gather(self, reads_output: bool) -> "BlockLists":
+        """reads_output: whether the method does."""
+        lists = BlockLists()
+        for r in self.records:
+            lists.names.append(r.name)
+            lists.indices.append(r.index)
+            lists.handles.append(r.handle)
+            lists.gates.append(r.gate)
+            lists.spare_gates.append(r.spare_gate)
+            lists.activations.append(r.activation)
+            if reads_output:
+                lists.outputs.append(r.output)
+            lists.changed = lists.changed or (not self.compiling and r.output._version != r.version)
+        return lists
 
     def use_noise(self) -> Tensor:
         """The noise state of this pass, for its backward; that of the model moves on."""
@@ -80,7 +117,7 @@ class DualPass:
 
     def take_bias(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The bias for the layer of the next block, without autograd if the method can take it."""
-        if not self.takes_biases or bias is None or x.dim() != 2 or not bias.requires_grad:
+        if bias is None or x.dim() != 2 or not bias.requires_grad:
             return bias
         self.biases.append(bias)
         self.biased.append(len(self.records))
@@ -149,7 +186,8 @@ class BlockPass:
         if len(between) > 1:  # noise and feedback would take four dimensions for images
             x = x.flatten(1, -2)
             tangent = None if tangent is None else tangent.flatten(1, -2)
-        bias = dual.take_bias(x, bias)
+        if dual.takes_biases:
+            bias = dual.take_bias(x, bias)
         y, ty, pre = dual.backend.linear(
             x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
         )
@@ -271,7 +309,7 @@ class BlockPass:
             )[:2]
             ty = spare
         elif isinstance(module, nn.Linear):
-            bias = dual.take_bias(x, module.bias)
+            bias = dual.take_bias(x, module.bias) if dual.takes_biases else module.bias
             y, ty, pre = fused.linear(x, tangent, module.weight, bias, *rest)
         else:
             geometry = _geometry(module)

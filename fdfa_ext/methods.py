@@ -239,7 +239,7 @@ class BlockMethod(Method):
             noise_state,
             (self, model, blocks),
             *[r.handle for r in records],
-            *model.feedback.select(names),
+            *(model.feedback_state(names)[0] if names else []),
             *[r.gate for r in records],
             *outputs,
         )
@@ -322,7 +322,7 @@ def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) 
     """One step of B along the gradients, by the model's rule. None if a gradient is not finite."""
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break(msg="FDFA: this method moves its feedback outside the compiled graph")
-    matrices = model.feedback.select(names)
+    matrices, *moments = model.feedback_state(names)
     # A sum keeps what is not finite, and is far cheaper than a test of each element.
     finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
     if model.feedback_update is not None:
@@ -338,7 +338,7 @@ def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) 
     torch.ops.aten._fused_adam_(
         matrices,
         gradients,
-        *model.feedback_state(names)[1:],
+        *moments,
         [],
         [model.updates.add_(1).float()] * len(names),
         lr=model.feedback_lr,
@@ -486,36 +486,40 @@ class ProjectedError(BlockMethod):
         if type(self) not in _FUSED or model.feedback_update is not None:
             return super().forward(model, *args, **kwargs)
         dual, output, tangent = model.run_blocks(args, kwargs, takes_output_layer=True)
-        records, layer = dual.records, dual.output_layer
+        layer = dual.output_layer
         weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
+        blocks = dual.gather(self.reads_output)
         checks = dual.backend is fused and not dual.compiling  # the operator does
-        if not checks or any([record.output._version != record.version for record in records]):
+        if not checks or blocks.changed:
             model.check_blocks(dual, *_output_shape(output, weight))
-        names = [record.name for record in records]
         try:
+            feedback, exp_avg, exp_avg_sq = model.feedback_state(blocks.names)
             result: Tensor = dual.backend.star(
                 output,
                 tangent,
                 weight,
                 bias,
-                dual.noise_state,
-                [record.handle for record in records],
-                dual.biases,
-                dual.biased,
-                [record.gate for record in records],
-                [record.spare_gate for record in records],
-                [record.output for record in records] if self.reads_output else [],
-                *model.feedback_state(names),
-                model._buffers["updates"],
-                [record.index for record in records],
-                [record.activation for record in records],
-                model.noise,
-                model.rule if self.feedback == "learned" else "fixed",
-                self.decay,
-                model.learning_rate,
-                *model.betas,
-                model.eps,
-                None if layer is None else layer.input,
+                noise_state=dual.noise_state,
+                handles=blocks.handles,
+                biases=dual.biases,
+                biased=dual.biased,
+                gates=blocks.gates,
+                spare_gates=blocks.spare_gates,
+                outputs=blocks.outputs,
+                feedback=feedback,
+                exp_avg=exp_avg,
+                exp_avg_sq=exp_avg_sq,
+                updates=model._buffers["updates"],
+                blocks=blocks.indices,
+                activations=blocks.activations,
+                noise=model.noise,
+                rule=model.rule if self.feedback == "learned" else "fixed",
+                decay=self.decay,
+                lr=model.learning_rate,
+                beta1=model.betas[0],
+                beta2=model.betas[1],
+                eps=model.eps,
+                input=None if layer is None else layer.input,
             )
         except (RuntimeError, TypeError, ValueError):
             model.check_blocks(dual, *_output_shape(output, weight))  # it calls blocks by their names

@@ -23,7 +23,7 @@ from fdfa_ext.duals import (
     slow_attention,
     unpack_dual,
 )
-from fdfa_ext.feedback import FeedbackUpdate, TensorMap
+from fdfa_ext.feedback import FeedbackUpdate, TensorMap, select
 from fdfa_ext.functional import (
     BACKENDS,
     NOISES,
@@ -288,14 +288,13 @@ class FDFA(nn.Module):
             output = output.detach().requires_grad_()
         return dual, output, tangent
 
-    def feedback_state(self, names: Sequence[str]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def feedback_state(self, names: Sequence[str]) -> list[list[Tensor]]:
         """B of these blocks and, for feedback="adam", its moments."""
         # From the dictionary: nn.Module's attributes cost half a microsecond each.
         modules: dict[str, Any] = self._modules
-        feedback = modules["feedback"].select(names)
         if self.rule != "adam" or self.method.feedback != "learned":
-            return feedback, [], []
-        return feedback, modules["exp_avg"].select(names), modules["exp_avg_sq"].select(names)
+            return [*select(names, modules["feedback"]), [], []]
+        return select(names, modules["feedback"], modules["exp_avg"], modules["exp_avg_sq"])
 
     def _dual_pass(self, noise_state: Tensor) -> DualPass:
         compiling = torch.compiler.is_compiling()
@@ -304,7 +303,9 @@ class FDFA(nn.Module):
             # A compiler may put off what only the backward needs, and perturb once the state has moved.
             noise_state = fused.next_noise(noise_state)
         noise = "none" if tangents == "none" else self.noise
-        return DualPass(noise_state, noise, BACKENDS[self.backend], compiling, tangents)
+        return DualPass(
+            noise_state, noise, BACKENDS[self.backend], compiling, tangents, noise != "none"
+        )
 
     def _current_plan(self) -> Plan:
         """The plan of the module as it is, made again where something has changed since."""
@@ -326,7 +327,7 @@ class FDFA(nn.Module):
 
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
-        args = tuple([_without_grad(value) for value in args])
+        args = tuple(map(_without_grad, args))
         if kwargs:
             kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
         for block, block_pass in zip(self._blocks.values(), self._passes, strict=True):
