@@ -8,12 +8,13 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from fdfa_ext._ops import extension
+from fdfa_ext._torch_internals import enter_dual_level, exit_dual_level, is_in_dual_level
 
 # torch has one level of forward mode for all threads, and one choice of attention's kernels.
 _one_thread = threading.RLock()
 
 
-# For eager steps. A compiler traces torch._make_dual and torch._unpack_dual.
+# For eager steps; a compiler traces torch's own.
 make_dual = extension.make_dual
 unpack_dual = extension.unpack_dual  # primal and tangent, None for none
 has_tangent = extension.has_tangent
@@ -50,14 +51,13 @@ class _Level:
     def __enter__(self) -> None:
         _one_thread.acquire()
         try:
-            forward_ad._current_level = torch._C._enter_dual_level()
+            enter_dual_level()
         except BaseException:
             _one_thread.release()
             raise
 
     def __exit__(self, *error: object) -> None:
-        torch._C._exit_dual_level(level=0)
-        forward_ad._current_level = -1
+        exit_dual_level()
         _one_thread.release()
 
 
@@ -66,7 +66,7 @@ class _SomeLevel:
 
     def __enter__(self) -> None:
         _one_thread.acquire()
-        self._own = _Level() if forward_ad._current_level < 0 else None
+        self._own = None if is_in_dual_level() else _Level()
         if self._own is not None:
             self._own.__enter__()
 

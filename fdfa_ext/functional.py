@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
+from fdfa_ext._torch_internals import traced_make_dual, traced_unpack_dual
 from fdfa_ext.chains import NEEDS_PRE_ACTIVATION, Chain, ChainEnd, counter_of, norm_arguments
 from fdfa_ext.duals import make_dual, refuse_unknown, unpack_dual
 from fdfa_ext.jvp import (
@@ -171,9 +172,9 @@ class BlockPass:
     ) -> Tensor:
         if not dual.perturbs:
             return block(x, None)[0]
-        y, ty = block(*torch._unpack_dual(x, level=0))
+        y, ty = block(*traced_unpack_dual(x))
         assert ty is not None
-        return torch._make_dual(y, ty, level=0)
+        return traced_make_dual(y, ty)
 
     def linear(
         self, x: Tensor, tangent: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str

@@ -31,6 +31,17 @@ from torch.overrides import TorchFunctionMode
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
+from fdfa_ext._torch_internals import (
+    CALL_NAMES,
+    GLOBAL_HOOKS,
+    DisableTorchFunction,
+    EnableTorchFunction,
+    has_kernel,
+    hooks_of,
+    traced_make_dual,
+    traced_unpack_dual,
+    without_forward_mode,
+)
 from fdfa_ext.duals import (
     attention_by_products,
     has_tangent,
@@ -52,13 +63,6 @@ ACTIVATION_NAMES: dict[Any, str] = {  # of the operators
     nn.GELU: "gelu",
     nn.SiLU: "silu",
 }
-# Those of every module, torch's own dictionaries.
-GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
-    nn_module._global_forward_hooks,
-    nn_module._global_forward_pre_hooks,
-    nn_module._global_backward_hooks,
-    nn_module._global_backward_pre_hooks,
-)
 aten = torch.ops.aten
 
 
@@ -103,8 +107,8 @@ def _by_forward_mode(
     if torch.compiler.is_compiling():
         # A dual is a view, and of modules that change views in place torch 2.11 compiles some wrongly.
         # The compiled program has no such copy.
-        result = function(torch._make_dual(x, tangent, level=0).clone())
-        y, ty = torch._unpack_dual(result, level=0)
+        result = function(traced_make_dual(x, tangent).clone())
+        y, ty = traced_unpack_dual(result)
         return y, None if ty is None else ty.detach()
     with some_forward_mode(), function_rules():
         result = function(make_dual(x, tangent))
@@ -120,15 +124,6 @@ def makes_tangent(module: nn.Module) -> bool:
 
 
 # What is known of a module
-
-
-def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
 
 
 def plain_type(module: nn.Module | None) -> type[nn.Module] | None:
@@ -332,11 +327,7 @@ def _max_pool2d(
 
 
 # The reference backend may meet CUDA tensors where the extension has no CUDA kernels.
-_POOL_DEVICES = [
-    device
-    for device in ("cpu", "cuda")
-    if torch._C._dispatch_has_kernel_for_dispatch_key("fdfa::max_pool2d", device.upper())
-]
+_POOL_DEVICES = [device for device in ("cpu", "cuda") if has_kernel("fdfa::max_pool2d", device)]
 
 
 def _takes_pool(x: Tensor) -> bool:
@@ -393,12 +384,8 @@ def _relu_in_place(input: Tensor, inplace: bool = False) -> Tensor:
     _, tangent = unpack_dual(input)
     if tangent is None or not inplace:
         return F.relu(input, inplace)
-    enabled = torch._C._is_fwd_grad_enabled()
-    torch._C._set_fwd_grad_enabled(False)
-    try:
+    with without_forward_mode():
         F.relu(input, inplace=True)  # the primal alone
-    finally:
-        torch._C._set_fwd_grad_enabled(enabled)
     tangent, output = tangent.detach(), unpack_dual(input)[0].detach()
     aten.threshold_backward(tangent, output, 0, grad_input=tangent)
     return input
@@ -472,7 +459,7 @@ class _WithRules:
     __slots__ = ("_enabled",)
 
     def __enter__(self) -> None:
-        self._enabled = torch._C._EnableTorchFunction()
+        self._enabled = EnableTorchFunction()
         self._enabled.__enter__()
         _RULES.__enter__()
 
@@ -489,7 +476,7 @@ def function_rules() -> AbstractContextManager[object]:
 
 def without_rules() -> AbstractContextManager[Any]:
     """Within it no call asks FunctionRules, which costs more than most calls themselves."""
-    return torch._C.DisableTorchFunction()
+    return DisableTorchFunction()
 
 
 # Rules for modules
@@ -603,7 +590,7 @@ def _torchs_own(kind: type[nn.Module], name: str) -> Any:
 
 
 def _names_of_calls(kind: type[nn.Module]) -> list[str]:
-    return [name for name in (*FORWARD_NAMES, "__call__", "_call_impl") if hasattr(kind, name)]
+    return [name for name in (*FORWARD_NAMES, *CALL_NAMES) if hasattr(kind, name)]
 
 
 # By class, the functions that the rules and the fused operators stand for.

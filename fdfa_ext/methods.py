@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._ops import fused
+from fdfa_ext._torch_internals import fused_adam_, graph_break, traced_make_dual, traced_unpack_dual
 from fdfa_ext.duals import forward_mode
 from fdfa_ext.functional import BlockRecord, DualPass, rows, unrows
 from fdfa_ext.jvp import function_rules
@@ -85,11 +86,11 @@ class WeightPerturbation(Method):
         direction = partial(_direction, model.backend_operators, model.noise)
         with forward_mode(), function_rules(), torch.no_grad():
             duals = {
-                name: torch._make_dual(parameter.detach(), direction(used, index, parameter), level=0)
+                name: traced_make_dual(parameter.detach(), direction(used, index, parameter))
                 for index, (name, parameter) in enumerate(named)
             }
             output = functional_call(model.module, duals, args, kwargs)
-            output, tangent = torch._unpack_dual(output, level=0)
+            output, tangent = traced_unpack_dual(output)
             if tangent is None:
                 raise RuntimeError(
                     "FDFA: the output has no tangent: a module detached it or is not differentiable in "
@@ -321,7 +322,7 @@ def _perturbation(model: "FDFA", noise_state: Tensor, index: int, gate: Tensor) 
 def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) -> None:
     """One step of B along the gradients, by the model's rule. None if a gradient is not finite."""
     if torch.compiler.is_compiling():
-        torch._dynamo.graph_break(msg="FDFA: this method moves its feedback outside the compiled graph")
+        graph_break("FDFA: this method moves its feedback outside the compiled graph")
     matrices, *moments = model.feedback_state(names)
     # A sum keeps what is not finite, and is far cheaper than a test of each element.
     finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
@@ -334,8 +335,7 @@ def move_feedback(model: "FDFA", names: Sequence[str], gradients: list[Tensor]) 
         for matrix, gradient in zip(matrices, gradients, strict=True):
             matrix.sub_(torch.where(finite, model.feedback_lr * gradient, 0))
         return
-    # What torch.optim.Adam(fused=True) calls, without its 0.1 ms of bookkeeping.
-    torch.ops.aten._fused_adam_(
+    fused_adam_(
         matrices,
         gradients,
         *moments,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdfa_ext._ops import extension
+from fdfa_ext._torch_internals import backward_node_of
 from fdfa_ext.jvp import FunctionRules
 from fdfa_ext.reference import through_activation
 
@@ -131,6 +132,9 @@ class _Exposed(torch.autograd.Function):
         return None, through_activation(ctx.activation, gate, grads[0]), None, None
 
 
+_EXPOSED_NODE = backward_node_of(_Exposed)
+
+
 def leaves_behind(x: Tensor) -> list[Tensor]:
     """The leaves that the graph of x leads to, without those behind what blocks expose."""
     return [node.variable for node in _nodes_behind(x) if hasattr(node, "variable")]
@@ -142,7 +146,7 @@ def _nodes_behind(x: Tensor) -> set[Any]:
     nodes: list[Any] = [x.grad_fn]
     while nodes:
         node = nodes.pop()
-        if node is not None and node not in seen and not isinstance(node, _Exposed._backward_cls):
+        if node is not None and node not in seen and not isinstance(node, _EXPOSED_NODE):
             seen.add(node)
             nodes += [after for after, _ in node.next_functions]
     return seen

@@ -13,15 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from fdfa_ext._ops import extension
+from fdfa_ext._torch_internals import (
+    CALL_NAMES,
+    COMPILED_CALL,
+    GLOBAL_HOOKS,
+    MODULE_CONTENTS,
+    hooks_of,
+    is_compiled,
+)
 from fdfa_ext.duals import forward_mode, make_dual, refuse_unknown, unpack_dual
 from fdfa_ext.functional import BlockPass
 from fdfa_ext.jvp import (
     FORWARD_FUNCTIONS,
     FORWARD_NAMES,
-    GLOBAL_HOOKS,
     MODULE_RULES,
     OPTIONS,
     ModuleRule,
@@ -30,7 +36,6 @@ from fdfa_ext.jvp import (
     call_by_rule,
     has_fused_pool,
     has_own_forward,
-    hooks_of,
     is_patched,
     plain_type,
     registered_rule,
@@ -41,14 +46,6 @@ from fdfa_ext.own_code import OwnCodeRules
 
 BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
 _BLOCK_FORWARDS = [kind.forward for kind in BLOCKS]
-# Attributes whose contents a plan depends on.
-_CONTENTS = (
-    "_modules",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -130,7 +127,7 @@ class Plan:
             for name, block in self.blocks.items()
             if is_overridden(block)
         }
-        self.is_compiled = any(map(_is_compiled, named.values()))
+        self.is_compiled = any(map(is_compiled, named.values()))
         self.has_global_hooks = any(GLOBAL_HOOKS)
         self.runs_own_code = any(map(_is_own_code, _called_between_blocks(module)))
         self.steps = None
@@ -162,19 +159,19 @@ class Plan:
                 continue
             guard.watch_attribute(member, "__dict__")
             attributes = vars(member)
-            for name in _CONTENTS:
+            for name in MODULE_CONTENTS:
                 guard.watch_entry(attributes, name)
                 guard.watch_contents(attributes[name])
-            for name in (*FORWARD_NAMES, "_compiled_call_impl", *OPTIONS.get(type(member), ())):
+            for name in (*FORWARD_NAMES, COMPILED_CALL, *OPTIONS.get(type(member), ())):
                 guard.watch_entry(attributes, name)
         for hooks in (*GLOBAL_HOOKS, MODULE_RULES):
             guard.watch_contents(hooks)
         for kind in {kind for member in members for kind in type(member).__mro__}:
             if kind in FORWARD_FUNCTIONS or issubclass(kind, BLOCKS):
-                for name in (*FORWARD_NAMES, "__call__"):
+                for name in (*FORWARD_NAMES, CALL_NAMES[0]):
                     if hasattr(kind, name):
                         guard.watch_attribute(kind, name)
-        guard.watch_attribute(nn.Module, "_call_impl")
+        guard.watch_attribute(nn.Module, CALL_NAMES[1])
         return guard
 
 
@@ -191,10 +188,6 @@ def _forward_by_rule(
 def is_overridden(block: Any) -> bool:
     """Whether its call may leave out the forward of its base class, which perturbs."""
     return has_own_forward(block) or type(block).forward not in _BLOCK_FORWARDS
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
 
 
 def _is_called_plainly(block: Any) -> bool:

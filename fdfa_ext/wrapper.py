@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 
 from fdfa_ext._ops import fused
+from fdfa_ext._torch_internals import GLOBAL_HOOKS, traced_unpack_dual
 from fdfa_ext.duals import (
     forward_mode,
     has_tangent,
@@ -31,7 +32,7 @@ from fdfa_ext.functional import (
     BlockRecord,
     DualPass,
 )
-from fdfa_ext.jvp import GLOBAL_HOOKS, forward_dual
+from fdfa_ext.jvp import forward_dual
 from fdfa_ext.layers import NOT_SCRIPTABLE
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import METHODS, Method, head_of
@@ -383,7 +384,7 @@ class FDFA(nn.Module):
                 output = self._tensor(self.module(*args, **kwargs))
                 if not dual.perturbs:
                     return output, None
-                output, tangent = torch._unpack_dual(output, level=0)
+                output, tangent = traced_unpack_dual(output)
                 return output, None if tangent is None else tangent.detach()
         weight = plan.output_weight if dual.takes_output_layer else None
         dual.rules = rules = OwnCodeRules(weight, dual.perturbs, dual.exposes)

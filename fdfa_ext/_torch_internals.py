@@ -1,0 +1,109 @@
+"""torch's private names that the package uses, each with its reason; the only place that has them.
+
+Checked on torch 2.11 and 2.13. test_torch_internals.py says which one is gone when torch moves.
+"""
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.modules import module as nn_module
+
+# Dual tensors while a compiler traces, which forward_ad's functions hide behind Python that it cannot
+# follow. An eager step has csrc/dual.h. There is no level but 0.
+
+
+def traced_make_dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    return torch._make_dual(primal, tangent, level=0)
+
+
+def traced_unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Primal and tangent, None for none."""
+    return torch._unpack_dual(x, level=0)
+
+
+# forward_ad.dual_level takes three times as long: 6 us of a small step.
+
+
+def enter_dual_level() -> None:
+    forward_ad._current_level = torch._C._enter_dual_level()
+
+
+def exit_dual_level() -> None:
+    torch._C._exit_dual_level(level=0)
+    forward_ad._current_level = -1
+
+
+def is_in_dual_level() -> bool:
+    return forward_ad._current_level >= 0
+
+
+class without_forward_mode:
+    """Within it functions of dual tensors leave tangents as they are."""
+
+    def __enter__(self) -> None:
+        self._enabled = torch._C._is_fwd_grad_enabled()
+        torch._C._set_fwd_grad_enabled(False)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._set_fwd_grad_enabled(self._enabled)
+
+
+# torch function modes for a part of the code, which have no other switch.
+DisableTorchFunction = torch._C.DisableTorchFunction
+EnableTorchFunction = torch._C._EnableTorchFunction
+
+# Hooks, which decide what a module's call may do, and have no public reader. Of all modules:
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+# and the attributes that hold them and the children of one.
+MODULE_CONTENTS = (
+    "_modules",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+# The functions that nn.Module's call goes through, and what Module.compile puts into an instance.
+CALL_NAMES = ("__call__", "_call_impl")
+COMPILED_CALL = "_compiled_call_impl"
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Forward, forward-pre, backward and backward-pre hooks."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is compiled by itself: by torch.compile or by its own method."""
+    return isinstance(module, OptimizedModule) or getattr(module, COMPILED_CALL) is not None
+
+
+def has_kernel(operator: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper())
+
+
+# What torch.optim.Adam(fused=True) calls, without its 0.1 ms of bookkeeping.
+fused_adam_ = torch.ops.aten._fused_adam_
+
+
+def graph_break(why: str) -> None:
+    """Ends a compiler's graph, so that what follows runs in Python."""
+    torch._dynamo.graph_break(msg=why)
+
+
+def backward_node_of(function: type[torch.autograd.Function]) -> type:
+    """The class of the nodes that a function in Python leaves in a graph."""
+    node: type = function._backward_cls
+    return node
