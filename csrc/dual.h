@@ -55,6 +55,7 @@ inline std::optional<std::pair<at::Tensor, at::Tensor>> dual_output_layer(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     bool has_tangents) {
   const bool is_simple = input.dim() == 2 && !input.requires_grad() && weight.requires_grad() &&
+                         weight.is_leaf() && (!bias || (bias->is_leaf() && bias->dim() == 1)) &&
                          has_tangent(input) == has_tangents && !has_tangent(weight) &&
                          !(bias && has_tangent(*bias)) &&
                          !at::autocast::is_autocast_enabled(input.device().type());

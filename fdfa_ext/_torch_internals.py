@@ -55,6 +55,12 @@ class without_forward_mode:
 DisableTorchFunction = torch._C.DisableTorchFunction
 EnableTorchFunction = torch._C._EnableTorchFunction
 
+
+def is_in_transform() -> bool:
+    """Whether a transform of torch.func runs, whose tensors wrap others."""
+    return torch._C._are_functorch_transforms_active()
+
+
 # Hooks, which decide what a module's call may do, and have no public reader. Of all modules:
 GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
     nn_module._global_forward_hooks,

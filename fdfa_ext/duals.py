@@ -8,7 +8,12 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from fdfa_ext._ops import extension
-from fdfa_ext._torch_internals import enter_dual_level, exit_dual_level, is_in_dual_level
+from fdfa_ext._torch_internals import (
+    enter_dual_level,
+    exit_dual_level,
+    is_in_dual_level,
+    is_in_transform,
+)
 
 # torch has one level of forward mode for all threads, and one choice of attention's kernels.
 _one_thread = threading.RLock()
@@ -43,20 +48,28 @@ def some_forward_mode() -> AbstractContextManager[object]:
     return forward_ad.dual_level() if torch.compiler.is_compiling() else _SomeLevel()
 
 
+def is_own_level_open() -> bool:
+    """Whether tangents are those of a pass: others, of code of the user's, may want a graph."""
+    return _Level.is_open and not is_in_transform()
+
+
 class _Level:
     # As forward_ad.dual_level, in a third of its time.
 
     __slots__ = ()
+    is_open = False
 
     def __enter__(self) -> None:
         _one_thread.acquire()
         try:
             enter_dual_level()
+            _Level.is_open = True
         except BaseException:
             _one_thread.release()
             raise
 
     def __exit__(self, *error: object) -> None:
+        _Level.is_open = False
         exit_dual_level()
         _one_thread.release()
 

@@ -116,13 +116,14 @@ class DualPass:
         used: Tensor = fused.next_noise(self.noise_state)
         return used
 
-    def take_bias(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The bias for the layer of the next block, without autograd if the method can take it."""
-        if bias is None or x.dim() != 2 or not bias.requires_grad:
-            return bias
+    def can_take_bias(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether the layer of a block may run without its bias's graph, since the method takes it."""
+        return self.takes_biases and bias is not None and x.dim() == 2 and bias.requires_grad
+
+    def take_bias(self, bias: Tensor) -> None:
+        """That of the block recorded last."""
         self.biases.append(bias)
-        self.biased.append(len(self.records))
-        return bias.detach()
+        self.biased.append(len(self.records) - 1)
 
 
 @dataclass(slots=True, eq=False)
@@ -152,11 +153,14 @@ class BlockPass:
             if dual.exposes and x.requires_grad and not leaves_behind(x):
                 x = x.detach()
             rules = dual.rules
-            if rules is not None:
+            if rules is None:
+                y, ty = block(x, tangent)
+            else:
                 rules.within_block = True
-            y, ty = block(x, tangent)
-            if rules is not None:
-                rules.within_block = False
+                try:
+                    y, ty = block(x, tangent)
+                finally:
+                    rules.within_block = False
             if dual.exposes:
                 r = dual.records[-1]
                 dual.exposed.append(expose(r.output, r.handle, r.gate, r.activation))
@@ -187,12 +191,15 @@ class BlockPass:
         if len(between) > 1:  # noise and feedback would take four dimensions for images
             x = x.flatten(1, -2)
             tangent = None if tangent is None else tangent.flatten(1, -2)
-        if dual.takes_biases:
-            bias = dual.take_bias(x, bias)
+        taken = bias if dual.can_take_bias(x, bias) else None
+        if taken is not None:
+            bias = taken.detach()
         y, ty, pre = dual.backend.linear(
             x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
         )
         self._record(dual, y, pre, activation, torch.contiguous_format)
+        if taken is not None:
+            dual.take_bias(taken)
         if len(between) > 1:
             y, ty = y.unflatten(1, between), ty.unflatten(1, between)
         return y, ty if dual.perturbs else None
@@ -286,6 +293,7 @@ class BlockPass:
     ) -> PrimalTangent:
         """spare: memory for the tangent of the result, if it has the right order."""
         module: Any = end.first
+        taken: Tensor | None = None
         images = x.dim() == 4 and single_precision(x)
         if pool is not None and has_fused_pool(pool) and end.pool is None and images:
             return self._pooled_end(dual, end, x, tangent, pool)
@@ -310,7 +318,9 @@ class BlockPass:
             )[:2]
             ty = spare
         elif isinstance(module, nn.Linear):
-            bias = dual.take_bias(x, module.bias) if dual.takes_biases else module.bias
+            bias: Tensor | None = module.bias
+            taken = bias if dual.can_take_bias(x, bias) else None
+            bias = bias if taken is None else taken.detach()
             y, ty, pre = fused.linear(x, tangent, module.weight, bias, *rest)
         else:
             geometry = _geometry(module)
@@ -326,6 +336,8 @@ class BlockPass:
                 dual.noise,
             )
         self._record(dual, y, pre, end.activation, order)
+        if taken is not None:
+            dual.take_bias(taken)
         return _through_pool(pool, y, ty if dual.perturbs else None)
 
     def _pooled_end(

@@ -45,6 +45,7 @@ from fdfa_ext._torch_internals import (
 from fdfa_ext.duals import (
     attention_by_products,
     has_tangent,
+    is_own_level_open,
     make_dual,
     some_forward_mode,
     unpack_dual,
@@ -416,7 +417,7 @@ class FunctionRules(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         rule = _FUNCTION_RULES.get(func)
-        if rule is not None and args:
+        if rule is not None and args and is_own_level_open():
             pair = _by_rule(rule, func, *args, **(kwargs or {}))
             if pair is not None:
                 return make_dual(*pair)
@@ -427,7 +428,7 @@ class FunctionRules(TorchFunctionMode):
 def _by_rule(
     rule: FunctionRule, function: Any, input: Any, *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor] | None:
-    if not isinstance(input, Tensor):
+    if not isinstance(input, Tensor) or not input.is_floating_point():
         return None
     x, tangent = unpack_dual(input)
     if tangent is None:

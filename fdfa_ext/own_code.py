@@ -6,13 +6,13 @@ they come from, added to δ.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdfa_ext._ops import extension
 from fdfa_ext._torch_internals import backward_node_of
@@ -94,19 +94,23 @@ class OwnCodeRules(FunctionRules):
             for item in result:
                 self.watch(item)
 
-    def keeps_activations(self, output: Any, keeps_output: bool) -> bool:
-        """Whether the code has let live any other tensor with a tangent; to be asked at its end.
+    def watch_attributes(self, modules: Iterable[nn.Module]) -> None:
+        """Adds what these modules hold, which functions that no mode sees may have made."""
+        for module in modules:
+            for name, value in module.__dict__.items():
+                if isinstance(value, dict):
+                    if name == "_buffers" or not name.startswith("_"):
+                        self.watch([*value.values()])
+                elif isinstance(value, (Tensor, list, tuple)):
+                    self.watch(value)
 
-        What the output's graph has in it autograd may keep. Parameters behind the blocks, which the
-        graph leads to, have the gradients of losses on that anyway.
+    def keeps_activations(self, output: Any) -> bool:
+        """Whether the code has let live any tensor with a tangent but its output.
+
+        To be asked at its end. Autograd may keep one too, where a function without a rule reads it
+        behind the blocks; it costs time alone to take that for the code.
         """
-        if keeps_output and isinstance(output, Tensor) and not output.requires_grad:
-            return True
-        alive = [t for made in self.made if (t := made()) is not None and t is not output]
-        if not alive or not all(t.requires_grad for t in alive):
-            return bool(alive)
-        graph = _nodes_behind(output)
-        return any(t.grad_fn not in graph for t in alive)
+        return any([made() is not None and made() is not output for made in self.made])
 
 
 # Where activations are kept, blocks hand them out with a graph that leads to the blocks' own parameters

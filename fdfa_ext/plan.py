@@ -93,11 +93,12 @@ class Plan:
         output_weight: that of the linear output layer which the pass before found in a forward of the
             net's own; each pass checks it.
         takes_output_weight: whether it may be looked for.
-        runs_own_code: whether any function called in it is the user's: a forward or a hook.
-        exposes: whether such code was seen to keep hidden activations.
+        own_code: the modules in it that call a function of the user's: a forward or a hook.
+        buffers: the dictionaries of buffers that are not empty.
+        exposes: whether such code was seen to keep hidden activations, or autograd behind the blocks.
+        keeps_activations: whether such code was, in a dry run, where autograd keeps none.
         ruled: the modules with a registered JVP rule, each with the function that is its forward in a
             pass.
-        has_run: whether a pass has gone through.
         overriding: by name, the forward of each block that may leave out that of its base class.
         backward_hooked: names of the modules with a backward hook.
         has_global_hooks: whether there are hooks for all modules.
@@ -109,7 +110,7 @@ class Plan:
     output_weight: Tensor | None = None
     takes_output_weight: bool = True
     exposes: bool = False
-    has_run: bool = False
+    keeps_activations: bool = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -129,7 +130,8 @@ class Plan:
         }
         self.is_compiled = any(map(is_compiled, named.values()))
         self.has_global_hooks = any(GLOBAL_HOOKS)
-        self.runs_own_code = any(map(_is_own_code, _called_between_blocks(module)))
+        self.own_code = [*filter(_is_own_code, _called_between_blocks(module))]
+        self.buffers = [member._buffers for member in named.values() if member._buffers]
         self.steps = None
         if isinstance(module, nn.Sequential) and _is_sequence(module) and not self.is_compiled:
             names = {member: name for name, member in named.items()}
@@ -148,6 +150,21 @@ class Plan:
     def holds(self, module: nn.Module) -> bool:
         """Whether the plan is that of this module, unchanged."""
         return module is self.module and self._guard.holds()
+
+    def save_buffers(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
+        """Each with the dictionary that it is in, its name there, and its values."""
+        return [
+            (entries, name, buffer, buffer.clone())
+            for entries in self.buffers
+            for name, buffer in entries.items()
+            if buffer is not None
+        ]
+
+    @staticmethod
+    def restore_buffers(saved: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
+        with torch.no_grad():
+            for entries, name, buffer, values in saved:
+                entries[name] = buffer.copy_(values)
 
     def _watch(self, members: Iterable[nn.Module]) -> Any:
         guard = extension.Guard()
@@ -272,6 +289,7 @@ class _OnDualTensors:
                 except NotImplementedError as error:
                     refuse_unknown(self.last, error)
                     raise
+            dual.rules.watch_attributes(self.modules)
             if not isinstance(result, Tensor):
                 raise TypeError(
                     f"FDFA: {self.last} must return one tensor; got {type(result).__name__}. Put it "

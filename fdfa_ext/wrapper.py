@@ -256,7 +256,7 @@ class FDFA(nn.Module):
         dual.takes_output_layer = takes_output_layer
         if dual.compiling:
             self._check_places()
-            if self._plan is not None and self._plan.exposes:
+            if self._plan is not None and self._plan.keeps_activations:
                 raise RuntimeError(
                     "FDFA: the module keeps hidden activations, on which a loss has no gradient in a "
                     "compiled step; run it without torch.compile, or keep none"
@@ -266,19 +266,17 @@ class FDFA(nn.Module):
             plan = self._current_plan()
             if not self._checked:  # other blocks have come
                 self._prepare(*args, **kwargs)
-                plan = self._current_plan()  # a dry run had a hook
+                plan = self._current_plan()
             # Whether activations are kept is seen by their tangents.
-            dual.exposes = plan.exposes if dual.perturbs else plan.runs_own_code
+            dual.exposes = plan.exposes if dual.perturbs else bool(plan.own_code)
             dual.takes_biases = takes_output_layer and dual.backend is fused and not dual.exposes
-            # A first pass may be made anew, but buffers, as running statistics, move once.
-            buffers = [] if plan.has_run else [(b, b.clone()) for b in self.module.buffers()]
+            # A pass may be made anew, but buffers, as running statistics, move once.
+            buffers = plan.save_buffers() if plan.own_code else []
             try:
                 output, tangent = self._run(dual, *args, **kwargs)
             except _StrayedError:  # as seldom as the code of the net changes its course
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+                plan.restore_buffers(buffers)
                 return self.run_blocks(args, kwargs, takes_output_layer)
-            plan.has_run = True
         if tangent is None and dual.tangents != "none":
             raise self._no_tangent(self._find_droppers(*args, **kwargs))
         if dual.output_layer is not None:
@@ -321,10 +319,11 @@ class FDFA(nn.Module):
         if plan.blocks != self._blocks or plan.overriding != self._overriding:
             self._checked = False
         self._overriding = plan.overriding
-        self._blocks = plan.blocks
-        self._passes = plan.passes
-        self._plan = plan
+        self._use(plan)
         return plan
+
+    def _use(self, plan: Plan) -> None:
+        self._blocks, self._passes, self._plan = plan.blocks, plan.passes, plan
 
     def _run(self, dual: DualPass, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent of the output; the blocks met on the way are in dual.records."""
@@ -404,9 +403,10 @@ class FDFA(nn.Module):
             if rules.layer is not None and (rules.strayed or weight is None):
                 plan.output_weight, plan.takes_output_weight = None, False
                 raise _StrayedError
+            rules.watch_attributes(plan.own_code)
             self._look_for_activations(plan, rules, output, kept)
             dual.output_layer = rules.layer
-            if plan.takes_output_weight and torch.is_grad_enabled():  # which it is not in a dry run
+            if plan.takes_output_weight:
                 plan.output_weight = weight
             result, tangent = unpack_dual(output)
         if dual.exposes and rules.layer is None:
@@ -418,11 +418,11 @@ class FDFA(nn.Module):
         plan: Plan, rules: OwnCodeRules, output: Any, keeps_output: bool = False
     ) -> None:
         """Whether the net's code keeps some, for which they need a graph."""
-        if plan.exposes or not rules.perturbs or not torch.is_grad_enabled():
-            return
-        if rules.keeps_activations(output, keeps_output):
+        if not plan.exposes and rules.perturbs and (keeps_output or rules.keeps_activations(output)):
             plan.exposes = True
-            raise _StrayedError
+            if torch.is_grad_enabled():
+                raise _StrayedError
+            plan.keeps_activations = True  # in a dry run
 
     def _check_places(self) -> None:
         """For a compiler, which cannot plan: a block that came later would learn by backpropagation."""
@@ -531,14 +531,16 @@ class FDFA(nn.Module):
         """A dual pass that leaves no trace: noise and buffers stay as they are."""
         modes = {module: module.training for module in self.module.modules()}
         dual = self._dual_pass(self.noise_state.clone())
+        plan = self._current_plan()
+        buffers = plan.save_buffers()
         try:
             self.module.eval()
-            self._current_plan()
             with slow_attention():
                 output, tangent = self._run(dual, *args, **kwargs)
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            plan.restore_buffers(buffers)
         return dual, output, tangent
 
     def _find_droppers(self, *args: Any, **kwargs: Any) -> list[str]:
@@ -551,11 +553,13 @@ class FDFA(nn.Module):
                 droppers.append(f"'{names[module]}' ({type(module).__name__})")
 
         # For all modules at once, so that no error can leave one on the user's.
+        plan = self._current_plan()
         hook = register_module_forward_hook(watch)
         try:
             self._probe(*args, **kwargs)
         finally:
             hook.remove()
+            self._use(plan)  # with what it has learned
         return droppers
 
     @staticmethod

@@ -232,6 +232,82 @@ def test_the_outputs_error_reaches_blocks_by_feedback_alone(out: str, method: st
     torch.testing.assert_close(net.second.weight.grad, before["second.weight"])
 
 
+@torch.jit.script
+def scripted(h: Tensor) -> Tensor:
+    return h.pow(2)
+
+
+class Squared(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor) -> Tensor:
+        return h * h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grads[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * tangents[0]
+
+
+def filled(h: Tensor) -> Tensor:
+    kept = torch.zeros_like(h)
+    kept[:] = h * h
+    return kept
+
+
+UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "seen": lambda h: h * h,
+    "filled": filled,
+    "scripted": scripted,
+    "vmap": lambda h: torch.vmap(lambda row: row.pow(2))(h),
+    "function": Squared.apply,
+}
+
+
+class KeepsSquares(nn.Module):
+    kept: Any = None
+
+    def __init__(self, squares: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hidden = FDFALinear(6, 8, activation="tanh")
+        self.layer, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.squares = squares
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.hidden(x)
+        self.kept = {"squares": self.squares(hidden)}
+        self.logits = self.layer(hidden)
+        return self.out(torch.tanh(self.logits))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", UNSEEN)
+def test_attributes_hold_activations_whatever_made_them(name: str, method: str) -> None:
+    """Also one on the way to the output, which autograd holds too."""
+    net = KeepsSquares(UNSEEN[name])
+    x = torch.randn(7, 6)
+    model = FDFA(net, method=method)
+    model(x)
+    hidden = torch.tanh(F.linear(x, net.hidden.weight, net.hidden.bias))
+    for kept, expected in [
+        (net.kept["squares"].sum(), hidden.square().sum()),
+        (net.logits.square().sum(), net.layer(hidden).square().sum()),
+    ]:
+        model.zero_grad()
+        kept.backward(retain_graph=True)
+        (local,) = torch.autograd.grad(expected, net.hidden.weight, retain_graph=True)
+        torch.testing.assert_close(net.hidden.weight.grad, local)
+
+
 class Variational(nn.Module):
     """[N, 6] → [N, 6], with the divergence of its latent variables beside it."""
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from nets import Residue
 from torch import Tensor, nn
 
+from fdfa_ext.duals import forward_mode
 from fdfa_ext.jvp import FunctionRules, forward_dual, function_rules
 
 
@@ -44,7 +45,7 @@ def test_tangent_of_a_block_is_that_of_forward_mode(chain: Any) -> None:
     x, tangent = torch.randn(2, 5, 2, 8, 8, dtype=torch.double).unbind()
     for module in modules:
         module.double()
-    with forward_ad.dual_level():
+    with forward_mode():
         y, ty = x, tangent
         for module in modules:
             y, ty = forward_dual(module, y, ty)
@@ -62,7 +63,7 @@ def test_linear_tangents_are_those_of_forward_mode(moving: tuple[bool, bool], bi
     b = torch.randn(4, dtype=torch.double) if bias else None
     results = []
     for rules in (FunctionRules(), contextlib.nullcontext()):
-        with forward_ad.dual_level(), rules:
+        with forward_mode(), rules:
             x, weight = (
                 forward_ad.make_dual(*t) if dual else t[0]
                 for t, dual in zip(tensors, moving, strict=True)
@@ -92,7 +93,7 @@ def test_max_pool_tangents_are_those_of_forward_mode(
     x.requires_grad_(needs_gradient)
     results: list[list[Any]] = []
     for rules in (FunctionRules(), contextlib.nullcontext()):
-        with forward_ad.dual_level(), rules:
+        with forward_mode(), rules:
             out = F.max_pool2d(forward_ad.make_dual(x, tangent), **arguments)
             y = out[0] if isinstance(out, tuple) else out
             assert y.requires_grad == needs_gradient
@@ -161,7 +162,7 @@ def test_functions_have_the_tangents_and_gradients_of_torch(
         leaf.grad = None
         with (
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-            forward_ad.dual_level(),
+            forward_mode(),
         ):
             x = leaf * 1 if needs_gradient else leaf
             x = forward_ad.make_dual(x, tangent.clone(memory_format=torch.preserve_format))
@@ -192,3 +193,13 @@ def test_a_norms_parameters_keep_their_graph_beside_the_tangent() -> None:
             grads.append([p.grad.clone() for p in norm.parameters() if p.grad is not None])
         assert len(grads[0]) == 2
         torch.testing.assert_close(*grads)
+
+
+def test_functions_of_complex_numbers_are_torchs() -> None:
+    z, t = torch.randn(2, 5, dtype=torch.cfloat).unbind()
+    for function in (torch.tanh, torch.sigmoid):
+        tangents = []
+        for rules in (contextlib.nullcontext(), function_rules()):
+            with forward_mode(), rules:
+                tangents.append(forward_ad.unpack_dual(function(forward_ad.make_dual(z, t))).tangent)
+        torch.testing.assert_close(*tangents)
