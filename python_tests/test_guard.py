@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 from nets import (
     OPTIONS,
     OwnForward,
@@ -140,7 +141,7 @@ EXCHANGES = [
 ]
 
 
-@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("steps", slow_but([0, 2], 2))
 @pytest.mark.parametrize("net", [sequence, OwnForward])
 @pytest.mark.parametrize("change", EXCHANGES)
 def test_an_exchanged_module_is_trained(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from nets import OPTIONS, OwnForward, results, sequence
 from torch import nn
 
@@ -46,11 +47,12 @@ def compiled_in_place(module: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("net", "method"), [(sequence, "fdfa"), (OwnForward, "fdfa"), (sequence, "dfa")]
+    ("net", "method"),
+    [(sequence, "fdfa"), (OwnForward, "fdfa"), *slow_but([(sequence, "dfa")])],
 )
 @pytest.mark.parametrize("compile", [compiled, compiled_in_place])
 @pytest.mark.parametrize("name", ["0", "1.0", "2", ""])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", slow_but(["before", "after"], "after"))
 def test_a_compiled_module_is_trained(
     net: Callable[[], Any], compile: Callable[[nn.Module], nn.Module], name: str, when: str, method: str
 ) -> None:

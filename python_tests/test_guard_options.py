@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from nets import (
     OPTIONS,
     OwnForward,
@@ -79,8 +80,8 @@ def assert_obeyed(changed: FDFA, name: str, options: dict[str, Any], training: b
         assert value.any() or "gradient" not in key
 
 
-@pytest.mark.parametrize("method", ["fdfa", "fg-a"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", slow_but(["fdfa", "fg-a"], "fdfa"))
+@pytest.mark.parametrize("backend", slow_but(BACKENDS, "fused"))
 @pytest.mark.parametrize(("net", "name", "options"), CHANGED_OPTIONS)
 def test_a_changed_option_is_obeyed(
     net: Callable[[], Any], name: str, options: dict[str, Any], method: str, backend: str

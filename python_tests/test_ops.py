@@ -1,5 +1,7 @@
 """Every operator computes what the reference in plain torch defines."""
 
+import functools
+
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -143,7 +145,16 @@ def test_local_gradient_of_a_convolution_is_that_of_torch(device: torch.device) 
     torch.testing.assert_close((weight.grad, bias.grad), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_opcheck(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "checks",
+    [
+        ("test_schema", "test_autograd_registration", "test_faketensor"),
+        pytest.param(("test_aot_dispatch_dynamic",), marks=pytest.mark.slow),
+    ],
+    ids=["schema", "compiled"],
+)
+def test_opcheck(device: torch.device, checks: tuple[str, ...]) -> None:
+    opcheck = functools.partial(torch.library.opcheck, test_utils=checks)
     state = noise_state(device)
     for requires_grad in (False, True):
         x, weight, bias = (
@@ -155,13 +166,13 @@ def test_opcheck(device: torch.device) -> None:
         for activation in ("relu", "gelu"):
             for t in (None, x.detach()):
                 args = (x, t, weight, bias, state, 0, activation, "gaussian")
-                torch.library.opcheck(fused.linear.default, args)
+                opcheck(fused.linear.default, args)
             geometry = ((1, 2), (1, 0), (1, 1), 1)
             args = (images, images, kernel, None, *geometry, state, 0, activation, "gaussian")
-            torch.library.opcheck(fused.conv2d.default, args)
+            opcheck(fused.conv2d.default, args)
     for y in (torch.randn(4, 9, device=device), images):
-        torch.library.opcheck(fused.perturb.default, (y, y, state, 1, "gaussian"))
-    torch.library.opcheck(fused.next_noise.default, (state.clone(),))
+        opcheck(fused.perturb.default, (y, y, state, 1, "gaussian"))
+    opcheck(fused.next_noise.default, (state.clone(),))
     x, weight = (torch.randn(*size, device=device, requires_grad=True) for size in ((6, 4), (4,)))
     zeros, ones = torch.zeros(4, device=device), torch.ones(4, device=device)
     for t, out in ((x.detach(), torch.empty(6, 4, device=device)), (None, None)):
@@ -169,23 +180,23 @@ def test_opcheck(device: torch.device) -> None:
         noise = "gaussian" if t is not None else "none"
         args = (x, t, out, weight, None, *running, state, 0, "relu", noise)
         for counter in (None, torch.tensor(3, device=device)):
-            torch.library.opcheck(fused.batch_norm.default, (*args, counter))
+            opcheck(fused.batch_norm.default, (*args, counter))
     args = (x.detach(), x.detach(), weight.detach(), zeros, ones, True)
-    torch.library.opcheck(fused.batch_norm_backward.default, args)
+    opcheck(fused.batch_norm_backward.default, args)
     for a in (torch.randn(4, 9, device=device), torch.randn(9, 4, device=device).t()):
-        torch.library.opcheck(fused.mm.default, (a, torch.randn(9, 5, device=device)))
+        opcheck(fused.mm.default, (a, torch.randn(9, 5, device=device)))
     pool = ((2, 3), (2, 1), (1, 0))
-    torch.library.opcheck(fused.max_pool2d.default, (images, images, *pool))
+    opcheck(fused.max_pool2d.default, (images, images, *pool))
     for handle in (images, images.clone().requires_grad_()):
         for t in (None, images):
             args = (images, t, handle, *pool, state, 0, "gaussian")
-            torch.library.opcheck(fused.max_pool2d_end.default, args)
+            opcheck(fused.max_pool2d_end.default, args)
     kernel = torch.randn(6, images.shape[1], 2, 2, device=device)
     for leaf in (kernel, kernel.clone().requires_grad_()):
         for t in (None, images):
             noise = "none" if t is None else "gaussian"
             rest = ((1, 1), (0, 0), (1, 1), 1, state, 0, "gelu", noise, *pool)
-            torch.library.opcheck(fused.conv2d_max_pool2d.default, (images, t, leaf, None, *rest))
+            opcheck(fused.conv2d_max_pool2d.default, (images, t, leaf, None, *rest))
     channels = images.shape[1]
     norm = (torch.ones(channels, device=device), None, zeros.new_zeros(channels))
     ordered = images.contiguous(memory_format=torch.channels_last)
@@ -194,10 +205,10 @@ def test_opcheck(device: torch.device) -> None:
             noise = "none" if t is None else "gaussian"
             rest = (torch.ones(channels, device=device), True, 0.1, 1e-5, state, 0, "gelu", noise)
             args = (leaf, t, *norm, *rest, *pool)
-            torch.library.opcheck(fused.batch_norm_max_pool2d.default, args)
+            opcheck(fused.batch_norm_max_pool2d.default, args)
     delta, _, _, winners = fused.max_pool2d_end(images, None, images, *pool, state, 0, "none")
     args = (delta, winners, images.shape[2:], *pool)
-    torch.library.opcheck(fused.max_pool2d_backward.default, args)
+    opcheck(fused.max_pool2d_backward.default, args)
     for gate in (
         torch.randn(4, 9, device=device),
         images.contiguous(memory_format=torch.channels_last),
@@ -212,8 +223,8 @@ def test_opcheck(device: torch.device) -> None:
                 numbers = (RATE, 0.9, 0.999, 1e-8)
                 args = ([feedback], *adam, error, *follows, *rest, *numbers, [torch.empty_like(gate)])
                 sums = [] if gate.dim() == 4 else [torch.empty(9, device=device)]
-                torch.library.opcheck(fused.feedback_step.default, (*args, sums))
-            torch.library.opcheck(fused.feedback_gradient.default, ([feedback], error, *follows, *rest))
+                opcheck(fused.feedback_step.default, (*args, sums))
+            opcheck(fused.feedback_gradient.default, ([feedback], error, *follows, *rest))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

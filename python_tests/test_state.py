@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 from nets import NETS, batch, block_net, conv_net, make, mlp, step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -66,7 +67,7 @@ CHANGES: dict[str, Callable[[str, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("into", ["fresh", "with example", "running"])
+@pytest.mark.parametrize("into", slow_but(["fresh", "with example", "running"], "fresh", "running"))
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -376,16 +377,21 @@ torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}},
 """
 
 
-@pytest.mark.parametrize(("name", "rule"), [("conv_net", "adam"), ("block_net", "grad")])
+@pytest.mark.parametrize(("name", "rule"), [("conv_net", "adam"), *slow_but([("block_net", "grad")])])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     tmp_path: Path, name: str, rule: str
 ) -> None:
-    """5 steps, save, a fresh process, 5 more, against 10 steps in one process."""
+    """5 steps, save, 5 more in a fresh process, against 10 steps in one process."""
     half, resumed, whole = (str(tmp_path / file) for file in ("half", "resumed", "whole"))
-    tests = str(Path(__file__).parent)
-    for run in ((0, 5, None, half), (5, 10, half, resumed), (0, 10, None, whole)):
-        script = RESUME.format(tests=tests, name=name, rule=rule, run=run)
-        subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(tests).parent)
+    tests = Path(__file__).parent
+
+    def script(*run: Any) -> str:
+        return RESUME.format(tests=str(tests), name=name, rule=rule, run=run)
+
+    exec(script(0, 5, None, half), {})
+    exec(script(0, 10, None, whole), {})
+    command = [sys.executable, "-c", script(5, 10, half, resumed)]
+    subprocess.run(command, check=True, cwd=tests.parent)
     states = [torch.load(path)["model"] for path in (resumed, whole)]
     assert states[0].keys() == states[1].keys()
     for key, value in states[0].items():

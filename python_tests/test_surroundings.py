@@ -213,14 +213,15 @@ def test_a_net_that_was_never_wrapped_can_be_traced() -> None:
     torch.testing.assert_close(torch.jit.trace(net, x)(x), net(x))
 
 
-def test_torchs_counter_sees_every_product_of_a_step(device: torch.device) -> None:
+@pytest.mark.parametrize("rule", ["adam", "grad"])
+def test_torchs_counter_sees_every_product_of_a_step(device: torch.device, rule: str) -> None:
     n, inputs, first, second, k = 4, 20, 32, 16, 10
     net = nn.Sequential(
         FDFALinear(inputs, first, activation="relu"),
         FDFALinear(first, second, activation="relu"),
         nn.Linear(second, k),
     )
-    model = FDFA(net.to(device), example_input=torch.randn(n, inputs, device=device))
+    model = FDFA(net.to(device), feedback=rule, example_input=torch.randn(n, inputs, device=device))
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(n, inputs, device=device)).square().mean().backward()
     upper = first * second + second * k
@@ -235,20 +236,24 @@ def test_missing_or_foreign_extension_says_how_to_rebuild(tmp_path: Path) -> Non
     copied.mkdir()
     for file in package.glob("*.py"):
         (copied / file.name).write_text(file.read_text())
-    for built_for, message in (
-        (None, "compiled extension is missing. Rebuild it"),
-        ("1.13.0", "was built for torch 1.13.0, but torch"),
-        (torch.__version__, "compiled extension does not load"),
-    ):
-        if built_for:
-            (copied / "_built_for.txt").write_text(built_for)
-        run = subprocess.run(
-            [sys.executable, "-c", "import fdfa_ext"], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert run.returncode != 0
-        assert "ImportError" in run.stderr
-        assert message in run.stderr
-        assert "pip install --no-build-isolation ." in run.stderr
+    program = """
+import pathlib, torch
+for built_for in (None, "1.13.0", torch.__version__):
+    if built_for:
+        pathlib.Path("fdfa_ext/_built_for.txt").write_text(built_for)
+    try:
+        import fdfa_ext
+    except ImportError as error:
+        print(error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    errors = run.stdout.split("pip install --no-build-isolation .")
+    assert len(errors) == 4
+    assert "compiled extension is missing. Rebuild it" in errors[0]
+    assert "was built for torch 1.13.0, but torch" in errors[1]
+    assert "compiled extension does not load" in errors[2]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
@@ -280,3 +285,17 @@ print(without, faults())
     )
     without, with_a_model = map(float, run.stdout.split())
     assert with_a_model < 1 + without / 4
+
+
+def test_a_printed_model_shows_its_options() -> None:
+    model = FDFA(mlp(), method="dkp", feedback="ema", feedback_lr=0.25, noise="rademacher")
+    shown = repr(model)
+    for option in (
+        "KolenPollack",
+        "feedback=ema",
+        "feedback_lr=0.25",
+        "noise=rademacher",
+        "backend=fused",
+    ):
+        assert option in shown
+    assert repr(model.module[0]) in shown
