@@ -334,3 +334,55 @@ def test_attention_alone_does_without_fused_kernels_and_leaves_them_as_they_are(
         cuda.enable_cudnn_sdp(True)
     assert model.feedback["0"].abs().max() > 0
     assert within == [[True, True, False]] * 5
+
+
+@pytest.mark.parametrize("norm", [[], [nn.BatchNorm2d(4)]], ids=["convolution", "batch norm"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+def test_a_pool_after_a_block_trains_as_the_reference(
+    norm: list[nn.Module], activation: type[nn.Module]
+) -> None:
+    """In the same pass as the end of the block."""
+    x, y = torch.randn(6, 1, 12, 12), torch.arange(6) % 3
+    net = nn.Sequential(
+        FDFABlock(nn.Conv2d(1, 4, 3), *copy.deepcopy(norm), activation()),
+        nn.MaxPool2d(2),
+        FDFABlock(nn.Conv2d(4, 4, 2), *copy.deepcopy(norm), activation()),
+        nn.MaxPool2d(3, 1, padding=1),
+        nn.Flatten(),
+        nn.Linear(64, 3),
+    )
+    models = [FDFA(copy.deepcopy(net), feedback_lr=0.05, backend=b, example_input=x) for b in BACKENDS]
+    models[1].noise_state.copy_(models[0].noise_state)
+    for model in models:
+        for _ in range(2):
+            F.cross_entropy(model(x), y).backward()
+    results = [[*m.state_dict().values(), *[p.grad for p in m.parameters()]] for m in models]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+class PoolWithIndices(nn.Module):
+    """Max-pooling that has indices beside its result, from a module or from a function."""
+
+    def __init__(self, module: bool) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2, return_indices=True) if module else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.pool(x) if self.pool else F.max_pool2d(x, 2, return_indices=True))[0]
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_a_pool_that_returns_indices_too_has_the_same_tangent(module: bool) -> None:
+    x = torch.randn(5, 1, 8, 8)
+    found = []
+    for pool in (nn.MaxPool2d(2), PoolWithIndices(module)):
+        torch.manual_seed(3)
+        blocks = [FDFABlock(nn.Conv2d(1, 4, 3), nn.Tanh()), FDFABlock(nn.Conv2d(4, 4, 1), pool)]
+        net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(36, 3))
+        model = FDFA(net, feedback="ema", feedback_lr=0.5, example_input=x)
+        model(x).sum().backward()
+        found.append([*model.feedback.values(), *[p.grad for p in net.parameters()]])
+    for actual, expected in zip(*found, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(actual, expected)

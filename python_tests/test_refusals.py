@@ -1,6 +1,7 @@
 """What cannot be trained is refused by name, with a remedy, and changes nothing."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -147,3 +148,104 @@ def test_a_refused_batch_changes_neither_noise_nor_feedback() -> None:
         model(torch.randn(2, 2, 12, 12))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+class Pair(Twice):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.block(x)), x
+
+
+class Turned(nn.Module):
+    """Features first, and the batch first again behind the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = FDFABlock(nn.Linear(6, 4), Transpose()), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).t())
+
+
+class Transpose(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.t()
+
+
+@pytest.mark.parametrize("method", ["dfa", "dkp"])
+@pytest.mark.parametrize(
+    ("net", "error", "message"),
+    [
+        (Pair(), TypeError, "FDFA: the module must return one tensor; got tuple"),
+        (Turned(), ValueError, r"FDFA: block 'block' must keep the batch first: expected \[2, \*feat"),
+        (Unused(), RuntimeError, "FDFA: block 'block' was not used by the forward pass"),
+        (Twice(), RuntimeError, "FDFA: block 'block' was used twice in one forward pass"),
+    ],
+)
+def test_methods_without_tangents_refuse_by_name_too(
+    net: nn.Module, error: type, message: str, method: str
+) -> None:
+    with pytest.raises(error, match=message):
+        FDFA(net, method=method, example_input=torch.randn(2, 6))
+
+
+class MayDrop(Drop):
+    drops = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.drops else 2 * x
+
+
+def test_a_module_that_drops_the_tangent_later_is_refused_then() -> None:
+    net = nn.Sequential(FDFALinear(6, 4), MayDrop(), nn.Linear(4, 3))
+    model = FDFA(net, example_input=torch.randn(2, 6))
+    model(torch.randn(2, 6))
+    net[1].drops = True
+    with pytest.raises(RuntimeError, match=r"Module '1' \(MayDrop\) dropped it"):
+        model(torch.randn(2, 6))
+
+
+class Named(nn.Module):
+    """Takes a dict and returns a tuple."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return 2 * inputs["x"], inputs["x"].detach()
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.named, self.drop = FDFALinear(6, 4), Named(), Drop()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.named({"x": self.block(x)})[0]))
+
+
+def test_of_modules_of_any_arguments_the_one_that_drops_the_tangent_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"Module 'drop' \(Drop\) dropped it"):
+        FDFA(Inner(), example_input=torch.randn(2, 6))
+
+
+def test_weight_perturbation_needs_an_output_with_a_tangent() -> None:
+    model = FDFA(nn.Sequential(FDFALinear(6, 3), Drop()), method="fg-w")
+    with pytest.raises(RuntimeError, match="FDFA: the output has no tangent: a module detached it"):
+        model(torch.randn(2, 6))
+
+
+def test_a_local_head_of_other_sizes_is_refused_by_name() -> None:
+    net = nn.Sequential(FDFALinear(6, 4), FDFALinear(4, 4), nn.Linear(4, 3))
+    model = FDFA(net, method="lg-fg-a", example_input=torch.randn(2, 6))
+    net[2] = nn.Linear(4, 5)
+    with pytest.raises(ValueError, match="FDFA: block '0': its local head makes 3 outputs of 4 feat"):
+        model(torch.randn(2, 6))
+
+
+def test_feedback_in_another_memory_order_is_refused_by_name() -> None:
+    """As one that was replaced by hand: loading a state puts it in order."""
+    model = make("conv_net")
+    matrix = model.feedback["2"]
+    matrix.data = matrix.data.contiguous(memory_format=torch.contiguous_format)
+    with pytest.raises(
+        ValueError, match=r"FDFA: block '2': its feedback must lie in torch\.channels_last"
+    ):
+        model(torch.randn(2, 1, 12, 12))
