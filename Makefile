@@ -1,6 +1,8 @@
 # Everything from nothing: needs python3 with venv and pip, a C++ compiler and make.
 #   make train     train digits by FDFA and by backpropagation, side by side
-#   make test      the Python tests
+#   make test      the fast Python tests
+#   make test-all  all Python tests
+#   make coverage  all Python tests, and the lines of the package that they reach
 #   make cpp-test  the C++ tests of the kernels
 #   make lint      formatting, linting and types
 #   make docs      the documentation with the API reference, into build/docs
@@ -8,19 +10,29 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := pytest -q -n auto --dist worksteal
 # The extension is built in place: only what is compiled or declared asks for a new build.
 BUILD_INPUTS := $(shell find csrc -type f) setup.py pyproject.toml
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test cpp-test lint docs clean
+.PHONY: train test test-all coverage cpp-test lint docs clean
 
 train: .venv/built
 	$(BIN)/python -m fdfa_ext train --dataset digits --method fdfa,bp
 
 test: .venv/built
-	$(BIN)/python -m pytest -q -n auto python_tests
+	$(BIN)/python -m $(PYTEST) -m "not slow" python_tests
+
+test-all: .venv/built
+	$(BIN)/python -m $(PYTEST) python_tests
+
+coverage: .venv/built
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m $(PYTEST) python_tests
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 cpp-test: .venv/installed
 	cmake -S . -B build/cpp

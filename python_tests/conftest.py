@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# Their assertions say what differed, as those of the tests do.
+pytest.register_assert_rewrite("nets", "operands")
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

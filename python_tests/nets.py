@@ -1,10 +1,13 @@
-"""Small nets and training steps that several tests share."""
+"""Small nets, training steps and comparisons that several tests share."""
+
+import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdfa_ext import FDFABlock, FDFAConv2d, FDFALinear
+from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
 
 
 def mlp(activation: str = "relu") -> nn.Sequential:
@@ -63,3 +66,99 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tenso
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def make(name: str = "mlp", device: torch.device | str = "cpu", **options: Any) -> FDFA:
+    """One of NETS, with the same weights and noise each time."""
+    torch.manual_seed(1)
+    net = NETS[name][0]().to(device)
+    return FDFA(net, example_input=batch(name, device)[0], **options)
+
+
+OPTIONS: dict[str, Any] = {"feedback": "ema", "feedback_lr": 0.3}  # of trained()
+
+
+def sequence() -> nn.Sequential:
+    """[N, 6] → [N, 3], which needs no dual tensors."""
+    return nn.Sequential(
+        FDFALinear(6, 6, activation="tanh"),
+        FDFABlock(nn.Linear(6, 6), nn.LeakyReLU()),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    )
+
+
+class OwnForward(nn.Module):
+    """The same modules by the same names, with a skip connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, module in sequence().named_children():
+            self.add_module(name, module)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._modules[str(index)]
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        self._modules[str(index)] = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self[0](x)
+        return self[3](self[2](y + self[1](y)))
+
+
+def images() -> nn.Sequential:
+    """[N, 1, 9, 9] → [N, 3], whatever the sizes between are."""
+    return nn.Sequential(
+        FDFAConv2d(1, 4, 2, activation="relu"),
+        nn.MaxPool2d(3, 2),
+        nn.AdaptiveAvgPool2d(4),
+        FDFABlock(nn.Conv2d(4, 5, 2), nn.BatchNorm2d(5), nn.LeakyReLU(), nn.MaxPool2d(2)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.ReLU(),
+        nn.Flatten(),
+        FDFABlock(nn.Linear(5, 6), nn.GELU()),
+        nn.Linear(6, 3),
+    )
+
+
+def example(net: nn.Module) -> Tensor:
+    return torch.randn(7, 1, 9, 9) if isinstance(net[0], FDFAConv2d) else torch.randn(7, 6)
+
+
+def trained(net: Any, steps: int = 2, **options: Any) -> FDFA:
+    x = example(net)
+    model = FDFA(net, example_input=x, **{**OPTIONS, **options})
+    for _ in range(steps):
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, torch.arange(7) % 3)
+    return model
+
+
+def results(model: FDFA, x: Tensor) -> dict[str, Tensor]:
+    """Of one more step: output, gradients, and all that is saved."""
+    model.zero_grad()
+    output = model(x)
+    F.cross_entropy(output, torch.arange(len(x)) % output.shape[1]).backward()
+    gradients = {f"gradient of {n}": p.grad.clone() for n, p in model.module.named_parameters()}
+    return {"output": output.detach(), **gradients, **model.state_dict()}
+
+
+def assert_trains_as_it_is(model: FDFA, x: Tensor, **close: Any) -> None:
+    """As a model that was wrapped a moment ago, and computing what evaluation computes."""
+    fresh = FDFA(copy.deepcopy(model.module), **{**OPTIONS, "backend": model.backend})
+    fresh.load_state_dict(model.state_dict(), strict=False)
+    for inner in model.modules():
+        if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+            inner.momentum = 0.0  # or evaluation would be of other statistics
+    expected = results(fresh, x)
+    actual = results(model, x)
+    for key, value in actual.items():
+        if "running" not in key:
+            torch.testing.assert_close(value, expected[key], **{"rtol": 0, "atol": 0, **close}, msg=key)
+    assert all(value.any() for key, value in actual.items() if key.startswith("gradient"))
+    assert list(model.feedback) == list(fresh.feedback)
+    assert all(matrix.any() for matrix in model.feedback.values())
+
+
+def assert_evaluates_alike(model: FDFA, x: Tensor) -> None:
+    torch.testing.assert_close(model(x).detach(), model.module(x).detach())

@@ -355,6 +355,7 @@ def test_commands_print_tables_and_write_their_files(tmp_path: Path, capsys, mon
         ("bench --resume", "--resume goes on with the file of --json: give one"),
         ("profile --model mlp2,cnn --trace t.json", "--trace is of one net; got --model mlp2,cnn"),
         ("bench --json .", "--json . is a folder: give a file"),
+        ("profile --model mlp2 --nvtx", "--nvtx is for CUDA devices; got --device cpu"),
         ("bench --plot b.foo", "--plot b.foo must end in one of"),
         ("profile --trace nowhere/t.json", "--trace nowhere/t.json: there is no folder nowhere"),
         ("bench --plot nowhere/b.png", "--plot nowhere/b.png: there is no folder nowhere"),

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 from torch import nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, reference
@@ -57,8 +58,8 @@ for c, stride in ((3, 2), (8, (1, 2))):
 """
 
 
-@pytest.mark.parametrize("method", ["fdfa", "dfa", "bp"])
-@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("method", slow_but(["fdfa", "dfa", "bp"], "fdfa"))
+@pytest.mark.parametrize("backend", slow_but(["fused", "reference"], "fused"))
 def test_training_leaves_the_heap_alone(method: str, backend: str) -> None:
     script = TRAINING.format(method=method, backend=backend)
     # With MALLOC_CHECK_ glibc looks at its heap at each call.
@@ -90,7 +91,7 @@ def test_the_result_and_its_gradients_are_torchs(groups: int, stride: int | tupl
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("norm", ["group", "block"])
+@pytest.mark.parametrize("norm", slow_but(["group", "block"], "group"))
 def test_group_normalisation_first_in_a_block_learns_without_a_tangent(norm: str) -> None:
     """torch's own backward for an input without a gradient crashes in channels_last."""
     script = """
@@ -137,3 +138,26 @@ def copy_of(layer: nn.Conv2d) -> nn.Conv2d:
     copied = nn.Conv2d(4, 6, 1, 2)
     copied.load_state_dict(layer.state_dict())
     return copied
+
+
+class EverySecond(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, ::2, ::2]
+
+
+def test_a_strided_kernel_within_a_block_carries_the_tangent_of_the_pixels_that_it_reads() -> None:
+    x = torch.randn(5, 2, 8, 8)
+    found = []
+    for start in ([nn.Conv2d(4, 6, 1, 2)], [EverySecond(), nn.Conv2d(4, 6, 1)]):
+        block = FDFABlock(*start, nn.Tanh(), nn.Conv2d(6, 4, 1), nn.Tanh())
+        first = FDFAConv2d(2, 4, 1, activation="tanh")
+        net = nn.Sequential(first, block, nn.Flatten(), nn.Linear(64, 3))
+        torch.manual_seed(4)
+        for p in net.parameters():
+            nn.init.normal_(p)
+        model = FDFA(net, feedback="ema", feedback_lr=0.5, example_input=x)
+        model(x).sum().backward()
+        found.append([*model.feedback.values(), *[p.grad for p in net.parameters()]])
+    for actual, expected in zip(*found, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

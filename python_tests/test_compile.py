@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 from nets import NETS, batch, step
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -16,9 +17,11 @@ from fdfa_ext.methods import METHODS, KolenPollack
 # inductor compiles slowly: the README's net stands for all.
 COMPILED = [(name, rule, "aot_eager") for name in NETS for rule in ("adam", "ema", "grad")]
 COMPILED += [("conv_net", rule, "inductor") for rule in ("adam", "grad")]
+# Each net and each rule.
+EACH_ONCE = [(*pair, "aot_eager") for pair in zip(NETS, ("grad", "ema", "adam"), strict=True)]
 
 
-@pytest.mark.parametrize(("name", "rule", "compiler"), COMPILED)
+@pytest.mark.parametrize(("name", "rule", "compiler"), slow_but(COMPILED, *EACH_ONCE))
 def test_compiled_training_is_the_eager_one(
     device: torch.device, name: str, rule: str, compiler: str
 ) -> None:
@@ -42,10 +45,14 @@ class OwnRule(KolenPollack):
 
 @pytest.mark.parametrize(
     ("method", "compiler"),
-    [
-        *((method, "aot_eager") for method in (*METHODS, OwnRule) if method != "fdfa"),
-        *((method, "inductor") for method in ("fg-w", "fg-a", "lg-fg-a")),
-    ],
+    slow_but(
+        [
+            *((method, "aot_eager") for method in (*METHODS, OwnRule) if method != "fdfa"),
+            *((method, "inductor") for method in ("fg-w", "fg-a", "lg-fg-a")),
+        ],
+        ("dkp", "aot_eager"),
+        ("fg-a", "aot_eager"),
+    ),
 )
 def test_every_method_compiles(
     device: torch.device, method: str | type[OwnRule], compiler: str
@@ -90,7 +97,8 @@ def test_a_compiled_step_keeps_outputs_that_a_module_changes_in_place(compiler: 
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
-        *((backend, {"feedback": rule}) for backend in BACKENDS for rule in ("adam", "ema")),
+        *(("fused", {"feedback": rule}) for rule in ("adam", "ema")),
+        *slow_but(("reference", {"feedback": rule}) for rule in ("adam", "ema")),
         ("fused", {"method": "dkp"}),  # torch cannot compile it on the reference
     ],
     ids=str,
@@ -120,7 +128,7 @@ def test_compiling_without_feedback_matrices_is_refused() -> None:
         model(x)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", slow_but(BACKENDS, "fused"))
 def test_another_batch_size_compiles_again_with_static_shapes(backend: str) -> None:
     """torch's forward mode knows no symbolic sizes, hence dynamic=False."""
     torch._dynamo.reset()

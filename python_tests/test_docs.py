@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 from torch import Tensor, nn
 
 import fdfa_ext
 from fdfa_ext import FDFA, FDFALinear, jvp
 from fdfa_ext.__main__ import main
+from fdfa_ext.bench.contenders import Case
 from fdfa_ext.bench.roofline import CASES, HEAD, parts_of_step, table_lines
 from fdfa_ext.experiments.report import mean_and_deviation
 from fdfa_ext.experiments.tables import paper_accuracies
@@ -91,12 +93,14 @@ def accuracies_in(printed: str) -> list[float]:
     return [float(figure) for figure in re.findall(r"test accuracy ([\d.]+)%", printed)]
 
 
+@pytest.mark.slow
 def test_the_example_of_images_learns(tmp_path: Path) -> None:
     first, *_, last = accuracies_in(python(EXAMPLES / "images.py", folder=tmp_path))
     assert first + 10 < last
     assert last > 90
 
 
+@pytest.mark.slow
 def test_the_example_of_a_forward_of_its_own_learns_its_feedback(tmp_path: Path) -> None:
     printed = python(EXAMPLES / "own_forward.py", folder=tmp_path)
     angles = [int(angle) for angle in re.findall(r": (\d+) degrees", printed)]
@@ -105,6 +109,7 @@ def test_the_example_of_a_forward_of_its_own_learns_its_feedback(tmp_path: Path)
     assert accuracies_in(printed)[0] > 90
 
 
+@pytest.mark.slow
 def test_the_example_of_a_rule_learns_by_each_method(tmp_path: Path) -> None:
     printed = python(EXAMPLES / "own_rule.py", folder=tmp_path)
     dfa, own, exact = accuracies_in(printed)
@@ -365,10 +370,10 @@ def test_the_documented_means_of_three_seeds_are_those_of_the_records() -> None:
         assert paper == "{:.2f} ± {:.2f}".format(*paper_accuracies()["mlp-2", method, "fashion-mnist"])
 
 
-def test_the_documented_roofline_is_what_the_command_prints() -> None:
-    documented = CUDA[CUDA.index(HEAD) :]
-    # Of alexnet, which takes seconds, with one number of outputs.
-    checked = [case for case in CASES if (case.model, case.outputs) != ("alexnet", 100)]
-    for case in checked:
-        assert table_lines(case, parts_of_step(case)) in documented
-    assert "| alexnet | 100 | whole step |" in documented
+@pytest.mark.parametrize(
+    "case",
+    slow_but(CASES, *(case for case in CASES if case.model != "alexnet")),
+    ids=lambda case: f"{case.model}-{case.outputs}",
+)
+def test_the_documented_roofline_is_what_the_command_prints(case: Case) -> None:
+    assert table_lines(case, parts_of_step(case)) in CUDA[CUDA.index(HEAD) :]

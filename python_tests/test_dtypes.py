@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
@@ -92,14 +93,24 @@ def gradients(model: FDFA, x: Tensor, y: Tensor, dtype: torch.dtype | None) -> T
     return torch.cat([p.grad.flatten().float() for p in model.module.parameters()])
 
 
-@pytest.mark.parametrize("example", [False, True], ids=["late", "example"])
+@pytest.mark.parametrize("example", slow_but([False, True], True), ids=["late", "example"])
 @pytest.mark.parametrize(
-    "mode", ["autocast", "autocast float16", "bfloat16", "bfloat16, float32 norms"]
+    "mode",
+    slow_but(
+        ["autocast", "autocast float16", "bfloat16", "bfloat16, float32 norms"],
+        "autocast",
+        "bfloat16, float32 norms",
+    ),
 )
 @pytest.mark.parametrize("own", [False, True], ids=["sequence", "own forward"])
-@pytest.mark.parametrize("norm", [*NORMS, "tokens"])
+@pytest.mark.parametrize("norm", slow_but([*NORMS, "tokens"], "group", "batch", "tokens"))
 @pytest.mark.parametrize(
-    ("method", "backend"), [*(("fdfa", b) for b in BACKENDS), ("dfa", "fused"), ("fg-w", "fused")]
+    ("method", "backend"),
+    slow_but(
+        [*(("fdfa", b) for b in BACKENDS), ("dfa", "fused"), ("fg-w", "fused")],
+        ("fdfa", "fused"),
+        ("dfa", "fused"),
+    ),
 )
 def test_normalised_blocks_train_in_16_bits(
     method: str, backend: str, norm: str, own: bool, mode: str, example: bool

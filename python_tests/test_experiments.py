@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from marks import slow_but
 
 import fdfa_ext.experiments.runs as runs
 from fdfa_ext.__main__ import main
@@ -30,7 +31,7 @@ def experiment(name: str, folder: Path, *flags: str) -> list[list[str]]:
     return [[c.strip() for c in line.split("|")[1:-1]] for line in lines[2:] if line.startswith("|")]
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("figure", slow_but(FIGURES, "figure-5"))
 def test_variances_grow_as_the_propositions_say(figure: str, tmp_path: Path, capsys) -> None:
     rows = experiment(figure, tmp_path)
     assert rows
@@ -79,7 +80,9 @@ def test_a_cell_of_one_seed_claims_no_deviation() -> None:
     assert "One seed" in text
 
 
-@pytest.mark.parametrize(("name", "nets"), [("figure-3", ["mlp-2", "mlp-3"]), ("figure-4", ["mlp-3"])])
+@pytest.mark.parametrize(
+    ("name", "nets"), [("figure-3", ["mlp-2", "mlp-3"]), *slow_but([("figure-4", ["mlp-3"])])]
+)
 def test_convergence_has_a_point_for_each_epoch(
     name: str, nets: list[str], tmp_path: Path, monkeypatch
 ) -> None:
@@ -100,6 +103,7 @@ def _mlp_for_cnn(method: str, *, model: str, **settings) -> Config:
     return paper_config(method, model="mlp", hidden=2 if model == "cnn" else None, **settings)
 
 
+@pytest.mark.slow
 def test_loss_after_an_epoch_rises_with_the_variance(tmp_path: Path) -> None:
     rows = experiment("figure-7", tmp_path, "--seeds", "1")
     variance = {(row[0], row[1]): float(row[2]) for row in rows}
@@ -119,8 +123,9 @@ def test_rank_correlation_sees_order_alone() -> None:
     assert rank_correlation([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
 
 
-def test_angles_are_of_every_hidden_layer(tmp_path: Path) -> None:
-    rows = experiment("figure-8", tmp_path, "--epochs", "4")
+@pytest.mark.parametrize("flags", ["--methods fdfa --seeds 1", *slow_but([""])])
+def test_angles_are_of_every_hidden_layer(tmp_path: Path, flags: str) -> None:
+    rows = experiment("figure-8", tmp_path, "--epochs", "4", *flags.split())
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
     last = [float(row[-1].split(" ± ")[0]) for row in rows]  # of fdfa, after the last epoch
     assert all(0 < angle < 90 for angle in last)
@@ -195,6 +200,7 @@ def test_a_record_of_another_rate_is_refused(tmp_path: Path) -> None:
     assert run_all([Job(CONFIG)], options) == [record]
 
 
+@pytest.mark.slow
 def test_processes_do_what_one_would(tmp_path: Path) -> None:
     jobs = [Job(replace(CONFIG, seed=seed)) for seed in range(3)]
     one = run_all(jobs, replace(OPTIONS, output=tmp_path / "one"))

@@ -84,6 +84,7 @@ def test_mean_estimate_on_a_relu_net_is_the_mean_jacobian(device: torch.device) 
         assert_learned(learned[str(index)], expected, cosine=0.985, scale=0.05)
 
 
+@pytest.mark.slow
 def test_mean_estimate_on_a_convolutional_net_is_the_mean_jacobian(device: torch.device) -> None:
     """Through pooling, flatten and a block of Conv → BatchNorm → ReLU, all in (h, w, c) order."""
     net = nn.Sequential(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 from nets import NETS, batch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
@@ -254,8 +255,10 @@ def test_a_definition_in_a_few_lines_is_its_fused_operator(
         torch.testing.assert_close(gradients(defined)[key], value, rtol=1e-4, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv_net"])
-@pytest.mark.parametrize(("method", "steps"), [("fg-a", 1500), ("fg-w", 6000)])
+@pytest.mark.parametrize("name", slow_but(["mlp", "conv_net"], "mlp"))
+@pytest.mark.parametrize(
+    ("method", "steps"), slow_but([("fg-a", 1500), ("fg-w", 6000)], ("fg-a", 1500))
+)
 def test_forward_gradients_are_unbiased(name: str, method: str, steps: int) -> None:
     """The mean over steps, projected on the true gradient, is that gradient: slope 1 within 5 sigma."""
     model, x, y = make(name, method)
@@ -275,7 +278,7 @@ def test_forward_gradients_are_unbiased(name: str, method: str, steps: int) -> N
     assert sigma[-1] < 0.1, sigma  # of the whole gradient: or the line above would say nothing
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, "fdfa", "dfa", "dkp", "fg-a", "lg-fg-a", "bp"))
 def test_every_method_learns_a_task(method: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(512, 10)

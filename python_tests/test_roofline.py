@@ -77,15 +77,24 @@ def test_times_are_those_of_the_data_sheets() -> None:
         assert whole == ours + others
 
 
-@pytest.fixture
-def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What `profile` writes of one net, as if an H200 had been there."""
-    monkeypatch.setattr("fdfa_ext.bench.operators._SECONDS", 0.001)
-    monkeypatch.setattr("fdfa_ext.bench.command._STEP_SECONDS", 0.001)
-    file = tmp_path / "profile.json"
+    file = tmp_path_factory.mktemp("profile") / "profile.json"
     flags = ["--model", "mlp2", "--batch-size", "128", "--only-fdfa", "--json", str(file)]
-    assert main(["profile", *flags]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fdfa_ext.bench.operators._SECONDS", 0.001)
+        patch.setattr("fdfa_ext.bench.command._STEP_SECONDS", 0.001)
+        assert main(["profile", *flags]) == 0
     change(file, hardware="NVIDIA H200, some processor")
+    return file.read_text()
+
+
+@pytest.fixture
+def figures(profiled: str, tmp_path: Path) -> Path:
+    """A file of its own for each test, to change."""
+    file = tmp_path / "profile.json"
+    file.write_text(profiled)
     return file
 
 

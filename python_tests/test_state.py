@@ -1,6 +1,8 @@
 """State: saved and loaded in any form, shared with optimizers and copies made before it exists."""
 
 import copy
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import NETS, batch, block_net, conv_net, mlp, step
+from marks import slow_but
+from nets import NETS, batch, block_net, conv_net, make, mlp, step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -64,7 +67,7 @@ CHANGES: dict[str, Callable[[str, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("into", ["fresh", "with example", "running"])
+@pytest.mark.parametrize("into", slow_but(["fresh", "with example", "running"], "fresh", "running"))
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -329,3 +332,92 @@ def test_a_rate_of_an_average_is_at_most_one() -> None:
     with pytest.raises(ValueError, match=r"feedback_lr must be at most 1 for feedback=.ema.; got 2.5"):
         model.feedback_lr = 2.5
     assert model.feedback_lr == 0.5
+
+
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+@pytest.mark.parametrize("example", [True, False])
+def test_a_fresh_model_loads_a_trained_ones_state(rule: str, example: bool) -> None:
+    trained = make("conv_net", feedback=rule, feedback_lr=0.05)
+    x, y = batch("conv_net")
+    F.cross_entropy(trained(x), y).backward()
+    fresh = FDFA(conv_net(), feedback=rule, feedback_lr=0.05, example_input=x if example else None)
+    fresh.load_state_dict(trained.state_dict())
+    results = []
+    for model in (trained, fresh):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        results.append(
+            {**model.state_dict(), **{f"grad.{k}": p.grad for k, p in model.named_parameters()}}
+        )
+    assert results[0].keys() == results[1].keys()
+    for key, value in results[0].items():
+        assert torch.equal(value, results[1][key]), key
+
+
+RESUME = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from nets import NETS, step
+from fdfa_ext import FDFA
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+make, shape = NETS[{name!r}]
+data = [(torch.randn(8, *shape), torch.randint(3, (8,))) for _ in range(10)]
+model = FDFA(make(), feedback={rule!r}, feedback_lr=1e-2, example_input=data[0][0])
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+first, last, load, save = {run!r}
+if load:
+    saved = torch.load(load)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+for x, y in data[first:last]:
+    step(model, optimizer, x, y)
+torch.save({{"model": model.state_dict(), "optimizer": optimizer.state_dict()}}, save)
+"""
+
+
+@pytest.mark.parametrize(("name", "rule"), [("conv_net", "adam"), *slow_but([("block_net", "grad")])])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, name: str, rule: str
+) -> None:
+    """5 steps, save, 5 more in a fresh process, against 10 steps in one process."""
+    half, resumed, whole = (str(tmp_path / file) for file in ("half", "resumed", "whole"))
+    tests = Path(__file__).parent
+
+    def script(*run: Any) -> str:
+        return RESUME.format(tests=str(tests), name=name, rule=rule, run=run)
+
+    exec(script(0, 5, None, half), {})
+    exec(script(0, 10, None, whole), {})
+    command = [sys.executable, "-c", script(5, 10, half, resumed)]
+    subprocess.run(command, check=True, cwd=tests.parent)
+    states = [torch.load(path)["model"] for path in (resumed, whole)]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+def test_a_model_is_made_and_moved_without_memory() -> None:
+    x, _ = batch("conv_net")
+    trained = make("conv_net")
+    trained(x).sum().backward()
+    empty = make("conv_net").to("meta")
+    assert all(b.is_meta for b in empty.feedback.values())
+    empty.to_empty(device="cpu").load_state_dict(trained.state_dict())
+    for key, value in empty.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[key])
+    with torch.device("meta"):
+        assert all(p.is_meta for p in FDFA(NETS["conv_net"][0]()).parameters())
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    net = block_net()
+    before = copy.deepcopy(net.state_dict())
+    model = FDFA(net, example_input=batch("block_net")[0])
+    assert model.noise_state[1] == 0
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())

@@ -2,7 +2,12 @@
 
 import contextlib
 import copy
+import os
+import platform
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from nets import NETS, batch, conv_net, mlp, step
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fdfa_ext import FDFA, FDFABlock, FDFALinear
 
@@ -199,3 +205,97 @@ def test_a_feedback_rate_is_checked_whenever_it_is_set(rate: float) -> None:
         model.feedback_lr = rate
     assert model.feedback_lr == 0.5
     F.cross_entropy(model(batch("mlp")[0]), batch("mlp")[1]).backward()
+
+
+def test_a_net_that_was_never_wrapped_can_be_traced() -> None:
+    """torch.jit looks at every property of a module."""
+    net, (x, _) = NETS["conv_net"][0]().eval(), batch("conv_net")
+    torch.testing.assert_close(torch.jit.trace(net, x)(x), net(x))
+
+
+@pytest.mark.parametrize("rule", ["adam", "grad"])
+def test_torchs_counter_sees_every_product_of_a_step(device: torch.device, rule: str) -> None:
+    n, inputs, first, second, k = 4, 20, 32, 16, 10
+    net = nn.Sequential(
+        FDFALinear(inputs, first, activation="relu"),
+        FDFALinear(first, second, activation="relu"),
+        nn.Linear(second, k),
+    )
+    model = FDFA(net.to(device), feedback=rule, example_input=torch.randn(n, inputs, device=device))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(n, inputs, device=device)).square().mean().backward()
+    upper = first * second + second * k
+    primal_and_gradients = 2 * (inputs * first + upper)
+    feedback = 2 * k * (first + second)  # G and eB
+    assert counter.get_total_flops() == 2 * n * (primal_and_gradients + upper + feedback)
+
+
+def test_missing_or_foreign_extension_says_how_to_rebuild(tmp_path: Path) -> None:
+    package = Path(sys.modules["fdfa_ext"].__file__).parent
+    copied = tmp_path / "fdfa_ext"
+    copied.mkdir()
+    for file in package.glob("*.py"):
+        (copied / file.name).write_text(file.read_text())
+    program = """
+import pathlib, torch
+for built_for in (None, "1.13.0", torch.__version__):
+    if built_for:
+        pathlib.Path("fdfa_ext/_built_for.txt").write_text(built_for)
+    try:
+        import fdfa_ext
+    except ImportError as error:
+        print(error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    errors = run.stdout.split("pip install --no-build-isolation .")
+    assert len(errors) == 4
+    assert "compiled extension is missing. Rebuild it" in errors[0]
+    assert "was built for torch 1.13.0, but torch" in errors[1]
+    assert "compiled extension does not load" in errors[2]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
+def test_a_model_on_the_cpu_ends_page_faults() -> None:
+    """In a process of its own: page faults of a step that takes and frees 24 MiB, without FDFA and with."""
+    program = """
+import resource, torch
+from torch import nn
+from fdfa_ext import FDFA, FDFALinear
+
+def step():
+    pieces = [torch.zeros(3 * 2**18) for _ in range(8)]
+
+def faults():
+    for _ in range(3):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
+
+without = faults()
+FDFA(nn.Sequential(FDFALinear(2, 2), nn.Linear(2, 2)))
+print(without, faults())
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    without, with_a_model = map(float, run.stdout.split())
+    assert with_a_model < 1 + without / 4
+
+
+def test_a_printed_model_shows_its_options() -> None:
+    model = FDFA(mlp(), method="dkp", feedback="ema", feedback_lr=0.25, noise="rademacher")
+    shown = repr(model)
+    for option in (
+        "KolenPollack",
+        "feedback=ema",
+        "feedback_lr=0.25",
+        "noise=rademacher",
+        "backend=fused",
+    ):
+        assert option in shown
+    assert repr(model.module[0]) in shown

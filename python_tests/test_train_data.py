@@ -4,6 +4,8 @@ import gzip
 import os
 import pickle
 import struct
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -241,3 +243,30 @@ def test_the_real_mnist():
         974,
         1009,
     ]
+
+
+def test_torchvision_downloads_what_is_missing(tmp_path, monkeypatch):
+    class MNIST:
+        def __init__(self, root: str, download: bool) -> None:
+            assert download
+            write_idx(Path(root) / "MNIST" / "raw")
+
+    datasets = types.SimpleNamespace(MNIST=MNIST)
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+    data = load_dataset("mnist", tmp_path)
+    assert data.train_images.shape == (6, 1, 5, 7)
+    assert data.test_labels.shape == (4,)
+
+
+def test_a_download_that_fails_leaves_the_list_of_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(UserError, match=r"mnist is not in .*: put .*t10k-labels-idx1-ubyte"):
+        load_dataset("mnist", tmp_path)
+
+
+def test_images_in_jpeg_need_pillow(tmp_path, monkeypatch):
+    write_tiny_imagenet(tmp_path)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UserError, match="tiny-imagenet is in JPEG: pip install pillow"):
+        load_dataset("tiny-imagenet", tmp_path)

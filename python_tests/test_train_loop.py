@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 
 import fdfa_ext
 from fdfa_ext.__main__ import main
@@ -25,6 +26,7 @@ CONFIGS = {
     "grad": Config(method="fdfa", feedback="grad"),
     "reference": Config(method="fdfa", backend="reference"),
 }
+FUSED = [config for config in CONFIGS.values() if config.backend == "fused"]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_settings_reach_the_model() -> None:
     assert model.module[1].out_features == 1000
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", slow_but(CONFIGS.values(), *FUSED), ids=CONFIGS)
 def test_two_epochs_and_two_resumed_equal_four(config, digits, tmp_path):
     whole = Run(config, digits)
     for _ in range(4):
@@ -116,7 +118,7 @@ def test_two_epochs_and_two_resumed_equal_four(config, digits, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", slow_but(CONFIGS.values(), *FUSED), ids=CONFIGS)
 def test_a_run_learns_and_its_seed_repeats_it(config, digits):
     run, again = Run(config, digits), Run(config, digits)
     for _ in range(5):
@@ -192,6 +194,7 @@ def test_alexnet_trains_on_enlarged_images_of_any_number_of_classes():
     assert run.model.module[-1].out_features == 100
 
 
+@pytest.mark.slow
 def test_the_command_line_compares_both_methods(tmp_path):
     flags = ["--method", "fdfa,bp", "--epochs", "1", "--threads", "1"]
     command = [sys.executable, "-m", "fdfa_ext", "train", *flags]
@@ -240,6 +243,7 @@ def test_the_command_line_resumes(tmp_path, capsys):
         ("--method bp,sgd", "'bp,sgd' is not some of fdfa, dfa, dkp, fg-a, lg-fg-a, fg-w, bp"),
         ("--epochs 0", "'0' is not a whole number of 1 or more"),
         ("--lr nan", "'nan' is not a number above 0"),
+        ("--lr fast", "'fast' is not a number above 0"),
         ("--seed -1", "'-1' is not a whole number from 0"),
         ("--device nowhere", "there is no device 'nowhere' here"),
         ("--dataset cifar10 --data-dir {tmp}", "cifar10 is not in {tmp}: put data_batch_1"),
@@ -260,3 +264,43 @@ def test_what_the_user_gets_wrong_is_one_sentence(tmp_path: Path, monkeypatch, c
     assert captured.out == ""
     assert message.format(tmp=tmp_path) in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "message"),
+    [
+        ("train", "sklearn", "digits comes with scikit-learn: pip install scikit-learn"),
+        ("train", "matplotlib", "the train command needs matplotlib: pip install matplotlib"),
+        ("experiment figure-5", "tqdm", "experiments need tqdm: pip install tqdm"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_remedy(
+    monkeypatch, capsys, command: str, package: str, message: str
+) -> None:
+    class Absent:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for loaded in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "fdfa_ext.train.report", raising=False)
+    monkeypatch.delattr(fdfa_ext.train, "report", raising=False)
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupted_command_ends_as_a_shell_expects(monkeypatch) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fdfa_ext.train.command.train", interrupted)
+    assert main(["train"]) == 130
+
+
+def test_an_unknown_net_or_data_set_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(UserError, match="unknown model 'vgg': choose one of mlp, cnn"):
+        build_net("vgg", (1, 28, 28), 10)
+    with pytest.raises(UserError, match="unknown data set 'svhn': choose one of digits, mnist"):
+        load_dataset("svhn")

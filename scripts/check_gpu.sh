@@ -211,8 +211,8 @@ run_tests() {
   step "$name" "$limit" '[0-9]+ passed.* in .*s' env TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest -q \
     -p no:cacheprovider --tb=short --maxfail=50 --durations=10 "${workers[@]}" -k "cuda or graphed" "$@"
 }
-run_tests tests-operators 40 python_tests/test_ops.py
-full run_tests tests-others 35 python_tests --ignore python_tests/test_ops.py
+run_tests tests-operators 40 python_tests/test_ops*.py
+full run_tests tests-others 35 python_tests --ignore-glob 'python_tests/test_ops*.py'
 
 # Only this package's kernels are instrumented. For memcheck each tensor has an allocation of its own, so
 # that no access past its end lands in a neighbour.

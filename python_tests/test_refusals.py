@@ -1,0 +1,251 @@
+"""What cannot be trained is refused by name, with a remedy, and changes nothing."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from nets import make, mlp
+from torch import Tensor, nn
+
+from fdfa_ext import FDFA, FDFABlock, FDFALinear
+from fdfa_ext.methods import ForwardFeedback
+
+
+class Drop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach() * 2
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = FDFALinear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.block(x)))
+
+
+class Unused(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("net", "error", "message"),
+    [
+        (
+            nn.Linear(6, 3),
+            ValueError,
+            "FDFA: the module has no block; use FDFALinear, FDFAConv2d or FDFABlock",
+        ),
+        (FDFALinear(6, 3), ValueError, r"FDFA: the module is itself a block \(FDFALinear\)"),
+        (
+            FDFA(nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 3))),
+            ValueError,
+            "FDFA: the module has an FDFA within it; wrap it once",
+        ),
+        (Twice(), RuntimeError, "FDFA: block 'block' was used twice in one forward pass"),
+        (Unused(), RuntimeError, "FDFA: the output has no tangent. No module dropped it"),
+        (
+            nn.Sequential(FDFALinear(6, 4), Drop(), nn.Linear(4, 3)),
+            RuntimeError,
+            r"FDFA: the output has no tangent. Module '1' \(Drop\) dropped it",
+        ),
+        (
+            nn.Sequential(FDFALinear(6, 4), FDFABlock(nn.ReLU(), Drop()), nn.Linear(4, 3)),
+            RuntimeError,
+            r"FDFA: block '1': its module 1 \(Drop\) dropped the tangent",
+        ),
+        (
+            nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 3), nn.Unflatten(1, (3, 1))),
+            ValueError,
+            r"FDFA: the output must be \[N, K\].*; got \[2, 3, 1\]",
+        ),
+        (
+            nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 3), nn.Hardtanh(-1e-9, 1e-9)),
+            RuntimeError,
+            "FDFA: the tangent of the output is zero",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_by_name(net: nn.Module, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        FDFA(net, example_input=torch.randn(2, 6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feedback": "sgd"}, "FDFA: feedback must be one of ema, adam, grad; got 'sgd'"),
+        ({"noise": "cauchy"}, "FDFA: noise must be one of gaussian, rademacher; got 'cauchy'"),
+        ({"backend": "triton"}, "FDFA: backend must be one of fused, reference; got 'triton'"),
+        ({"feedback": "ema", "feedback_lr": 1.5}, r"FDFA: feedback_lr must be in \(0, 1\)"),
+        ({"feedback_lr": -1.0}, "FDFA: feedback_lr must be finite and not negative; got -1.0"),
+        ({"feedback_lr": float("nan")}, "FDFA: feedback_lr must be finite and not negative; got nan"),
+        ({"betas": (1.0, 0.999)}, r"FDFA: betas must be two numbers in \[0, 1\); got \(1.0, 0.999\)"),
+        ({"betas": (0.9,)}, "FDFA: betas must be two numbers"),
+        ({"eps": -1.0}, "FDFA: eps must be finite and not negative; got -1.0"),
+        ({"method": ForwardFeedback}, "FDFA: method must be a name or a Method, not its class"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        FDFA(mlp(), **options)
+
+
+def test_a_module_that_drops_the_tangent_of_some_blocks_is_warned_of() -> None:
+    net = nn.Sequential(FDFALinear(6, 4), Drop(), FDFALinear(4, 4), nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match=r"FDFA: module '1' \(Drop\) drops the tangent"):
+        FDFA(net, example_input=torch.randn(2, 6))
+
+
+def test_parameters_between_blocks_are_refused_since_they_would_not_learn() -> None:
+    net = nn.Sequential(FDFALinear(6, 4), nn.LayerNorm(4), FDFALinear(4, 4), nn.Linear(4, 3))
+    model = FDFA(net, example_input=torch.randn(2, 6))
+    with pytest.raises(
+        RuntimeError, match=r"the input of block '2' depends on parameters .* FDFABlock"
+    ):
+        model(torch.randn(2, 6))
+
+
+class WithQuery(nn.Module):
+    """A parameter of its own goes into a block."""
+
+    def __init__(self, query: Tensor) -> None:
+        super().__init__()
+        self.query = nn.Parameter(query)
+        self.block, self.head = FDFALinear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query if self.query.shape == x.shape else self.query.expand_as(x)
+        return self.head(x + self.block(query))
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a", "lg-fg-a"])
+def test_a_parameter_that_goes_into_a_block_is_refused_since_it_would_not_learn(method: str) -> None:
+    for shape in ((5, 6), (6,)):  # a leaf, and one that was made from it
+        with pytest.raises(RuntimeError, match="the input of block 'block' depends on parameters"):
+            FDFA(WithQuery(torch.randn(shape)), method=method)(torch.randn(5, 6))
+
+
+def test_an_activation_changed_in_place_behind_a_block_is_an_error_not_a_wrong_gradient() -> None:
+    net = nn.Sequential(FDFALinear(6, 4, activation="relu"), nn.Dropout(inplace=True), nn.Linear(4, 3))
+    model = FDFA(net, example_input=torch.randn(2, 6))
+    with pytest.raises(RuntimeError, match=r"FDFA: the output of block '0' was changed in place"):
+        model(torch.randn(2, 6))
+
+
+def test_a_refused_batch_changes_neither_noise_nor_feedback() -> None:
+    model = make("conv_net", feedback="ema", feedback_lr=0.1)
+    net = nn.Sequential(*list(model.module)[:3], nn.AdaptiveAvgPool2d(5), *list(model.module)[3:])
+    model = FDFA(net, feedback="ema", example_input=torch.randn(2, 1, 12, 12))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"FDFA: block '0': its feedback has shape \[3, 4, 10, 10\]"):
+        model(torch.randn(2, 1, 14, 14))
+    with pytest.raises(RuntimeError, match=r"Given groups=1|expected input"):
+        model(torch.randn(2, 2, 12, 12))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+class Pair(Twice):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.block(x)), x
+
+
+class Turned(nn.Module):
+    """Features first, and the batch first again behind the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = FDFABlock(nn.Linear(6, 4), Transpose()), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).t())
+
+
+class Transpose(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.t()
+
+
+@pytest.mark.parametrize("method", ["dfa", "dkp"])
+@pytest.mark.parametrize(
+    ("net", "error", "message"),
+    [
+        (Pair(), TypeError, "FDFA: the module must return one tensor; got tuple"),
+        (Turned(), ValueError, r"FDFA: block 'block' must keep the batch first: expected \[2, \*feat"),
+        (Unused(), RuntimeError, "FDFA: block 'block' was not used by the forward pass"),
+        (Twice(), RuntimeError, "FDFA: block 'block' was used twice in one forward pass"),
+    ],
+)
+def test_methods_without_tangents_refuse_by_name_too(
+    net: nn.Module, error: type, message: str, method: str
+) -> None:
+    with pytest.raises(error, match=message):
+        FDFA(net, method=method, example_input=torch.randn(2, 6))
+
+
+class MayDrop(Drop):
+    drops = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.drops else 2 * x
+
+
+def test_a_module_that_drops_the_tangent_later_is_refused_then() -> None:
+    net = nn.Sequential(FDFALinear(6, 4), MayDrop(), nn.Linear(4, 3))
+    model = FDFA(net, example_input=torch.randn(2, 6))
+    model(torch.randn(2, 6))
+    net[1].drops = True
+    with pytest.raises(RuntimeError, match=r"Module '1' \(MayDrop\) dropped it"):
+        model(torch.randn(2, 6))
+
+
+class Named(nn.Module):
+    """Takes a dict and returns a tuple."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return 2 * inputs["x"], inputs["x"].detach()
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.named, self.drop = FDFALinear(6, 4), Named(), Drop()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.named({"x": self.block(x)})[0]))
+
+
+def test_of_modules_of_any_arguments_the_one_that_drops_the_tangent_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"Module 'drop' \(Drop\) dropped it"):
+        FDFA(Inner(), example_input=torch.randn(2, 6))
+
+
+def test_weight_perturbation_needs_an_output_with_a_tangent() -> None:
+    model = FDFA(nn.Sequential(FDFALinear(6, 3), Drop()), method="fg-w")
+    with pytest.raises(RuntimeError, match="FDFA: the output has no tangent: a module detached it"):
+        model(torch.randn(2, 6))
+
+
+def test_a_local_head_of_other_sizes_is_refused_by_name() -> None:
+    net = nn.Sequential(FDFALinear(6, 4), FDFALinear(4, 4), nn.Linear(4, 3))
+    model = FDFA(net, method="lg-fg-a", example_input=torch.randn(2, 6))
+    net[2] = nn.Linear(4, 5)
+    with pytest.raises(ValueError, match="FDFA: block '0': its local head makes 3 outputs of 4 feat"):
+        model(torch.randn(2, 6))
+
+
+def test_feedback_in_another_memory_order_is_refused_by_name() -> None:
+    """As one that was replaced by hand: loading a state puts it in order."""
+    model = make("conv_net")
+    matrix = model.feedback["2"]
+    matrix.data = matrix.data.contiguous(memory_format=torch.contiguous_format)
+    with pytest.raises(
+        ValueError, match=r"FDFA: block '2': its feedback must lie in torch\.channels_last"
+    ):
+        model(torch.randn(2, 1, 12, 12))
