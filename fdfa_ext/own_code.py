@@ -94,6 +94,10 @@ class OwnCodeRules(FunctionRules):
             for item in result:
                 self.watch(item)
 
+    def forget(self, result: Any) -> None:
+        """Leaves out a tensor that the code hands on, and autograd may keep for what is made of it."""
+        self.made = [made for made in self.made if made() is not result]
+
     def watch_attributes(self, modules: Iterable[nn.Module]) -> None:
         """Adds what these modules hold, which functions that no mode sees may have made."""
         for module in modules:

@@ -7,6 +7,7 @@ between calls. Parameters, buffers and all other attributes are no part of a pla
 anew. The comparison itself is in csrc/guard.h.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -289,6 +290,10 @@ class _OnDualTensors:
                 except NotImplementedError as error:
                     refuse_unknown(self.last, error)
                     raise
+            dual.rules.last = None
+            alone = object()
+            if sys.getrefcount(result) == sys.getrefcount(alone):  # nobody else has it
+                dual.rules.forget(result)
             dual.rules.watch_attributes(self.modules)
             if not isinstance(result, Tensor):
                 raise TypeError(

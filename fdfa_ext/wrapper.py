@@ -418,6 +418,7 @@ class FDFA(nn.Module):
         plan: Plan, rules: OwnCodeRules, output: Any, keeps_output: bool = False
     ) -> None:
         """Whether the net's code keeps some, for which they need a graph."""
+        rules.last = None  # which would keep one itself
         if not plan.exposes and rules.perturbs and (keeps_output or rules.keeps_activations(output)):
             plan.exposes = True
             if torch.is_grad_enabled():
