@@ -204,26 +204,45 @@ def test_a_module_that_drops_the_tangent_later_is_refused_then() -> None:
         model(torch.randn(2, 6))
 
 
-class Named(nn.Module):
-    """Takes a dict and returns a tuple."""
+class Doubles(nn.Module):
+    """Takes a tuple and returns a dict."""
 
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return 2 * inputs["x"], inputs["x"].detach()
+    def forward(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {"y": 2 * inputs[0]}
+
+
+class DropsNamed(nn.Module):
+    """Takes a dict."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return inputs["y"].detach()
 
 
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.block, self.named, self.drop = FDFALinear(6, 4), Named(), Drop()
+        self.block, self.doubles, self.drops = FDFALinear(6, 4), Doubles(), DropsNamed()
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(self.named({"x": self.block(x)})[0]))
+        return self.head(self.drops(self.doubles((self.block(x), x))))
 
 
 def test_of_modules_of_any_arguments_the_one_that_drops_the_tangent_is_named() -> None:
-    with pytest.raises(RuntimeError, match=r"Module 'drop' \(Drop\) dropped it"):
+    with pytest.raises(RuntimeError, match=r"Module 'drops' \(DropsNamed\) dropped it"):
         FDFA(Inner(), example_input=torch.randn(2, 6))
+
+
+def test_a_pool_whose_indices_would_get_lost_is_refused_by_name() -> None:
+    """From the start, and when it is told later to return them."""
+    x, pool = torch.randn(2, 1, 8, 8), nn.MaxPool2d(2)
+    blocks = [FDFABlock(nn.Conv2d(1, 4, 3)), FDFABlock(nn.Conv2d(4, 4, 1), nn.GELU(), pool)]
+    net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(36, 3))
+    model = FDFA(net, example_input=x)
+    pool.return_indices = True
+    for refused in (lambda: model(x), lambda: FDFA(net, example_input=x)):
+        with pytest.raises(TypeError, match=r"block '1': its module 2 \(MaxPool2d\) returned a tuple"):
+            refused()
 
 
 def test_weight_perturbation_needs_an_output_with_a_tangent() -> None:
