@@ -382,8 +382,8 @@ def _contiguous_group_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
 
 
 def _relu_in_place(input: Tensor, inplace: bool = False) -> Tensor:
-    _, tangent = unpack_dual(input)
-    if tangent is None or not inplace:
+    tangent = unpack_dual(input)[1] if inplace and is_own_level_open() else None
+    if tangent is None:
         return F.relu(input, inplace)
     with without_forward_mode():
         F.relu(input, inplace=True)  # the primal alone

@@ -95,7 +95,7 @@ class Plan:
             net's own; each pass checks it.
         takes_output_weight: whether it may be looked for.
         own_code: the modules in it that call a function of the user's: a forward or a hook.
-        buffers: the dictionaries of buffers that are not empty.
+        buffers: each module's dictionary of them.
         exposes: whether such code was seen to keep hidden activations, or autograd behind the blocks.
         keeps_activations: whether such code was, in a dry run, where autograd keeps none.
         ruled: the modules with a registered JVP rule, each with the function that is its forward in a
@@ -132,7 +132,7 @@ class Plan:
         self.is_compiled = any(map(is_compiled, named.values()))
         self.has_global_hooks = any(GLOBAL_HOOKS)
         self.own_code = [*filter(_is_own_code, _called_between_blocks(module))]
-        self.buffers = [member._buffers for member in named.values() if member._buffers]
+        self.buffers = [member._buffers for member in named.values()]
         self.steps = None
         if isinstance(module, nn.Sequential) and _is_sequence(module) and not self.is_compiled:
             names = {member: name for name, member in named.items()}

@@ -396,28 +396,31 @@ def test_a_whole_model_may_be_checkpointed(method: str) -> None:
 class OwnDerivative(nn.Module):
     """With a derivative of a derivative in its output."""
 
-    def __init__(self, transform: bool) -> None:
+    def __init__(self, transform: bool, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.hidden, self.layer, self.out = FDFALinear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.transform = transform
+        self.transform, self.function = transform, function
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.layer(self.hidden(x))
         if self.transform:
-            y, ty = torch.func.jvp(torch.tanh, (h,), (torch.ones_like(h),))
+            y, ty = torch.func.jvp(self.function, (h,), (h * 2,))
         else:
             with forward_ad.dual_level():
-                dual = torch.tanh(forward_ad.make_dual(h, torch.ones_like(h)))
+                dual = self.function(forward_ad.make_dual(h, h * 2))
                 y, tangent = forward_ad.unpack_dual(dual)
                 assert tangent is not None
                 ty = tangent
         return self.out(y + ty)
 
 
+@pytest.mark.parametrize("function", [torch.tanh, lambda h: F.relu(h * 1, inplace=True)])
 @pytest.mark.parametrize("transform", [True, False])
 @pytest.mark.parametrize("method", ["bp", "dfa"])
-def test_tangents_of_ones_own_keep_their_graph(method: str, transform: bool) -> None:
-    net = OwnDerivative(transform)
+def test_tangents_of_ones_own_keep_their_graph(
+    method: str, transform: bool, function: Callable[[Tensor], Tensor]
+) -> None:
+    net = OwnDerivative(transform, function)
     twin = copy.deepcopy(net)
     x = torch.randn(5, 6)
     model = FDFA(net, method=method, example_input=x)
