@@ -120,11 +120,6 @@ class DualPass:
         """Whether the layer of a block may run without its bias's graph, since the method takes it."""
         return self.takes_biases and bias is not None and x.dim() == 2 and bias.requires_grad
 
-    def take_bias(self, bias: Tensor) -> None:
-        """That of the block recorded last."""
-        self.biases.append(bias)
-        self.biased.append(len(self.records) - 1)
-
 
 @dataclass(slots=True, eq=False)
 class BlockPass:
@@ -197,9 +192,7 @@ class BlockPass:
         y, ty, pre = dual.backend.linear(
             x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
         )
-        self._record(dual, y, pre, activation, torch.contiguous_format)
-        if taken is not None:
-            dual.take_bias(taken)
+        self._record(dual, y, pre, activation, torch.contiguous_format, taken_bias=taken)
         if len(between) > 1:
             y, ty = y.unflatten(1, between), ty.unflatten(1, between)
         return y, ty if dual.perturbs else None
@@ -335,9 +328,7 @@ class BlockPass:
                 self.index,
                 dual.noise,
             )
-        self._record(dual, y, pre, end.activation, order)
-        if taken is not None:
-            dual.take_bias(taken)
+        self._record(dual, y, pre, end.activation, order, taken_bias=taken)
         return _through_pool(pool, y, ty if dual.perturbs else None)
 
     def _pooled_end(
@@ -382,8 +373,9 @@ class BlockPass:
         activation: str,
         order: torch.memory_format,
         own_output: bool = False,
+        taken_bias: Tensor | None = None,
     ) -> None:
-        """own_output: no module after the block sees it."""
+        """own_output: no module after the block sees it. taken_bias: one that is left to the method."""
         has_pre = activation in NEEDS_PRE_ACTIVATION
         if dual.compiling:
             # A compiler cannot trace versions. It leaves the copy out if no module changes the output.
@@ -393,6 +385,9 @@ class BlockPass:
         spare_gate = (own_output or has_pre) and output.dim() == 4
         spare_gate = spare_gate and not (dual.compiling or dual.exposes)
         version = 0 if dual.compiling else output._version
+        if taken_bias is not None:
+            dual.biases.append(taken_bias)
+            dual.biased.append(len(dual.records))
         dual.seen.add(self.index)
         dual.records.append(
             BlockRecord(
