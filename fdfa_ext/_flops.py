@@ -38,7 +38,7 @@ def _(
     updates: Any,
     error: Any,
     tangent: Any,
-    gates: Any,
+    saved_activations: Any,
     outputs: Any,
     *_: Any,
     **__: Any,
@@ -47,5 +47,5 @@ def _(
 
 
 @register_flop_formula(fused.feedback_gradient)
-def _(feedback: Any, error: Any, tangent: Any, gates: Any, outputs: Any, *_: Any, **__: Any) -> int:
+def _(feedback: Any, error: Any, tangent: Any, saved: Any, outputs: Any, *_: Any, **__: Any) -> int:
     return _feedback_flops(feedback, error, tangent, outputs)

@@ -1,14 +1,20 @@
 """Feedback matrices and their moments: how they are kept, saved, loaded and moved."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from fdfa_ext._torch_internals import fused_adam_, graph_break
+from fdfa_ext.noise import in_memory_format
 
-class TensorMap(nn.Module):
+RULES = ("ema", "adam", "grad")
+
+
+class FeedbackBank(nn.Module):
     """Block name → tensor of shape [n_outputs, *feature_shape], saved and moved with the model.
 
     Feedback stays in float32 whatever the activations are, since its steps of 1e-4 would be lost in
@@ -33,7 +39,7 @@ class TensorMap(nn.Module):
 
     def put(self, name: str, value: Tensor) -> None:
         # To the dictionary itself: a block may be called as one of this class's attributes is.
-        key, value = self.key(name), in_noise_order(value)
+        key, value = self.key(name), in_memory_format(value)
         if not self._as_parameters:
             self._buffers[key] = value
             return
@@ -108,37 +114,14 @@ class TensorMap(nn.Module):
         for key in self._tensors:
             saved = state_dict.get(prefix + key)
             if isinstance(saved, Tensor):
-                state_dict[prefix + key] = in_noise_order(saved)
+                state_dict[prefix + key] = in_memory_format(saved)
         super()._load_from_state_dict(state_dict, prefix, *args)
         shapeless = self._parameters.keys() - self._tensors.keys()
         missing = args[2]
         missing[:] = [key for key in missing if key.removeprefix(prefix) not in shapeless]
 
 
-Mapping.register(TensorMap)
-
-
-def select(names: Iterable[str], *maps: TensorMap) -> list[list[Tensor]]:
-    """The tensors of these blocks in each map."""
-    found: list[list[Tensor]] = []
-    for tensors in maps:
-        store: dict[str, Any] = tensors._parameters if tensors._as_parameters else tensors._buffers
-        found.append([])
-        for name in names:
-            found[-1].append(store[name.replace(".", "/")])  # as TensorMap.key, without its call
-    return found
-
-
-def in_noise_order(matrix: Tensor) -> Tensor:
-    """B or a moment of it, [K, *features], in float32 and in the memory order of the noise."""
-    order = torch.channels_last if matrix.dim() == 4 else torch.contiguous_format
-    # Not `contiguous`, which leaves strides as they are where a size of 1 gives the choice.
-    like = torch.empty(matrix.shape, device="meta", memory_format=order)
-    if matrix.dtype == torch.float32 and matrix.stride() == like.stride() and not matrix.is_inference():
-        return matrix.detach()
-    with torch.inference_mode(False):
-        ordered = torch.empty_like(like, dtype=torch.float32, device=matrix.device)
-        return ordered.copy_(matrix.detach())
+Mapping.register(FeedbackBank)
 
 
 class FeedbackUpdate(nn.Module):
@@ -154,3 +137,61 @@ class FeedbackUpdate(nn.Module):
     def step(self, name: str, feedback: Tensor, gradient: Tensor) -> None:
         """Moves B [K, *features] in place along ∇B, for FDFA B - G, of the same shape and finite."""
         raise NotImplementedError
+
+
+@dataclass(slots=True)
+class FeedbackStep:
+    """How B moves in one training step: its rule, with the state and the options of then."""
+
+    rule: str  # of RULES, or "own"
+    matrices: FeedbackBank
+    exp_avg: FeedbackBank | None  # for rule "adam" alone
+    exp_avg_sq: FeedbackBank | None
+    updates: Tensor
+    learning_rate: Tensor
+    betas: tuple[float, float]
+    eps: float
+    own: FeedbackUpdate | None
+
+    def select(self, names: Sequence[str]) -> list[list[Tensor]]:
+        """B of these blocks, and the first and second moments, where there are any."""
+        found: list[list[Tensor]] = []
+        for bank in (self.matrices, self.exp_avg, self.exp_avg_sq):
+            found.append([])
+            if bank is not None:
+                tensors: dict[str, Any] = bank._parameters if bank._as_parameters else bank._buffers
+                for name in names:
+                    found[-1].append(tensors[name.replace(".", "/")])  # FeedbackBank.key, uncalled
+        return found
+
+    def move(self, names: Sequence[str], gradients: list[Tensor]) -> None:
+        """Moves the B of these blocks along their gradients; none if a gradient is not finite."""
+        if torch.compiler.is_compiling():
+            graph_break("FDFA: this method moves its feedback outside the compiled graph")
+        matrices, *moments = self.select(names)
+        # A sum keeps what is not finite, and is far cheaper than a test of each element.
+        finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
+        if self.own is not None:
+            if finite:
+                for name, matrix, gradient in zip(names, matrices, gradients, strict=True):
+                    self.own.step(FeedbackBank.key(name), matrix, gradient)
+        elif self.rule == "ema":
+            learning_rate = float(self.learning_rate)
+            for matrix, gradient in zip(matrices, gradients, strict=True):
+                matrix.sub_(torch.where(finite, learning_rate * gradient, 0))
+        else:
+            fused_adam_(
+                matrices,
+                gradients,
+                *moments,
+                [],
+                [self.updates.add_(1).float()] * len(names),
+                lr=float(self.learning_rate),
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=0.0,
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+                found_inf=(~finite).float(),
+            )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdfa_ext.wrapper import FDFA
+from fdfa_ext.model import FDFA
 
 _WARM_UP_STEPS = 3  # libraries choose their algorithms and optimizers make their state in the first
 

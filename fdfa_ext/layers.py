@@ -7,14 +7,14 @@ counterpart followed by the activation, with ordinary autograd.
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import reference
-from fdfa_ext.chains import Chain
-from fdfa_ext.functional import ACTIVATIONS, BlockPass
-from fdfa_ext.jvp import PrimalTangent, forward_dual, forward_mode_step, is_patched
+from fdfa_ext.dual_pass import BlockPass
+from fdfa_ext.fusion import Chain
+from fdfa_ext.jvp import Step, forward_dual, forward_mode_step, is_patched
+
+ACTIVATIONS = {name: function for name, (function, _) in reference.ACTIVATIONS.items()}
 
 
 def _check_activation(layer: str, activation: str) -> None:
@@ -31,28 +31,38 @@ NOT_SCRIPTABLE = (
 
 
 class Block:
-    """What FDFA looks for, and gives a `block_pass`. Its forward calls `dual` while a pass runs."""
+    """What FDFA looks for, and gives a `block_pass`, by which its forward runs while a pass does."""
 
     torch_type: type[nn.Module]  # whose forward the block's own has in it
     block_pass: BlockPass | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.block_pass
+        if own is None or own.dual is None:
+            return self.plain(x)
+        return own.on_dual_tensor(x, self.traced_call(own) if own.dual.compiling else own.call)
 
     def plain(self, x: Tensor) -> Tensor:
         """What the block computes outside FDFA's training step."""
         raise NotImplementedError
 
-    def dual(self, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
-        """The block's output and its tangent, perturbed, for an input with a tangent or none.
+    def plan(self, own: BlockPass) -> Step:
+        """The block's call in a pass, as the block stands.
 
-        While FDFA makes a training step. None in one that perturbs nothing.
+        It takes an input and its tangent, None in a pass that perturbs nothing, and gives the block's
+        output and its tangent, perturbed. That of images takes a pool which comes after the block.
         """
-        raise NotImplementedError
+        return self._fused_call(own) if self._is_torchs() else partial(own.chain, self._whole())
+
+    def traced_call(self, own: BlockPass) -> Step:
+        """The same for a compiler, which sees for itself when a module changes."""
+        return own.call
 
     def __prepare_scriptable__(self) -> "Block":
         raise RuntimeError(NOT_SCRIPTABLE)
 
-    def plan(self) -> Chain | None:
-        """The block's calls as it stands; None where it is one fused operator."""
-        return None if self._is_torchs() else self._by_forward_mode()
+    def _fused_call(self, own: BlockPass) -> Step:
+        raise NotImplementedError
 
     def _is_torchs(self) -> bool:
         """Whether the torch module in it computes what that does in torch."""
@@ -62,11 +72,12 @@ class Block:
         )
         return not own and not is_patched(self.torch_type)
 
-    def _by_forward_mode(self) -> Chain:
+    def _whole(self) -> Chain:
+        """The block as one call, in forward mode."""
         return Chain([forward_mode_step(self.plain)], [type(self).__name__])
 
 
-class FDFALinear(nn.Linear, Block):
+class FDFALinear(Block, nn.Linear):
     """y = activation(x Wᵀ + b), x [N, *, in_features] → y [N, *, out_features].
 
     Several dimensions between count as one: B is [K, out_features] or [K, rows, out_features].
@@ -89,27 +100,17 @@ class FDFALinear(nn.Linear, Block):
         super().__init__(in_features, out_features, *args, **kwargs)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        own = self.block_pass
-        if own is None or own.dual is None:
-            return self.plain(x)
-        return own.on_dual_tensor(x, self.dual)
-
-    def dual(self, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
-        own = self.block_pass
-        assert own is not None, "a plan gives each block a pass"
-        if own.planned is not None:
-            return own.chain(x, tangent, own.planned)
-        return own.linear(x, tangent, self.weight, self.bias, self.activation)
+    def _fused_call(self, own: BlockPass) -> Step:
+        return partial(own.linear, self)
 
     def plain(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](super().forward(x))
+        return ACTIVATIONS[self.activation](nn.Linear.forward(self, x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-class FDFAConv2d(nn.Conv2d, Block):
+class FDFAConv2d(Block, nn.Conv2d):
     """y = activation(conv(x, W) + b), x [N, C, H, W] → y [N, C', H', W'], channels_last when trained.
 
     Arguments are those of torch.nn.Conv2d, and activation as for FDFALinear. The state_dict has
@@ -131,54 +132,22 @@ class FDFAConv2d(nn.Conv2d, Block):
         super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        own = self.block_pass
-        if own is None or own.dual is None:
-            return self.plain(x)
-        return own.on_dual_tensor(x, self.dual)
-
-    def dual(
-        self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None
-    ) -> PrimalTangent:
-        """pool: one that comes after the block, to be done with it."""
-        own = self.block_pass
-        assert own is not None, "a plan gives each block a pass"
-        if own.planned is not None:
-            return own.chain(x, tangent, own.planned, pool)
-        padding = self.padding
-        if isinstance(padding, str) or self.padding_mode != "zeros":
-            # Padding of its own kind is a linear map before the convolution.
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            sides = self._reversed_padding_repeated_twice
-            x = F.pad(x, sides, mode=mode)
-            tangent = None if tangent is None else F.pad(tangent, sides, mode=mode)
-            padding = (0, 0)
-        return own.conv2d(
-            x,
-            tangent,
-            self.weight,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.activation,
-            pool,
-        )
+    def _fused_call(self, own: BlockPass) -> Step:
+        return partial(own.conv2d, self)
 
     def plain(self, x: Tensor) -> Tensor:
         if reference.skips_pixels(x, self.weight, self.stride, self.padding) and self._is_torchs():
             geometry = (self.stride, self.padding, self.dilation, self.groups)
             pre = reference.convolve(x, self.weight, self.bias, *geometry)
         else:
-            pre = super().forward(x)
+            pre = nn.Conv2d.forward(self, x)
         return ACTIVATIONS[self.activation](pre)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-class FDFABlock(nn.Sequential, Block):
+class FDFABlock(Block, nn.Sequential):
     """A chain of torch modules as one block, perturbed at its output, with autograd inside it.
 
     For Conv → BatchNorm → ReLU → MaxPool, a residual branch, attention: anything that torch can
@@ -193,29 +162,12 @@ class FDFABlock(nn.Sequential, Block):
             raise ValueError("FDFABlock: needs at least one module")
         super().__init__(*modules)
 
-    def forward(self, x: Tensor) -> Tensor:
-        own = self.block_pass
-        if own is None or own.dual is None:
-            return self.plain(x)
-        return own.on_dual_tensor(x, self.dual)
-
     def plain(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+        return nn.Sequential.forward(self, x)
 
-    def plan(self) -> Chain:
-        return Chain.of(list(self)) if self._is_torchs() else self._by_forward_mode()
+    def traced_call(self, own: BlockPass) -> Step:
+        steps = [partial(forward_dual, module) for module in self]
+        return partial(own.chain, Chain(steps, [type(module).__name__ for module in self]))
 
-    def dual(
-        self, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None
-    ) -> PrimalTangent:
-        """pool: one that comes after the block, to be done with it."""
-        own = self.block_pass
-        assert own is not None, "a plan gives each block a pass"
-        chain = own.planned
-        if chain is None or torch.compiler.is_compiling():
-            # A compiler sees for itself when a module changes.
-            chain = Chain(
-                [partial(forward_dual, module) for module in self],
-                [type(module).__name__ for module in self],
-            )
-        return own.chain(x, tangent, chain, pool)
+    def _fused_call(self, own: BlockPass) -> Step:
+        return partial(own.chain, Chain.of(list(self)))

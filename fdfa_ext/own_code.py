@@ -121,23 +121,25 @@ class OwnCodeRules(FunctionRules):
 # and ends there: each block cuts its input off from it, and so does the output part.
 
 
-def expose(output: Tensor, handle: Tensor, gate: Tensor, activation: str) -> Tensor:
-    """A block's output y [N, *features], from which gradients go to the block's handle, as δ does."""
-    exposed: Tensor = _Exposed.apply(output, handle, gate, activation)
+def expose(output: Tensor, anchor: Tensor, saved_activation: Tensor, activation: str) -> Tensor:
+    """A block's output y [N, *features], from which gradients go to the block's anchor, as δ does."""
+    exposed: Tensor = _Exposed.apply(output, anchor, saved_activation, activation)
     return exposed
 
 
 class _Exposed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, handle: Tensor, gate: Tensor, activation: str) -> Tensor:
-        ctx.save_for_backward(gate)
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, saved_activation: Tensor, activation: str
+    ) -> Tensor:
+        ctx.save_for_backward(saved_activation)
         ctx.activation = activation
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gate,) = ctx.saved_tensors
-        return None, through_activation(ctx.activation, gate, grads[0]), None, None
+        (saved_activation,) = ctx.saved_tensors
+        return None, through_activation(ctx.activation, saved_activation, grads[0]), None, None
 
 
 _EXPOSED_NODE = backward_node_of(_Exposed)

@@ -24,8 +24,8 @@ from fdfa_ext._torch_internals import (
     hooks_of,
     is_compiled,
 )
+from fdfa_ext.dual_pass import BlockPass
 from fdfa_ext.duals import forward_mode, make_dual, refuse_unknown, unpack_dual
-from fdfa_ext.functional import BlockPass
 from fdfa_ext.jvp import (
     FORWARD_FUNCTIONS,
     FORWARD_NAMES,
@@ -83,6 +83,8 @@ class Plan:
     """What a training forward calls.
 
     Attributes:
+        module: the one planned.
+        guard: `holds()` says whether the module stands as it did.
         blocks: by name, in the order of the module.
         passes: those of the blocks, each with the block's calls.
         steps: the calls of a sequence, each given primal and tangent of what the one before returned.
@@ -117,12 +119,10 @@ class Plan:
         self.module = module
         self.blocks = dict(find_blocks(module))
         named = dict(module.named_modules())
-        self.passes = [
-            BlockPass(name, index, block.plan())
-            for index, (name, block) in enumerate(self.blocks.items())
-        ]
-        for block, block_pass in zip(self.blocks.values(), self.passes, strict=True):
-            block.block_pass = block_pass
+        self.passes = [BlockPass(name, index) for index, name in enumerate(self.blocks)]
+        for block, own in zip(self.blocks.values(), self.passes, strict=True):
+            own.call = block.plan(own)
+            block.block_pass = own
         self.backward_hooked = [name for name, member in named.items() if any(hooks_of(member)[2:])]
         self.overriding = {
             name: (type(block).forward, vars(block).get("forward"))
@@ -146,11 +146,7 @@ class Plan:
             for member in named.values()
             if (rule := registered_rule(member)) is not None
         ]
-        self._guard = self._watch(named.values())
-
-    def holds(self, module: nn.Module) -> bool:
-        """Whether the plan is that of this module, unchanged."""
-        return module is self.module and self._guard.holds()
+        self.guard = self._watch(named.values())
 
     def save_buffers(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
         """Each with the dictionary that it is in, its name there, and its values."""
@@ -209,7 +205,7 @@ def is_overridden(block: Any) -> bool:
 
 
 def _is_called_plainly(block: Any) -> bool:
-    """Whether its call is that of `dual` alone."""
+    """Whether it is its planned call and nothing else."""
     hooked = any(hooks_of(block)) or any(GLOBAL_HOOKS)
     return not (hooked or is_overridden(block) or is_patched(block.torch_type))
 
@@ -239,13 +235,14 @@ def _steps_of(sequence: nn.Sequential, names: dict[nn.Module, str], running: Blo
     block: Any = None  # whose call is the last step
     for module in sequence:
         if block is not None and _pools(block, module):
-            steps[-1] = partial(block.dual, pool=module)
+            call: Any = steps[-1]
+            steps[-1] = partial(call, pool=module)
             block = None
             continue
         block = module if isinstance(module, Block) and _is_called_plainly(module) else None
         step: Step | None
         if block is not None:
-            steps.append(block.dual)
+            steps.append(block.block_pass.call)
         elif isinstance(module, nn.Sequential) and _is_sequence(module):
             steps += _steps_of(module, names, running)
         elif (step := rule_step(module)) is not None:

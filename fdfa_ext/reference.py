@@ -43,18 +43,18 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
 }
 
 
-def derivative(activation: str, gate: Tensor) -> Tensor:
+def derivative(activation: str, saved: Tensor) -> Tensor:
     """f' as a function of y, or of the pre-activation for gelu and silu."""
-    return ACTIVATIONS[activation][1](gate)
+    return ACTIVATIONS[activation][1](saved)
 
 
-def through_activation(activation: str, gate: Tensor, delta: Tensor) -> Tensor:
-    """δ ⊙ f', in the gate's dtype."""
+def through_activation(activation: str, saved: Tensor, delta: Tensor) -> Tensor:
+    """δ ⊙ f', in the dtype of what f' is taken from."""
     if activation == "relu":  # one pass, where a product would first make f' as a tensor
-        delta = torch.ops.aten.threshold_backward(delta, gate.to(delta.dtype), 0)
+        delta = torch.ops.aten.threshold_backward(delta, saved.to(delta.dtype), 0)
     elif activation != "identity":
-        delta = delta * derivative(activation, gate.to(delta.dtype))
-    return delta.to(gate.dtype)
+        delta = delta * derivative(activation, saved.to(delta.dtype))
+    return delta.to(saved.dtype)
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,8 +144,8 @@ def _dual(
     )
     if tangent is None:
         return y, u.to(y.dtype), pre
-    gate = a if activation in ("gelu", "silu") else y
-    return y, (derivative(gate) * tangent + u).to(y.dtype), pre
+    saved = a if activation in ("gelu", "silu") else y
+    return y, (derivative(saved) * tangent + u).to(y.dtype), pre
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ def conv2d_max_pool2d(
 def max_pool2d_end(
     x: Tensor,
     tangent: Tensor | None,
-    handle: Tensor,
+    anchor: Tensor,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -341,13 +341,13 @@ def max_pool2d_end(
     block: int,
     noise: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """handle is only looked at for its winners' places; autograd goes on from pre to it."""
+    """anchor is only looked at for its winners' places; autograd goes on from pre to it."""
     y, indices = F.max_pool2d(x, tuple(kernel_size), tuple(stride), tuple(padding), return_indices=True)
     ty = None if tangent is None else gather_winners(tangent, indices)
     first_row, first_column = _window_corners(y, stride, padding)
     row, column = indices // x.shape[3] - first_row, indices % x.shape[3] - first_column
     winners = (row * kernel_size[1] + column).to(torch.uint8)
-    return y, perturb(y, ty, noise_state, block, noise), gather_winners(handle, indices), winners
+    return y, perturb(y, ty, noise_state, block, noise), gather_winners(anchor, indices), winners
 
 
 def _window_corners(y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -382,7 +382,7 @@ def _targets(
     feedback: list[Tensor],
     error: Tensor,
     tangent: Tensor | None,
-    gates: list[Tensor],
+    saved_activations: list[Tensor],
     outputs: list[Tensor],
     noise_state: Tensor | None,
     blocks: list[int],
@@ -393,23 +393,23 @@ def _targets(
     dᵀu / N, an estimate of the mean of ∂output/∂y over the batch; or, by the outputs, -eᵀy.
     """
     targets: list[Tensor | None] = [None] * len(feedback)
-    for i, (matrix, gate) in enumerate(zip(feedback, gates, strict=True)):
-        if len(gate) == 0:
+    for i, (matrix, saved) in enumerate(zip(feedback, saved_activations, strict=True)):
+        if len(saved) == 0:
             continue
         if tangent is not None:
             assert noise_state is not None
             last = not matrix.is_contiguous()
-            u = perturbation(noise_state, blocks[i], noise, gate.shape, channels_last=last)
-            targets[i] = (tangent.float().t() @ u.flatten(1) / len(gate)).view_as(matrix)
+            u = perturbation(noise_state, blocks[i], noise, saved.shape, channels_last=last)
+            targets[i] = (tangent.float().t() @ u.flatten(1) / len(saved)).view_as(matrix)
         elif outputs:
             targets[i] = -(error.float().t() @ outputs[i].float().flatten(1)).view_as(matrix)
     return targets
 
 
-def _project(feedback: Tensor, error: Tensor, gate: Tensor, activation: str) -> Tensor:
+def _project(feedback: Tensor, error: Tensor, saved: Tensor, activation: str) -> Tensor:
     """δ = (e B) ⊙ f'."""
-    projected = (error.float() @ feedback.flatten(1)).view_as(gate)
-    return (projected * ACTIVATIONS[activation][1](gate.float())).to(gate.dtype)
+    projected = (error.float() @ feedback.flatten(1)).view_as(saved)
+    return (projected * ACTIVATIONS[activation][1](saved.float())).to(saved.dtype)
 
 
 def feedback_step(
@@ -419,7 +419,7 @@ def feedback_step(
     updates: Tensor | None,
     error: Tensor,
     tangent: Tensor | None,
-    gates: list[Tensor],
+    saved_activations: list[Tensor],
     outputs: list[Tensor],
     noise_state: Tensor | None,
     blocks: list[int],
@@ -436,8 +436,8 @@ def feedback_step(
 ) -> None:
     if updates is not None:
         updates.add_(1)
-    targets = _targets(feedback, error, tangent, gates, outputs, noise_state, blocks, noise)
-    for i, (matrix, gate, target) in enumerate(zip(feedback, gates, targets, strict=True)):
+    targets = _targets(feedback, error, tangent, saved_activations, outputs, noise_state, blocks, noise)
+    for i, (matrix, saved, target) in enumerate(zip(feedback, saved_activations, targets, strict=True)):
         if target is not None:
             # Nothing moves where the target is not finite: one batch that overflowed must not spoil B.
             finite = target.isfinite()
@@ -452,7 +452,7 @@ def feedback_step(
                 correction = (1 - beta2**t).sqrt().float()
                 step = step_size * m / (v.sqrt() / correction + eps)
             matrix -= torch.where(finite, step, 0)
-        deltas[i].copy_(_project(matrix, error, gate, activations[i]))
+        deltas[i].copy_(_project(matrix, error, saved, activations[i]))
         if bias_grads and bias_grads[i].numel() > 0:
             bias_grads[i].copy_(deltas[i].float().sum(0))
     if output_bias_grad is not None:
@@ -463,7 +463,7 @@ def feedback_gradient(
     feedback: list[Tensor],
     error: Tensor,
     tangent: Tensor | None,
-    gates: list[Tensor],
+    saved_activations: list[Tensor],
     outputs: list[Tensor],
     noise_state: Tensor | None,
     blocks: list[int],
@@ -471,19 +471,19 @@ def feedback_gradient(
     noise: str,
     decay: float,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    targets = _targets(feedback, error, tangent, gates, outputs, noise_state, blocks, noise)
+    targets = _targets(feedback, error, tangent, saved_activations, outputs, noise_state, blocks, noise)
     gradients = [
         torch.zeros_like(matrix) if target is None else decay * matrix - target
         for matrix, target in zip(feedback, targets, strict=True)
     ]
     deltas = [
-        _project(matrix, error, gate, activation)
-        for matrix, gate, activation in zip(feedback, gates, activations, strict=True)
+        _project(matrix, error, saved, activation)
+        for matrix, saved, activation in zip(feedback, saved_activations, activations, strict=True)
     ]
     return deltas, gradients
 
 
-class _Star(torch.autograd.Function):
+class _FeedbackNode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -499,7 +499,7 @@ class _Star(torch.autograd.Function):
         n_outputs: int,
         *tensors: Tensor,
     ) -> Tensor:
-        """tensors: each block's handle, the biases, each block's gate, outputs if any, B, and for Adam
+        """tensors: each block's anchor, the biases, saved activations, outputs if any, B, and for Adam
         their moments."""
         n = len(blocks)
         first = n + len(biased)
@@ -515,15 +515,15 @@ class _Star(torch.autograd.Function):
         tangent, noise_state, *saved = ctx.saved_tensors
         (rule, decay, lr, beta1, beta2, eps), noise, updates, blocks, activations, biased = ctx.options
         n = len(blocks)
-        gates, outputs = saved[:n], saved[n:]
+        saved_activations, outputs = saved[:n], saved[n:]
         feedback, exp_avg, exp_avg_sq = (ctx.matrices[i * n : (i + 1) * n] for i in range(3))
-        common = (error, tangent, gates, outputs, noise_state, blocks, activations, noise)
+        common = (error, tangent, saved_activations, outputs, noise_state, blocks, activations, noise)
         gradients: list[Tensor | None] = [None] * n
         if rule == "grad":
             deltas, gradients[:] = feedback_gradient(feedback, *common, decay)
         else:
             steps = updates if rule == "adam" else None
-            deltas = [torch.empty_like(gate) for gate in gates]
+            deltas = [torch.empty_like(saved_activation) for saved_activation in saved_activations]
             numbers = (decay, lr, beta1, beta2, eps)
             feedback_step(feedback, exp_avg, exp_avg_sq, steps, *common, *numbers, deltas, [])
         nothing = [None] * len(saved)
@@ -532,17 +532,17 @@ class _Star(torch.autograd.Function):
         return (error, *[None] * 9, *deltas, *bias_grads, *nothing, *gradients, *moments)
 
 
-def star(
+def feedback_node(
     x: Tensor,
     tangent: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     noise_state: Tensor,
-    handles: list[Tensor],
+    anchors: list[Tensor],
     biases: list[Tensor],
     biased: list[int],
-    gates: list[Tensor],
-    spare_gates: list[bool],
+    saved_activations: list[Tensor],
+    donated: list[bool],
     outputs: list[Tensor],
     feedback: list[Tensor],
     exp_avg: list[Tensor],
@@ -565,9 +565,9 @@ def star(
             tangent = F.linear(tangent, weight.detach())
     # The operator: a compiler may put off a clone in plain torch until the state has moved.
     used = None if tangent is None else fused.next_noise(noise_state)
-    tensors = (*handles, *biases, *gates, *outputs, *feedback, *exp_avg, *exp_avg_sq)
+    tensors = (*anchors, *biases, *saved_activations, *outputs, *feedback, *exp_avg, *exp_avg_sq)
     options = (rule, decay, lr, beta1, beta2, eps)
-    result: Tensor = _Star.apply(
+    result: Tensor = _FeedbackNode.apply(
         x, tangent, used, options, noise, updates, blocks, activations, biased, len(outputs), *tensors
     )
     return result

@@ -1,4 +1,4 @@
-"""The profiler: its plain-torch contenders compute what FDFA computes, and its figures mean what they say."""
+"""The profiler: its plain-torch implementations compute what FDFA computes, and its figures mean what they say."""
 
 import json
 import re
@@ -17,12 +17,12 @@ from fdfa_ext import FDFA, reference
 from fdfa_ext.__main__ import main
 from fdfa_ext.arguments import UserError
 from fdfa_ext.bench import machine
-from fdfa_ext.bench.contenders import METHODS, Case, methods_for, training_step
+from fdfa_ext.bench.implementations import METHODS, Case, methods_for, training_step
 from fdfa_ext.bench.machine import Limits
 from fdfa_ext.bench.operators import OperatorCall, necessary_bytes, record, time_operators
 from fdfa_ext.bench.plain import PlainFDFA, PublishedFDFA
 from fdfa_ext.bench.report import StepFailure, StepTime, slope, step_lines, step_summary
-from fdfa_ext.bench.timing import OUT_OF_MEMORY, Contender, Spread, peak_memory, take_turns
+from fdfa_ext.bench.timing import OUT_OF_MEMORY, Implementation, Spread, peak_memory, take_turns
 from fdfa_ext.train.models import build_net
 
 
@@ -60,13 +60,15 @@ def test_plain_forms_give_the_gradients_of_fdfa(
 
 def test_interleaved_contenders_get_equal_turns_and_slow_ones_fewer() -> None:
     naps = {"quick": 0.002, "other": 0.002, "slow": 0.02}
-    contenders = [Contender(name, lambda s=s: time.sleep(s)) for name, s in naps.items()]
-    take_turns(contenders, seconds=1.0, device=torch.device("cpu"))
-    turns = {c.name: len(c.ms) for c in contenders}
+    implementations = [Implementation(name, lambda s=s: time.sleep(s)) for name, s in naps.items()]
+    take_turns(implementations, seconds=1.0, device=torch.device("cpu"))
+    turns = {c.name: len(c.ms) for c in implementations}
     assert turns["quick"] == turns["other"] > turns["slow"] >= 5
-    for contender in contenders:
-        assert contender.spread.lower <= contender.spread.median <= contender.spread.upper
-        assert contender.spread.median >= 1e3 * naps[contender.name]
+    for implementation in implementations:
+        assert (
+            implementation.spread.lower <= implementation.spread.median <= implementation.spread.upper
+        )
+        assert implementation.spread.median >= 1e3 * naps[implementation.name]
 
 
 def test_peak_memory_counts_what_lives_at_once(device: torch.device) -> None:
@@ -92,7 +94,7 @@ def test_recorded_operators_are_those_of_a_step_with_their_bytes_and_flops(
     row = rows["fdfa::linear"]  # the first block has no tangent; its noise state has 3 words of 8 bytes
     assert row.n_flops == 2 * n * 784 * d
     assert row.n_bytes == 4 * (n * 784 + d * 784 + d + 2 * n * d + 1) + 24
-    # B and two moments, read and written; e, d; gate, δ; two biases' gradients; counters; the rate
+    # B and two moments, read and written; e, d; saved_activation, δ; two biases' gradients; counters; the rate
     row = rows["fdfa::feedback_step"]
     assert row.n_flops == 2 * 2 * n * k * d
     assert row.n_bytes == 4 * (2 * 3 * k * d + 2 * n * k + 2 * n * d + d + k) + 24 + 2 * 8 + 8
@@ -111,11 +113,11 @@ def test_bytes_of_pools_and_norms_are_those_that_their_kernels_read_and_write() 
     """Nothing for autograd's node, one element for a placeholder, no reading of what is only written."""
     fused = torch.ops.fdfa
     order = torch.channels_last
-    x, tangent, ty, handle = (torch.randn(2, 3, 4, 4).to(memory_format=order) for _ in range(4))
+    x, tangent, ty, anchor = (torch.randn(2, 3, 4, 4).to(memory_format=order) for _ in range(4))
     noise_state = torch.zeros(3, dtype=torch.int64)
     pool = ([2, 2], [2, 2], [0, 0])
     end = OperatorCall(
-        fused.max_pool2d_end.default, (x, tangent, handle, *pool, noise_state, 0, "gaussian"), {}
+        fused.max_pool2d_end.default, (x, tangent, anchor, *pool, noise_state, 0, "gaussian"), {}
     )
     # x, tangent; y and ty, pre, winners; noise state
     assert necessary_bytes(end) == 4 * (2 * 96 + 2 * 24 + 1) + 24 + 24
@@ -200,10 +202,10 @@ def test_a_contender_that_fails_says_why_and_leaves_the_others_their_turns() -> 
         raise RuntimeError("no kernel image\nCompile with ...")
 
     steps = {"steady": lambda: time.sleep(0.001), "tires": tires, "breaks": breaks}
-    contenders = [Contender(name, step) for name, step in steps.items()]
-    take_turns(contenders, seconds=0.05, device=torch.device("cpu"))
-    assert [c.error for c in contenders] == ["", OUT_OF_MEMORY, "no kernel image"]
-    assert len(contenders[0].ms) >= 5
+    implementations = [Implementation(name, step) for name, step in steps.items()]
+    take_turns(implementations, seconds=0.05, device=torch.device("cpu"))
+    assert [c.error for c in implementations] == ["", OUT_OF_MEMORY, "no kernel image"]
+    assert len(implementations[0].ms) >= 5
 
 
 def test_the_commit_is_that_of_the_package_and_of_no_repository_around_it(
@@ -308,8 +310,8 @@ def test_every_operator_of_a_step_is_profiled(capsys, monkeypatch, tmp_path) -> 
     assert main(flags.split()) == 0
     found = {row["name"].split()[0] for row in json.loads(figures.read_text())["rows"]}
     ours = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fdfa::")}
-    # star, product and dual_linear are made of others; the gradient is the rule "grad"'s
-    unseen = {"fdfa::star", "fdfa::product", "fdfa::dual_linear", "fdfa::feedback_gradient"}
+    # feedback_node, product and dual_linear are made of others; the gradient is the rule "grad"'s
+    unseen = {"fdfa::feedback_node", "fdfa::product", "fdfa::dual_linear", "fdfa::feedback_gradient"}
     assert found == ours - unseen
     out = capsys.readouterr().out
     assert "| whole step |" in out
@@ -385,7 +387,7 @@ def test_local_heads_learn_in_what_is_timed(monkeypatch) -> None:
         made.append(FDFA(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr("fdfa_ext.bench.contenders.FDFA", remembered)
+    monkeypatch.setattr("fdfa_ext.bench.implementations.FDFA", remembered)
     case = Case.of("mlp4", "digits", 8, None)
     timed = training_step(case, "lg-fg-a", torch.device("cpu"), "float32")
     (model,) = made

@@ -10,8 +10,8 @@ from nets import Residue, batch, make, step
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
-from fdfa_ext.chains import find_end
-from fdfa_ext.functional import BACKENDS
+from fdfa_ext.dual_pass import BACKENDS
+from fdfa_ext.fusion import find_tail
 
 
 def test_batch_norm_moves_its_statistics_once_and_from_the_primal_only() -> None:
@@ -86,7 +86,7 @@ def test_a_block_with_batch_norm_trains_as_the_reference(end: Any) -> None:
 )
 def test_a_chain_trains_as_the_reference(chain: Any, fused_from: int | None) -> None:
     """Two such blocks, the first of which gets no tangent, over three steps."""
-    end = find_end(chain())
+    end = find_tail(chain())
     assert fused_from == (None if end is None else end.start)
 
     def run(backend: str) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fdfa_ext import FDFA, FDFALinear
-from fdfa_ext.functional import BACKENDS
+from fdfa_ext.dual_pass import BACKENDS
 from fdfa_ext.methods import METHODS, KolenPollack
 
 # inductor compiles slowly: the README's net stands for all.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fdfa_ext
 from fdfa_ext import FDFA, FDFALinear, jvp
 from fdfa_ext.__main__ import main
-from fdfa_ext.bench.contenders import Case
+from fdfa_ext.bench.implementations import Case
 from fdfa_ext.bench.roofline import CASES, HEAD, parts_of_step, table_lines
 from fdfa_ext.experiments.report import mean_and_deviation
 from fdfa_ext.experiments.tables import paper_accuracies

@@ -11,7 +11,7 @@ from marks import slow_but
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
-from fdfa_ext.functional import BACKENDS
+from fdfa_ext.dual_pass import BACKENDS
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "group": lambda c: nn.GroupNorm(2, c),

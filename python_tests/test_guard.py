@@ -27,8 +27,8 @@ from nets import (
 )
 from torch import Tensor, nn
 
-from fdfa_ext import FDFA, FDFABlock, FDFALinear, wrapper
-from fdfa_ext.functional import BACKENDS
+from fdfa_ext import FDFA, FDFABlock, FDFALinear, network
+from fdfa_ext.dual_pass import BACKENDS
 
 # Exchanged modules.
 
@@ -305,13 +305,13 @@ def test_a_plan_is_kept_while_nothing_changes() -> None:
     """And by training, loading, moving and switching modes nothing changes that it rests on."""
     for net in (sequence(), OwnForward(), images()):
         model = trained(net)
-        plan = model._plan
+        plan = model.network.plan
         model.load_state_dict(copy.deepcopy(model.state_dict()))
         model.eval()
         model.train()
         model.requires_grad_(False).requires_grad_(True)
         results(model, example(net))
-        assert model._plan is plan
+        assert model.network.plan is plan
 
 
 def test_attributes_that_change_in_each_step_cost_one_more_plan_and_hide_no_option() -> None:
@@ -323,10 +323,10 @@ def test_attributes_that_change_in_each_step_cost_one_more_plan_and_hide_no_opti
     for _ in range(2):
         activation.statistics = torch.randn(3)
         model(x)
-    plan = model._plan
+    plan = model.network.plan
     activation.statistics = torch.randn(3)
     model(x)
-    assert model._plan is plan
+    assert model.network.plan is plan
     activation.__class__ = nn.Tanh
     assert_evaluates_alike(model, x)
     model.module[1] = nn.Sequential(FDFALinear(6, 6), nn.Sigmoid())
@@ -377,7 +377,7 @@ def test_a_net_that_stays_as_it_is_is_planned_once(
 ) -> None:
     model = trained(nn.Sequential(first(6, 6, activation="tanh"), nn.Linear(6, 3)))
     assert model.prepared
-    monkeypatch.setattr(wrapper, "Plan", None)  # to make another is an error
+    monkeypatch.setattr(network, "Plan", None)  # to make another is an error
     step(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(7, 6), torch.arange(7) % 3)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from fdfa_ext import FDFA, FDFABlock, FDFALinear
-from fdfa_ext.functional import BACKENDS
+from fdfa_ext.dual_pass import BACKENDS
 from fdfa_ext.layers import Block
 
 

@@ -21,7 +21,7 @@ from nets import (
 from torch import nn
 
 from fdfa_ext import FDFA, FDFAConv2d, FDFALinear
-from fdfa_ext.functional import BACKENDS
+from fdfa_ext.dual_pass import BACKENDS
 
 CIRCULAR = {"padding_mode": "circular", "padding": (1, 1), "_reversed_padding_repeated_twice": [1] * 4}
 CHANGED_OPTIONS = [

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fdfa_ext import FDFABlock, FDFAConv2d, FDFALinear
-from fdfa_ext.functional import ACTIVATIONS
+from fdfa_ext.layers import ACTIVATIONS
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))

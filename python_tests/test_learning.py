@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
-from fdfa_ext.functional import NOISES
+from fdfa_ext.noise import NOISES
 
 
 def mean_of_estimates(model: FDFA, x: Tensor, steps: int) -> dict[str, Tensor]:

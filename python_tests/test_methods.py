@@ -14,7 +14,7 @@ from torch.func import functional_call, jvp
 from torch.utils.checkpoint import checkpoint
 
 from fdfa_ext import FDFA, FDFALinear, reference
-from fdfa_ext.functional import BACKENDS, rows, unrows
+from fdfa_ext.dual_pass import BACKENDS
 from fdfa_ext.layers import Block
 from fdfa_ext.methods import (
     METHODS,
@@ -24,6 +24,7 @@ from fdfa_ext.methods import (
     ForwardFeedback,
     KolenPollack,
 )
+from fdfa_ext.noise import flatten_features, unflatten_features
 
 Gradients = dict[str, Tensor]
 
@@ -161,10 +162,14 @@ def test_lg_fg_a_estimates_each_blocks_own_loss(device: torch.device, name: str,
     slopes = {list(literal.inputs)[-1]: (literal.error * literal.tangent).sum(1)}
     assert len(model.heads) == len(literal.inputs) - 1
     for key, head in model.heads.items():
-        out = head(rows(literal.outputs[key])).detach().requires_grad_()
+        out = head(flatten_features(literal.outputs[key])).detach().requires_grad_()
         F.cross_entropy(out, y).backward()
-        slopes[key] = (out.grad * (rows(literal.noise[key]) @ head.weight.detach().t())).sum(1)
-        torch.testing.assert_close(head.weight.grad, out.grad.t() @ rows(literal.outputs[key]))
+        slopes[key] = (
+            out.grad * (flatten_features(literal.noise[key]) @ head.weight.detach().t())
+        ).sum(1)
+        torch.testing.assert_close(
+            head.weight.grad, out.grad.t() @ flatten_features(literal.outputs[key])
+        )
     check(model, literal, lambda n: torch.einsum("n,n...->n...", slopes[n], literal.noise[n]))
     assert {id(p) for p in model.forward_parameters()} >= {id(p) for p in model.heads.parameters()}
 
@@ -316,8 +321,8 @@ def test_a_rule_of_ones_own_is_one_class() -> None:
 def test_rows_and_unrows_are_inverse() -> None:
     for shape in ((3, 4), (3, 2, 4), (3, 2, 4, 5), (3, 2, 4, 5, 2)):
         t = torch.randn(shape)
-        assert torch.equal(unrows(rows(t), shape), t)
-        assert torch.equal(unrows(rows(t).t().contiguous().t(), shape), t)
+        assert torch.equal(unflatten_features(flatten_features(t), shape), t)
+        assert torch.equal(unflatten_features(flatten_features(t).t().contiguous().t(), shape), t)
 
 
 @pytest.mark.parametrize("rule", ["adam", "ema", "grad"])

@@ -9,7 +9,7 @@ from operands import DTYPES, RATE, as_double, assert_close, noise_state, rand
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
-from fdfa_ext.functional import ACTIVATIONS
+from fdfa_ext.layers import ACTIVATIONS
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (5, 129, 151), (33, 8, 64), (0, 4, 6), (3, 4, 0)]
 
@@ -187,9 +187,9 @@ def test_opcheck(device: torch.device, checks: tuple[str, ...]) -> None:
         opcheck(fused.mm.default, (a, torch.randn(9, 5, device=device)))
     pool = ((2, 3), (2, 1), (1, 0))
     opcheck(fused.max_pool2d.default, (images, images, *pool))
-    for handle in (images, images.clone().requires_grad_()):
+    for anchor in (images, images.clone().requires_grad_()):
         for t in (None, images):
-            args = (images, t, handle, *pool, state, 0, "gaussian")
+            args = (images, t, anchor, *pool, state, 0, "gaussian")
             opcheck(fused.max_pool2d_end.default, args)
     kernel = torch.randn(6, images.shape[1], 2, 2, device=device)
     for leaf in (kernel, kernel.clone().requires_grad_()):
@@ -209,20 +209,33 @@ def test_opcheck(device: torch.device, checks: tuple[str, ...]) -> None:
     delta, _, _, winners = fused.max_pool2d_end(images, None, images, *pool, state, 0, "none")
     args = (delta, winners, images.shape[2:], *pool)
     opcheck(fused.max_pool2d_backward.default, args)
-    for gate in (
+    for saved_activation in (
         torch.randn(4, 9, device=device),
         images.contiguous(memory_format=torch.channels_last),
     ):
-        order = torch.channels_last if gate.dim() == 4 else torch.contiguous_format
-        feedback = torch.randn(3, *gate.shape[1:], device=device).contiguous(memory_format=order)
+        order = torch.channels_last if saved_activation.dim() == 4 else torch.contiguous_format
+        feedback = torch.randn(3, *saved_activation.shape[1:], device=device).contiguous(
+            memory_format=order
+        )
         moments = ([torch.rand_like(feedback)], [torch.rand_like(feedback)])
         error = torch.randn(4, 3, device=device)
         rest = ([1], ["relu"], "gaussian", 1.0)
-        for follows in ((error, [gate], [], state), (None, [gate], [gate], None)):
+        for follows in (
+            (error, [saved_activation], [], state),
+            (None, [saved_activation], [saved_activation], None),
+        ):
             for adam in ((*moments, torch.tensor([1], device=device)), ([], [], None)):
                 numbers = (RATE, 0.9, 0.999, 1e-8)
-                args = ([feedback], *adam, error, *follows, *rest, *numbers, [torch.empty_like(gate)])
-                sums = [] if gate.dim() == 4 else [torch.empty(9, device=device)]
+                args = (
+                    [feedback],
+                    *adam,
+                    error,
+                    *follows,
+                    *rest,
+                    *numbers,
+                    [torch.empty_like(saved_activation)],
+                )
+                sums = [] if saved_activation.dim() == 4 else [torch.empty(9, device=device)]
                 opcheck(fused.feedback_step.default, (*args, sums))
             opcheck(fused.feedback_gradient.default, ([feedback], error, *follows, *rest))
 

@@ -17,7 +17,7 @@ def feedback_step(
     ops: Any,
     matrices: Sequence[Tensor],
     updates: Tensor | None,
-    gate: Tensor,
+    saved_activation: Tensor,
     *common: Any,
     output: Tensor | None = None,
     decay: float = 1.0,
@@ -30,12 +30,27 @@ def feedback_step(
     outputs = [] if output is None else [output]
     feedback, *moments = [[m] for m in matrices] if updates is not None else [[matrices[0]], [], []]
     order = torch.channels_last if not matrices[0].is_contiguous() else torch.contiguous_format
-    delta = torch.empty_like(gate, memory_format=order)
+    delta = torch.empty_like(saved_activation, memory_format=order)
     numbers = (decay, RATE, 0.9, 0.999, 1e-8)
-    rest = (error, tangent, [gate], outputs, state, [block], [activation], noise, *numbers, [delta])
-    biased = gate.dim() == 2
-    bias_grads = [torch.full(gate.shape[1:], torch.nan, device=gate.device)] if biased else []
-    output_bias_grad = torch.full(error.shape[1:], torch.nan, device=gate.device)
+    rest = (
+        error,
+        tangent,
+        [saved_activation],
+        outputs,
+        state,
+        [block],
+        [activation],
+        noise,
+        *numbers,
+        [delta],
+    )
+    biased = saved_activation.dim() == 2
+    bias_grads = (
+        [torch.full(saved_activation.shape[1:], torch.nan, device=saved_activation.device)]
+        if biased
+        else []
+    )
+    output_bias_grad = torch.full(error.shape[1:], torch.nan, device=saved_activation.device)
     ops.feedback_step(feedback, *moments, updates, *rest, bias_grads, output_bias_grad)
     torch.testing.assert_close(output_bias_grad, error.float().sum(0), rtol=1e-4, atol=1e-4)
     if biased:
@@ -73,7 +88,7 @@ def test_feedback_step_is_the_reference(
 ) -> None:
     """For B as it follows the tangent (FDFA), the blocks' outputs (Kolen-Pollack) or nothing."""
     order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    gate = rand(*shape, dtype=dtype, device=device)
+    saved_activation = rand(*shape, dtype=dtype, device=device)
     error = torch.randn(shape[0], outputs, device=device)
     tangent = torch.randn_like(error) if follows == "tangent" else None
     state = noise_state(device) if follows == "tangent" else None
@@ -87,16 +102,20 @@ def test_feedback_step_is_the_reference(
         matrices = [feedback.clone(), exp_avg.clone(), exp_avg_sq.clone()]
         if rule == "gradient":
             ys = [] if y is None else [y]
-            rest = (error, tangent, [gate], ys, state, [2], [activation], "gaussian", decay)
+            rest = (error, tangent, [saved_activation], ys, state, [2], [activation], "gaussian", decay)
             (delta,), (gradient,) = ops.feedback_gradient([matrices[0]], *rest)
             assert torch.equal(matrices[0], feedback)
             results.append((delta, gradient))
         else:
             updates = torch.tensor([3], device=device) if rule == "adam" else None
             common = (error, tangent, state, 2, activation, "gaussian")
-            delta = feedback_step(ops, matrices, updates, gate, *common, output=y, decay=decay)
+            delta = feedback_step(
+                ops, matrices, updates, saved_activation, *common, output=y, decay=decay
+            )
             assert updates is None or updates == 4
-            assert torch.equal(matrices[0], feedback) == (follows == "nothing" or len(gate) == 0)
+            assert torch.equal(matrices[0], feedback) == (
+                follows == "nothing" or len(saved_activation) == 0
+            )
             results.append((delta, *matrices))
     (delta, *matrices), (delta2, *matrices2) = results
     for actual, expected in zip(matrices, matrices2, strict=True):
@@ -110,15 +129,15 @@ def test_blocks_of_several_sizes_and_dtypes_step_as_each_would_alone(device: tor
     activations = ["relu", "identity", "gelu"]
     error, tangent = torch.randn(2, 4, 3, device=device).unbind()
     state = noise_state(device)
-    gates = [
+    saved_activations = [
         rand(*shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
     matrices = [
         [torch.rand(3, *shape[1:], device=device) for shape in shapes] for _ in range(3)
     ]  # B, exp_avg, exp_avg_sq
     alone = [[t.clone() for t in block] for block in zip(*matrices, strict=True)]
-    deltas = [torch.empty_like(gate) for gate in gates]
-    common = (error, tangent, gates, [], state, [0, 1, 2], activations, "gaussian")
+    deltas = [torch.empty_like(saved_activation) for saved_activation in saved_activations]
+    common = (error, tangent, saved_activations, [], state, [0, 1, 2], activations, "gaussian")
     numbers = (1.0, RATE, 0.9, 0.999, 1e-8)
     sums = [
         torch.empty(3, device=device),
@@ -133,7 +152,7 @@ def test_blocks_of_several_sizes_and_dtypes_step_as_each_would_alone(device: tor
     for i, block in enumerate(alone):
         updates = torch.tensor([6], device=device)
         rest = (error, tangent, state, i, activations[i], "gaussian")
-        assert torch.equal(feedback_step(fused, block, updates, gates[i], *rest), deltas[i])
+        assert torch.equal(feedback_step(fused, block, updates, saved_activations[i], *rest), deltas[i])
         for actual, expected in zip(block, (kind[i] for kind in matrices), strict=True):
             assert torch.equal(actual, expected)
 
@@ -143,7 +162,7 @@ def test_a_batch_that_overflowed_leaves_what_it_reached_of_the_feedback_alone(
     device: torch.device, rule: str
 ) -> None:
     """The rest of B moves as ever: a tangent of inf or NaN at one output reaches one row of B."""
-    gate, error = torch.randn(5, 70, device=device), torch.randn(5, 4, device=device)
+    saved_activation, error = torch.randn(5, 70, device=device), torch.randn(5, 4, device=device)
     tangent = torch.randn(5, 4, device=device)
     tangent[1, 2], tangent[3, 0] = float("inf"), float("nan")
     results = []
@@ -152,7 +171,7 @@ def test_a_batch_that_overflowed_leaves_what_it_reached_of_the_feedback_alone(
         before = [m.clone() for m in matrices]
         updates = torch.tensor([1], device=device) if rule == "adam" else None
         common = (error, tangent, noise_state(device), 0, "relu", "gaussian")
-        results.append([feedback_step(ops, matrices, updates, gate, *common), *matrices])
+        results.append([feedback_step(ops, matrices, updates, saved_activation, *common), *matrices])
         for matrix, old in zip(matrices[: 3 if rule == "adam" else 1], before, strict=False):
             assert torch.equal(matrix[[0, 2]], old[[0, 2]])
             assert not (matrix[[1, 3]] == old[[1, 3]]).all(1).any()
@@ -162,14 +181,14 @@ def test_a_batch_that_overflowed_leaves_what_it_reached_of_the_feedback_alone(
 
 def test_the_feedback_step_takes_either_setting_of_tf32(device: torch.device) -> None:
     """torch refuses to read the older one once the newer one differs from it."""
-    gate, error = torch.randn(5, 70, device=device), torch.randn(5, 4, device=device)
+    saved_activation, error = torch.randn(5, 70, device=device), torch.randn(5, 4, device=device)
     feedback = torch.randn(4, 70, device=device)
     rest = (error, error, noise_state(device), 0, "identity", "gaussian")
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     try:
         settings.fp32_precision = "tf32"
-        delta = feedback_step(fused, [feedback], None, gate, *rest)
+        delta = feedback_step(fused, [feedback], None, saved_activation, *rest)
     finally:
         settings.fp32_precision = before
     torch.testing.assert_close(delta, error @ feedback, rtol=1e-2, atol=1e-2)
@@ -177,11 +196,11 @@ def test_the_feedback_step_takes_either_setting_of_tf32(device: torch.device) ->
 
 def test_a_transposed_delta_is_the_same() -> None:
     """As the weight gradient takes it."""
-    gate, error, tangent = torch.randn(33, 70), *torch.randn(2, 33, 10).unbind()
+    saved_activation, error, tangent = torch.randn(33, 70), *torch.randn(2, 33, 10).unbind()
     deltas = torch.empty(33, 70), torch.empty(70, 33).t()
     sums: list[Tensor] = []
     for delta in deltas:
-        follows = (tangent, [gate], [], noise_state(torch.device("cpu")))
+        follows = (tangent, [saved_activation], [], noise_state(torch.device("cpu")))
         rest = ([1], ["tanh"], "gaussian", 1.0, RATE, 0.9, 0.999, 1e-8, [delta])
         sums.append(torch.empty(70))
         fused.feedback_step([torch.ones(10, 70)], [], [], None, error, *follows, *rest, sums[-1:])
@@ -202,10 +221,10 @@ def test_strided_inputs_give_the_dense_result(device: torch.device) -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-    gate = torch.randn(9, 6, device=device).t()
+    saved_activation = torch.randn(9, 6, device=device).t()
     error = torch.randn(4, 6, device=device).t()
     results = []
-    for g, e in ((gate, error), (gate.contiguous(), error.contiguous())):
+    for g, e in ((saved_activation, error), (saved_activation.contiguous(), error.contiguous())):
         feedback = torch.zeros(4, 9, device=device)
         delta = feedback_step(fused, [feedback], None, g, e, e, state, 0, "relu", "gaussian")
         results.append((feedback, delta))
@@ -231,13 +250,13 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
     """Of two blocks the second one is wrong."""
-    gate, error = torch.randn(3, 5, device=device), torch.randn(3, 2, device=device)
+    saved_activation, error = torch.randn(3, 5, device=device), torch.randn(3, 2, device=device)
     feedback, m, v = (torch.randn(2, 5, device=device) for _ in range(3))
     updates = torch.tensor([1], device=device)
-    delta = torch.zeros_like(gate)
+    delta = torch.zeros_like(saved_activation)
     good = {
         "feedback": [feedback, feedback], "exp_avg": [m, m], "exp_avg_sq": [v, v], "updates": updates,
-        "error": error, "tangent": error, "gates": [gate, gate], "outputs": [],
+        "error": error, "tangent": error, "saved_activations": [saved_activation, saved_activation], "outputs": [],
         "noise_state": noise_state(device), "blocks": [0, 1], "activations": ["relu", "relu"],
         "noise": "gaussian", "decay": 1.0, "lr": RATE, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
         "deltas": [delta, delta], "bias_grads": [],
@@ -246,12 +265,12 @@ def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
     for change, message in (
         ({"tangent": error[:2]}, "tangent must have shape"),
         ({"noise_state": None}, "a tangent needs the noise_state"),
-        ({"outputs": [gate, gate]}, "the feedback follows the tangent or the outputs, not both"),
+        ({"outputs": [saved_activation, saved_activation]}, "the feedback follows the tangent or the outputs, not both"),
         ({"tangent": None}, "updates without tangent or outputs"),
-        ({"tangent": None, "outputs": [gate]}, "outputs must have one entry for each of 2 blocks; got 1"),
-        ({"tangent": None, "outputs": [gate, gate[:2]]}, r"output must have shape \[3, 5\]"),
-        ({"gates": [gate, gate[:2]]}, r"gate must be \[3, \*features\]; got \[2, 5\]"),
-        ({"gates": [gate]}, "gates must have one entry for each of 2 blocks; got 1"),
+        ({"tangent": None, "outputs": [saved_activation]}, "outputs must have one entry for each of 2 blocks; got 1"),
+        ({"tangent": None, "outputs": [saved_activation, saved_activation[:2]]}, r"output must have shape \[3, 5\]"),
+        ({"saved_activations": [saved_activation, saved_activation[:2]]}, r"saved_activation must be \[3, \*features\]; got \[2, 5\]"),
+        ({"saved_activations": [saved_activation]}, "saved_activations must have one entry for each of 2 blocks; got 1"),
         ({"feedback": [feedback, feedback[:, :4]]}, r"feedback must have shape \[2, 5\]"),
         ({"updates": None}, "Adam needs exp_avg, exp_avg_sq and updates"),
         ({"lr": RATE.float()}, "lr must be a float64 scalar on the CPU; got Float"),

@@ -6,7 +6,7 @@ from operands import DTYPES, as_double, assert_close, noise_state, rand
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
-from fdfa_ext.functional import NOISES
+from fdfa_ext.noise import NOISES
 
 
 def test_philox_words_are_the_published_vectors() -> None:

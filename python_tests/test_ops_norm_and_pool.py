@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
-from fdfa_ext.functional import ACTIVATIONS
+from fdfa_ext.layers import ACTIVATIONS
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
@@ -173,13 +173,13 @@ def test_max_pool2d_is_the_reference(
 def test_max_pool2d_end_is_the_reference(
     device: torch.device, channels: int, geometry: Any, with_tangent: bool, noise: str
 ) -> None:
-    """Also its gradient, which goes to the handle's winners, with equal values and NaN among them."""
-    x, tangent, handle = torch.randn(3, 3, channels, 9, 8, device=device).unbind()
+    """Also its gradient, which goes to the anchor's winners, with equal values and NaN among them."""
+    x, tangent, anchor = torch.randn(3, 3, channels, 9, 8, device=device).unbind()
     x, tangent = x.mul(3).round(), tangent if with_tangent else None
     x[0, 0, 2, 3] = torch.nan
     results = []
     for ops in (fused, reference):
-        leaf = handle.clone().requires_grad_()
+        leaf = anchor.clone().requires_grad_()
         y, ty, pre, winners = ops.max_pool2d_end(
             x, tangent, leaf, *geometry, noise_state(device), 2, noise
         )

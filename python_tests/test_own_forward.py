@@ -130,7 +130,7 @@ def test_whatever_becomes_of_the_output_layers_result_has_its_gradient(
     """As where the output layer is never left to the method."""
     own = Own(after)
     models = [wrapped(copy.deepcopy(own)) for _ in range(2)]
-    models[1]._current_plan().takes_output_weight = False
+    models[1].network.look_at(models[1].module).takes_output_weight = False
     assert_same_training(*models, loss_of_all, steps=7)
 
 
@@ -138,7 +138,7 @@ def test_whatever_becomes_of_the_output_layers_result_has_its_gradient(
 def test_a_hook_on_the_output_layer_finds_a_graph(looks: Callable[[Tensor], list[Tensor]]) -> None:
     own = Own()
     models = [wrapped(copy.deepcopy(own)) for _ in range(2)]
-    models[1]._current_plan()
+    models[1].network.look_at(models[1].module)
     for model in models:
         step(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(5, 6), torch.arange(5) % 3)
         model.load_state_dict(models[0].state_dict())
@@ -148,7 +148,7 @@ def test_a_hook_on_the_output_layer_finds_a_graph(looks: Callable[[Tensor], list
             net.kept = looks(out)
 
         net.get_submodule("2").register_forward_hook(hook)
-    models[1]._current_plan().takes_output_weight = False
+    models[1].network.look_at(models[1].module).takes_output_weight = False
     assert_same_training(*models, loss_of_all)
 
 
@@ -193,8 +193,8 @@ def test_an_output_layer_called_twice_gets_both_gradients() -> None:
     assert_same_training(*models, squares)
     for model in models:
         model.module.twice = True
-    models[1]._current_plan().takes_output_weight = False
-    models[1]._current_plan().output_weight = None
+    models[1].network.look_at(models[1].module).takes_output_weight = False
+    models[1].network.look_at(models[1].module).output_weight = None
     assert_same_training(*models, squares)
 
 
@@ -260,7 +260,7 @@ def test_modules_of_unknown_kind_in_a_sequence_train_as_the_whole_on_dual_tensor
         torch.manual_seed(5)
         twin = copy.deepcopy(net)
         model = FDFA(Whole(twin) if whole else twin, method=method, example_input=x, **OPTIONS)
-        assert (model._current_plan().steps is None) == whole
+        assert (model.network.look_at(model.module).steps is None) == whole
         for _ in range(3):
             model(x).square().sum().backward()
         models.append(model)
@@ -354,7 +354,7 @@ def test_each_step_is_the_first(way: str, method: str) -> None:
         results.append([output.detach(), *[p.grad for p in model.parameters() if p.grad is not None]])
         fresh = wrapped(Side(way), method=method)
         fresh.load_state_dict(state)
-        plan = fresh._current_plan()
+        plan = fresh.network.look_at(fresh.module)
         plan.output_weight, plan.takes_output_weight = None, False
         fresh(x).square().sum().backward()
         for p, q in zip(model.module.parameters(), fresh.module.parameters(), strict=True):

@@ -10,7 +10,7 @@ import torch
 
 from fdfa_ext.__main__ import main
 from fdfa_ext.bench import roofline
-from fdfa_ext.bench.contenders import Case, training_step
+from fdfa_ext.bench.implementations import Case, training_step
 from fdfa_ext.bench.launches import launch_counts, operators_of_cuda
 from fdfa_ext.bench.machine import DATA_SHEETS
 from fdfa_ext.bench.operators import record, works

@@ -9,11 +9,11 @@ from nets import NETS, batch, make, mlp, step
 from torch import nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear, reference
-from fdfa_ext.functional import BACKENDS
+from fdfa_ext.dual_pass import BACKENDS
 
 
 def test_one_step_is_algorithm_1_line_by_line() -> None:
-    """The algorithm written out for an MLP, with the wrapper's noise; no code of the package but that."""
+    """The algorithm written out for an MLP, with the model's noise; no code of the package but that."""
     model = make(feedback="ema", feedback_lr=0.3)
     layers = [model.module[0], model.module[1], model.module[2]]
     weights = [layer.weight.detach().clone() for layer in layers]

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
-from fdfa_ext.functional import ACTIVATIONS, NOISES
-from fdfa_ext.wrapper import RULES
+from fdfa_ext.feedback import RULES
+from fdfa_ext.layers import ACTIVATIONS
+from fdfa_ext.noise import NOISES
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
 FEW, MANY = 3, 70  # outputs, for either kernel of the feedback step

@@ -39,20 +39,20 @@ FDFA_HD float activate(float a) {
   return a;
 }
 
-// f' at `gate`: y or a, as derivative_needs_pre_activation says.
+// f' at `saved`: y or a, as derivative_needs_pre_activation says.
 template <Activation f>
-FDFA_HD float derivative(float gate) {
-  if constexpr (f == Activation::relu) return gate <= 0.0f ? 0.0f : 1.0f;
-  if constexpr (f == Activation::leaky_relu) return gate <= 0.0f ? kLeakySlope : 1.0f;
-  if constexpr (f == Activation::tanh) return 1.0f - gate * gate;
-  if constexpr (f == Activation::sigmoid) return gate * (1.0f - gate);
+FDFA_HD float derivative(float saved) {
+  if constexpr (f == Activation::relu) return saved <= 0.0f ? 0.0f : 1.0f;
+  if constexpr (f == Activation::leaky_relu) return saved <= 0.0f ? kLeakySlope : 1.0f;
+  if constexpr (f == Activation::tanh) return 1.0f - saved * saved;
+  if constexpr (f == Activation::sigmoid) return saved * (1.0f - saved);
   if constexpr (f == Activation::gelu) {
-    const float density = 0.39894228040143268f * expf(-0.5f * gate * gate);
-    return normal_cdf(gate) + gate * density;
+    const float density = 0.39894228040143268f * expf(-0.5f * saved * saved);
+    return normal_cdf(saved) + saved * density;
   }
   if constexpr (f == Activation::silu) {
-    const float s = sigmoid(gate);
-    return s * (1.0f + gate * (1.0f - s));
+    const float s = sigmoid(saved);
+    return s * (1.0f + saved * (1.0f - s));
   }
   return 1.0f;
 }

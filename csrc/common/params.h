@@ -176,16 +176,16 @@ struct MaxPoolBackwardParams {
 // alignment.
 template <class T>
 struct FeedbackParams {
-  float* feedback;         // [outputs, features] B
-  float* exp_avg;          // [outputs, features] Adam's moments; null for the other rules
-  float* exp_avg_sq;       // [outputs, features]
-  float* gradient;         // [outputs, features] ∇B, for rule gradient, else null
-  const int64_t* updates;  // [1] in device memory: number of Adam steps before this one
-  const float* error;      // [samples, outputs] gradient of the loss at the network's output
-  const float* factor;     // [samples, outputs]; null for rule fixed
-  const T* source;         // [samples, features] s where noise is none; null: s = u, or rule fixed
-  const T* gate;           // [samples, features] what f' is taken from; null: f' = 1
-  T* delta;                // [samples, features]; may be gate itself
+  float* feedback;            // [outputs, features] B
+  float* exp_avg;             // [outputs, features] Adam's moments; null for the other rules
+  float* exp_avg_sq;          // [outputs, features]
+  float* gradient;            // [outputs, features] ∇B, for rule gradient, else null
+  const int64_t* updates;     // [1] in device memory: number of Adam steps before this one
+  const float* error;         // [samples, outputs] gradient of the loss at the network's output
+  const float* factor;        // [samples, outputs]; null for rule fixed
+  const T* source;            // [samples, features] s where noise is none; null: s = u, or rule fixed
+  const T* saved_activation;  // [samples, features] what f' is taken from; null: f' = 1
+  T* delta;                   // [samples, features]; may be the same memory
   int64_t samples, features, outputs;
   Activation activation;
   NoiseParams noise;

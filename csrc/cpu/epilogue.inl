@@ -18,12 +18,13 @@ void epilogue_run(int64_t count, const T* z, const T* tz, const RunMap& map, con
   for (int64_t i = 0; i < count; ++i) {
     const float a = kMapped ? scale[i] * to_float(z[i]) + bias[i] : to_float(z[i]) + bias[i];
     const T y_stored = from_float<T>(activate<kActivation>(a));
-    const float gate = derivative_needs_pre_activation(kActivation) ? a : to_float(y_stored);
+    const float saved_activation =
+        derivative_needs_pre_activation(kActivation) ? a : to_float(y_stored);
     float tangent = 0.0f;
     if constexpr (kHasTangent) {
       tangent = to_float(tz[i]);
       if constexpr (kMapped) tangent = scale[i] * tangent + (slope[i] * to_float(z[i]) + offset[i]);
-      tangent *= derivative<kActivation>(gate);
+      tangent *= derivative<kActivation>(saved_activation);
     }
     ty[i] = from_float<T>(tangent + noise[i]);
     y[i] = y_stored;

@@ -99,7 +99,8 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
       const int64_t samples = std::min(kNoiseSamples, p.samples - n0);
       with_noise(p.noise.kind, [&](auto kind) {
         for (int64_t n = 0; n < samples; ++n) {
-          if (p.gate) prefetch_row<0>(p.gate + (n0 + n) * p.features + first, count);
+          if (p.saved_activation)
+            prefetch_row<0>(p.saved_activation + (n0 + n) * p.features + first, count);
           if (!p.transposed) prefetch_row<1>(p.delta + (n0 + n) * p.features + first, count);
           float* row = s + n * kTileColumns;
           if constexpr (kind() != Noise::none) {
@@ -124,7 +125,7 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
     }
 
     std::fill(delta_sum, delta_sum + kTileColumns, 0.0f);
-    with_activation(p.gate ? p.activation : Activation::identity, [&](auto activation) {
+    with_activation(p.saved_activation ? p.activation : Activation::identity, [&](auto activation) {
       for (int64_t n0 = 0; n0 < p.samples; n0 += kRowBlock) {
         const int64_t samples = std::min<int64_t>(kRowBlock, p.samples - n0);
         multiply<false>(samples, p.outputs, p.error + n0 * p.outputs, 1, p.outputs, b.data(),
@@ -136,10 +137,11 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
           if constexpr (activation() == Activation::identity) {
             for (int64_t i = 0; i < count; ++i) delta[i] = from_float<T>(row[i]);
           } else {
-            const T* gate = p.gate + offset;
-#pragma GCC ivdep  // delta may be gate itself
+            const T* saved_activation = p.saved_activation + offset;
+#pragma GCC ivdep  // delta may be in its memory
             for (int64_t i = 0; i < count; ++i) {
-              delta[i] = from_float<T>(row[i] * derivative<activation()>(to_float(gate[i])));
+              delta[i] =
+                  from_float<T>(row[i] * derivative<activation()>(to_float(saved_activation[i])));
             }
           }
           for (int64_t i = 0; p.bias_grad && i < count; ++i) delta_sum[i] += to_float(delta[i]);

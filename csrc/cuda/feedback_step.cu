@@ -18,9 +18,9 @@
 //   phase 1  G = scale factorᵀ s, [K, D], and B moved towards it by the rule
 //   phase 2  delta = (error B) ⊙ f', [N, D], through B as phase 1 left it
 // A thread block owns a few columns of B, so that it reads back what it wrote with no barrier across
-// the grid. DRAM sees B and its moments read and written once (24 K D bytes with Adam), the gate read
-// and delta written once; s is noise made again, never stored. Factor and error, [N, K], stay in the
-// caches.
+// the grid. DRAM sees B and its moments read and written once (24 K D bytes with Adam), the
+// saved activation read and delta written once; s is noise made again, never stored. Factor and error,
+// [N, K], stay in the caches.
 //
 // Both phases are a product [rows, depth] x [depth, columns] on tensor cores. Its right factor, the
 // noise or B, lies split into tf32 in shared memory, in the order in which the threads of a warp take
@@ -339,7 +339,8 @@ __device__ void prefetch(const Columns<T, kTiles>& columns) {
     if (adam) prefetch_to_l2(p.exp_avg + columns.at(row, 0));
     if (adam) prefetch_to_l2(p.exp_avg_sq + columns.at(row, 0));
   }
-  if (row < p.samples && p.gate != nullptr) prefetch_to_l2(p.gate + columns.at(row, 0));
+  if (row < p.samples && p.saved_activation != nullptr)
+    prefetch_to_l2(p.saved_activation + columns.at(row, 0));
 }
 
 __device__ inline bool all_finite(const float (&values)[4]) {
@@ -422,27 +423,27 @@ __device__ void move_feedback(const Columns<T, kTiles>& columns, const AdamStep&
   }
 }
 
-// delta *= f'(gate), with the activation at run time: it is asked once per row, and as a template
-// argument it would make seven times the kernels.
+// delta *= f'(saved), with the activation at run time: it is asked once per row, and as a
+// template argument it would make seven times the kernels.
 template <int n>
-__device__ void multiply_by_slope(Activation activation, const float (&gate)[n], float (&delta)[n]) {
+__device__ void multiply_by_slope(Activation activation, const float (&saved)[n], float (&delta)[n]) {
   with_activation(activation, [&](auto f) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) delta[i] *= derivative<decltype(f)::value>(gate[i]);
+    for (int i = 0; i < n; ++i) delta[i] *= derivative<decltype(f)::value>(saved[i]);
   });
 }
 
-// A quad of delta from the projected errors in it; it may be the gate's memory. Adds it, as it is
-// stored, to the thread's `sums`.
+// A quad of delta from the projected errors in it; it may be the saved activation's memory. Adds it, as
+// it is stored, to the thread's `sums`.
 template <bool kWhole, class T, int kTiles>
 __device__ void store_delta(const Columns<T, kTiles>& columns, int64_t sample, int quad,
                             float (&delta)[4], float (&sums)[kThreads][4]) {
   const FeedbackParams<T>& p = columns.p;
   if (!all_finite(delta)) project_plainly(columns, sample, quad, delta);
-  if (p.gate != nullptr) {
-    float gate[4];
-    load_quad<kWhole>(columns, p.gate, sample, quad, gate);
-    multiply_by_slope(p.activation, gate, delta);
+  if (p.saved_activation != nullptr) {
+    float saved[4];
+    load_quad<kWhole>(columns, p.saved_activation, sample, quad, saved);
+    multiply_by_slope(p.activation, saved, delta);
   }
   store_quad<kWhole>(columns, p.delta, sample, quad, delta);
   if (p.bias_grad == nullptr) return;
@@ -605,7 +606,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 // followed.
 template <class T>
 bool rows_aligned(const FeedbackParams<T>& p) {
-  const void* matrices[] = {p.feedback, p.exp_avg, p.exp_avg_sq, p.gradient, p.source, p.gate, p.delta};
+  const void* matrices[] = {p.feedback, p.exp_avg,          p.exp_avg_sq, p.gradient,
+                            p.source,   p.saved_activation, p.delta};
   return p.features * sizeof(T) % 16 == 0 &&
          std::all_of(std::begin(matrices), std::end(matrices),
                      [](const void* m) { return reinterpret_cast<uintptr_t>(m) % 16 == 0; });

@@ -197,13 +197,13 @@ struct BatchNormMaxPool2d : torch::autograd::Function<BatchNormMaxPool2d> {
 
 struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
-                               const Tensor& handle, at::IntArrayRef kernel, at::IntArrayRef stride,
+                               const Tensor& anchor, at::IntArrayRef kernel, at::IntArrayRef stride,
                                at::IntArrayRef padding, const Tensor& noise_state, int64_t block,
                                c10::string_view noise) {
     static const auto op = find<decltype(fdfa::max_pool2d_end)>("fdfa::max_pool2d_end");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, ty, pre, winners] =
-        op.call(x, tangent, handle, kernel, stride, padding, noise_state, block, noise);
+        op.call(x, tangent, anchor, kernel, stride, padding, noise_state, block, noise);
     ctx->save_for_backward({winners});
     ctx->saved_data["input_size"] = x.sym_sizes().slice(2);
     ctx->saved_data["kernel"] = kernel.vec();
@@ -229,11 +229,11 @@ struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
   }
 };
 
-PoolEnd max_pool2d_end_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
+PoolEnd max_pool2d_end_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& anchor,
                                 at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                                 const Tensor& noise_state, int64_t block, c10::string_view noise) {
   const auto out =
-      MaxPoolEnd::apply(x, tangent, handle, kernel, stride, padding, noise_state, block, noise);
+      MaxPoolEnd::apply(x, tangent, anchor, kernel, stride, padding, noise_state, block, noise);
   return {out[0], out[1], out[2], out[3]};
 }
 

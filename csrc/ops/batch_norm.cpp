@@ -123,7 +123,7 @@ Prepared prepare(const Arguments& a) {
 
   const bool keep_pre = derivative_needs_pre_activation(f);
   const Tensor y = at::empty_like(x);
-  const Tensor pre = keep_pre ? at::empty_like(x) : empty_carrier(x);
+  const Tensor pre = keep_pre ? at::empty_like(x) : empty_placeholder(x);
   EpilogueParams<float> p{};
   p.z = x.data_ptr<float>();
   p.tz = a.tangent ? tx.data_ptr<float>() : nullptr;
@@ -197,7 +197,7 @@ PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,
   check_arguments(a);
   const PoolShape shape = check_pool(a.op, x, pool_kernel, pool_stride, pool_padding);
   const Prepared p = prepare(a);
-  const auto [pooled, pooled_tangent] = run_pooled(p.epilogue, x, shape, /*spare=*/{});
+  const auto [pooled, pooled_tangent] = run_pooled(p.epilogue, x, shape, /*donated=*/{});
   return {p.y, p.pre, p.mean, p.inverse_std, pooled, pooled_tangent};
 }
 

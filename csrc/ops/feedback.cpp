@@ -28,14 +28,14 @@ void check_count(const Network& net, const char* argument, const List& list) {
 }
 
 void check_matrix(const Network& net, const char* argument, const Tensor& t, size_t block) {
-  const Tensor& gate = net.gates[block];
+  const Tensor& saved_activation = net.saved_activations[block];
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, "fdfa::", net.op, ": ", argument,
                    " must be float32; got ", t.scalar_type());
-  std::vector<int64_t> expected = gate.sizes().vec();
+  std::vector<int64_t> expected = saved_activation.sizes().vec();
   expected[0] = net.error.size(1);
   check_shape(net.op, argument, t, expected);
-  TORCH_CHECK(t.device() == gate.device(), "fdfa::", net.op, ": ", argument, " must be on ",
-              gate.device(), "; got ", t.device());
+  TORCH_CHECK(t.device() == saved_activation.device(), "fdfa::", net.op, ": ", argument, " must be on ",
+              saved_activation.device(), "; got ", t.device());
 }
 
 void check_moments(const Network& net, const Motion& motion) {
@@ -72,8 +72,8 @@ bool is_turned(const Tensor& delta) {
 void check_deltas(const Network& net, at::TensorList deltas) {
   check_count(net, "deltas", deltas);
   for (size_t i = 0; i < deltas.size(); ++i) {
-    check_like(net.op, "delta", deltas[i], "gate", net.gates[i]);
-    check_shape(net.op, "delta", deltas[i], net.gates[i].sizes());
+    check_like(net.op, "delta", deltas[i], "saved_activation", net.saved_activations[i]);
+    check_shape(net.op, "delta", deltas[i], net.saved_activations[i].sizes());
     TORCH_CHECK(deltas[i].is_contiguous(feature_order(net.op, net.feedback[i])) || is_turned(deltas[i]),
                 "fdfa::", net.op,
                 ": delta must have the memory order of feedback, or for [N, D] on the CPU that of its "
@@ -86,16 +86,17 @@ void check_bias_grads(const Network& net, at::TensorList bias_grads) {
   if (bias_grads.empty()) return;
   check_count(net, "bias_grads", bias_grads);
   for (size_t i = 0; i < bias_grads.size(); ++i) {
-    const Tensor &t = bias_grads[i], &gate = net.gates[i];
+    const Tensor &t = bias_grads[i], &saved_activation = net.saved_activations[i];
     if (t.numel() == 0) continue;
-    TORCH_CHECK(gate.dim() == 2, "fdfa::", net.op, ": bias_grads are for gates of [N, D]; got one of ",
-                gate.sizes());
+    TORCH_CHECK(saved_activation.dim() == 2, "fdfa::", net.op,
+                ": bias_grads are for saved_activations of [N, D]; got one of ",
+                saved_activation.sizes());
     TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, "fdfa::", net.op,
                      ": bias_grads must be float32; got ", t.scalar_type());
-    check_shape(net.op, "bias_grads", t, {gate.size(1)});
-    TORCH_CHECK(t.is_contiguous() && t.device() == gate.device(), "fdfa::", net.op,
-                ": bias_grads must be contiguous, on ", gate.device(), "; got strides ", t.strides(),
-                " on ", t.device());
+    check_shape(net.op, "bias_grads", t, {saved_activation.size(1)});
+    TORCH_CHECK(t.is_contiguous() && t.device() == saved_activation.device(), "fdfa::", net.op,
+                ": bias_grads must be contiguous, on ", saved_activation.device(), "; got strides ",
+                t.strides(), " on ", t.device());
   }
 }
 
@@ -122,8 +123,8 @@ bool allows_tf32() {
          at::Float32Precision::TF32;
 }
 
-// The blocks whose gates are of this dtype, in one launch. counter and output_bias_grad: as `launch`
-// has them.
+// The blocks whose saved activations are of this dtype, in one launch. counter and output_bias_grad: as
+// `launch` has them.
 void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion, const Tensor& error,
                  const OptionalTensor& tangent, const Results& results, int64_t* counter,
                  float* output_bias_grad) {
@@ -140,8 +141,8 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
       return pointer<T>(kept.back());
     };
     for (size_t i = 0; i < net.feedback.size(); ++i) {
-      const Tensor &feedback = net.feedback[i], &gate = net.gates[i];
-      if (gate.scalar_type() != dtype) continue;
+      const Tensor &feedback = net.feedback[i], &saved_activation = net.saved_activations[i];
+      if (saved_activation.scalar_type() != dtype) continue;
       const Activation f = parse_activation(net.op, net.activations.get(i));
       FeedbackParams<T> p{};
       p.feedback = pointer<float>(feedback);
@@ -152,18 +153,18 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
       p.error = pointer<float>(error);
       if (tangent) {
         p.factor = pointer<float>(*tangent);
-        p.scale = 1.0f / static_cast<float>(gate.size(0));
+        p.scale = 1.0f / static_cast<float>(saved_activation.size(0));
       } else if (!net.outputs.empty()) {
         p.factor = p.error;
         p.source = features(net.outputs[i], i);
         p.scale = -1.0f;
       }
-      if (f != Activation::identity) p.gate = features(gate, i);
+      if (f != Activation::identity) p.saved_activation = features(saved_activation, i);
       p.delta = pointer<T>(results.deltas[i]);
       p.transposed = is_turned(results.deltas[i]);
       const bool wants_bias = !results.bias_grads.empty() && results.bias_grads[i].numel() > 0;
       p.bias_grad = wants_bias ? pointer<float>(results.bias_grads[i]) : nullptr;
-      p.samples = gate.size(0);
+      p.samples = saved_activation.size(0);
       p.features = feedback.numel() / feedback.size(0);
       p.outputs = error.size(1);
       p.activation = f;
@@ -187,15 +188,16 @@ void step(const Network& net, const Motion& motion, const Results& results) {
   const Tensor error = net.error.to(at::kFloat).contiguous();
   const auto tangent =
       net.tangent ? OptionalTensor(net.tangent->to(at::kFloat).contiguous()) : std::nullopt;
-  std::vector<at::ScalarType> dtypes;  // of the gates, each once
-  for (const Tensor& gate : net.gates) {
-    const auto found = std::find(dtypes.begin(), dtypes.end(), gate.scalar_type());
-    if (found == dtypes.end()) dtypes.push_back(gate.scalar_type());
+  std::vector<at::ScalarType> dtypes;  // of the saved activations, each once
+  for (const Tensor& saved_activation : net.saved_activations) {
+    const auto found = std::find(dtypes.begin(), dtypes.end(), saved_activation.scalar_type());
+    if (found == dtypes.end()) dtypes.push_back(saved_activation.scalar_type());
   }
   // A kernel is launched for blocks that have elements.
-  const bool sums_error =
-      results.output_bias_grad && error.is_cuda() && !net.gates.empty() &&
-      std::all_of(net.gates.begin(), net.gates.end(), [](const Tensor& t) { return t.numel() > 0; });
+  const bool sums_error = results.output_bias_grad && error.is_cuda() &&
+                          !net.saved_activations.empty() &&
+                          std::all_of(net.saved_activations.begin(), net.saved_activations.end(),
+                                      [](const Tensor& t) { return t.numel() > 0; });
   if (results.output_bias_grad && !sums_error) {
     Tensor sums = *results.output_bias_grad;
     at::sum_out(sums, error, /*dim=*/0);
@@ -214,7 +216,7 @@ void step(const Network& net, const Motion& motion, const Results& results) {
 void check_network(const Network& net) {
   const char* op = net.op;
   const Tensor& error = net.error;
-  check_count(net, "gates", net.gates);
+  check_count(net, "saved_activations", net.saved_activations);
   check_count(net, "blocks", net.blocks);
   check_count(net, "activations", net.activations);
   TORCH_CHECK(error.dim() == 2 && error.size(1) > 0, "fdfa::", op,
@@ -233,41 +235,44 @@ void check_network(const Network& net) {
     check_count(net, "outputs", net.outputs);
   }
   for (size_t i = 0; i < net.feedback.size(); ++i) {
-    const Tensor& gate = net.gates[i];
-    check_floating(op, "gate", gate);
-    TORCH_CHECK(gate.dim() >= 2 && gate.size(0) == error.size(0), "fdfa::", op, ": gate must be [",
-                error.size(0), ", *features]; got ", gate.sizes());
-    TORCH_CHECK(gate.device() == error.device(), "fdfa::", op, ": gate must be on ", error.device(),
-                "; got ", gate.device());
+    const Tensor& saved_activation = net.saved_activations[i];
+    check_floating(op, "saved_activation", saved_activation);
+    TORCH_CHECK(saved_activation.dim() >= 2 && saved_activation.size(0) == error.size(0), "fdfa::", op,
+                ": saved_activation must be [", error.size(0), ", *features]; got ",
+                saved_activation.sizes());
+    TORCH_CHECK(saved_activation.device() == error.device(), "fdfa::", op,
+                ": saved_activation must be on ", error.device(), "; got ", saved_activation.device());
     if (!net.outputs.empty()) {
-      check_like(op, "output", net.outputs[i], "gate", gate);
-      check_shape(op, "output", net.outputs[i], gate.sizes());
+      check_like(op, "output", net.outputs[i], "saved_activation", saved_activation);
+      check_shape(op, "output", net.outputs[i], saved_activation.sizes());
     }
     check_matrix(net, "feedback", net.feedback[i], i);
     feature_order(op, net.feedback[i]);
     parse_activation(op, net.activations.get(i));
   }
-  parse_noise(op, net.noise);
+  parse_noise(op, net.noise, !net.tangent);
 }
 
-Tensor empty_delta(const Tensor& gate, const Tensor& feedback) {
+Tensor empty_delta(const Tensor& saved_activation, const Tensor& feedback) {
   const auto order = feature_order("feedback_step", feedback);
   // As oneDNN wants it for the weight gradient δᵀx. Its own copy took a seventh of that for [64, 800].
-  if (gate.is_cpu() && gate.dim() == 2 && gate.scalar_type() == at::kFloat && gate.numel() >= 1 << 14) {
-    return at::empty({gate.size(1), gate.size(0)}, gate.options()).t();
+  if (saved_activation.is_cpu() && saved_activation.dim() == 2 &&
+      saved_activation.scalar_type() == at::kFloat && saved_activation.numel() >= 1 << 14) {
+    return at::empty({saved_activation.size(1), saved_activation.size(0)}, saved_activation.options())
+        .t();
   }
-  return at::empty(gate.sizes(), gate.options(), order);
+  return at::empty(saved_activation.sizes(), saved_activation.options(), order);
 }
 
 void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
                    const OptionalTensor& updates, const Tensor& error, const OptionalTensor& tangent,
-                   at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
-                   at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-                   double decay, const Tensor& lr, double beta1, double beta2, double eps,
-                   at::TensorList deltas, at::TensorList bias_grads,
+                   at::TensorList saved_activations, at::TensorList outputs,
+                   const OptionalTensor& noise_state, at::IntArrayRef blocks, const Names& activations,
+                   c10::string_view noise, double decay, const Tensor& lr, double beta1, double beta2,
+                   double eps, at::TensorList deltas, at::TensorList bias_grads,
                    const OptionalTensor& output_bias_grad) {
-  const Network net{"feedback_step", error,   tangent, noise_state, feedback,
-                    gates,           outputs, blocks,  activations, noise};
+  const Network net{"feedback_step",   error,   tangent, noise_state, feedback,
+                    saved_activations, outputs, blocks,  activations, noise};
   const bool learns = tangent || !outputs.empty();
   const Rule rule = !learns ? Rule::fixed : updates ? Rule::adam : Rule::ema;
   const Motion motion{rule, exp_avg, exp_avg_sq, {}, updates, decay, check_lr(lr), beta1, beta2, eps};
@@ -283,20 +288,20 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
-    at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent, at::TensorList gates,
-    at::TensorList outputs, const OptionalTensor& noise_state, at::IntArrayRef blocks,
-    const Names& activations, c10::string_view noise, double decay) {
-  const Network net{"feedback_gradient", error, tangent, noise_state, feedback, gates, outputs, blocks,
-                    activations,         noise};
+    at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent,
+    at::TensorList saved_activations, at::TensorList outputs, const OptionalTensor& noise_state,
+    at::IntArrayRef blocks, const Names& activations, c10::string_view noise, double decay) {
+  const Network net{"feedback_gradient", error,   tangent, noise_state, feedback,
+                    saved_activations,   outputs, blocks,  activations, noise};
   check_network(net);
   TORCH_CHECK(tangent || !outputs.empty(),
               "fdfa::feedback_gradient: give the tangent or the outputs that the feedback follows");
   std::vector<Tensor> deltas, gradients;
   for (size_t i = 0; i < feedback.size(); ++i) {
-    deltas.push_back(empty_delta(gates[i], feedback[i]));
+    deltas.push_back(empty_delta(saved_activations[i], feedback[i]));
     // An empty batch teaches nothing, and reaches no kernel.
-    gradients.push_back(gates[i].size(0) == 0 ? at::zeros_like(feedback[i])
-                                              : at::empty_like(feedback[i]));
+    gradients.push_back(saved_activations[i].size(0) == 0 ? at::zeros_like(feedback[i])
+                                                          : at::empty_like(feedback[i]));
   }
   step(net, {Rule::gradient, {}, {}, gradients, std::nullopt, decay}, {deltas, {}, {}});
   return {deltas, gradients};

@@ -57,17 +57,17 @@ EpilogueParams<T> epilogue_params(const Finish& finish, const Products& products
 }
 
 Tensor empty_pre(const Finish& finish, const Tensor& y) {
-  return finish.keeps_pre() ? at::empty_like(y) : empty_carrier(y);
+  return finish.keeps_pre() ? at::empty_like(y) : empty_placeholder(y);
 }
 
 // y and ty overwrite the products, unless these are transposed.
 Dual run(const Finish& finish, const Products& products) {
-  const auto& [z, tz, transposed, spare] = products;
+  const auto& [z, tz, transposed, donated] = products;
   const Tensor y = transposed ? at::empty({z.size(1), z.size(0)}, z.options()) : z;
   const bool zero = !tz.defined() && finish.noise == Noise::none;
-  const Tensor ty = zero                          ? empty_carrier(y)
+  const Tensor ty = zero                          ? empty_placeholder(y)
                     : tz.defined() && !transposed ? tz
-                    : spare.defined()             ? spare
+                    : donated.defined()           ? donated
                                                   : at::empty_like(y);
   const Tensor pre = empty_pre(finish, y);
   with_storage(y.scalar_type(), [&](auto storage) {
@@ -145,7 +145,7 @@ void check_images(const Convolution& c, const OptionalTensor& bias, const Tensor
 
 }  // namespace
 
-Tensor empty_carrier(const Tensor& y) {
+Tensor empty_placeholder(const Tensor& y) {
   const std::vector<int64_t> strides(y.dim(), 0);
   return at::empty_strided(y.sizes(), strides, y.options());
 }
@@ -214,7 +214,7 @@ Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const T
   const PoolShape shape = check_pool(c.op, y, pool_kernel, pool_stride, pool_padding);
   const Tensor pre = empty_pre(finish, y);
   const auto [pooled, pooled_tangent] =
-      run_pooled(epilogue_params<float>(finish, products, y, pre), y, shape, /*spare=*/products.tz);
+      run_pooled(epilogue_params<float>(finish, products, y, pre), y, shape, /*donated=*/products.tz);
   return {y, pre, pooled, pooled_tangent};
 }
 

@@ -73,14 +73,14 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at
 }
 
 std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
-                                      const PoolShape& shape, const Tensor& spare) {
+                                      const PoolShape& shape, const Tensor& donated) {
   const bool zero = epilogue.tz == nullptr && epilogue.noise.kind == Noise::none;
   const Tensor pooled = empty_pooled(shape, y.options());
-  const Tensor pooled_tangent = zero ? empty_carrier(pooled) : at::empty_like(pooled);
+  const Tensor pooled_tangent = zero ? empty_placeholder(pooled) : at::empty_like(pooled);
   if (zero) epilogue.zeros[1] = pooled_tangent.data_ptr<float>();
   Tensor ty;
   if (!y.is_cpu() && !zero) {  // CUDA's epilogue hands it over to the pool in memory
-    ty = spare.defined() ? spare : at::empty(y.sizes(), y.options(), kOrder);
+    ty = donated.defined() ? donated : at::empty(y.sizes(), y.options(), kOrder);
     epilogue.ty = ty.data_ptr<float>();
   }
   launch(PooledEpilogueParams{epilogue, pooled.data_ptr<float>(),
@@ -102,21 +102,21 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at
   return {y, ty};
 }
 
-PoolEnd max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
+PoolEnd max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& anchor,
                        at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                        const Tensor& noise_state, int64_t block, c10::string_view noise) {
   const char* op = "max_pool2d_end";
   const PoolShape shape = check_pool(op, x, kernel, stride, padding);
   check_window(op, kernel);
   if (tangent) check_tangent(op, *tangent, x);
-  check_shape(op, "handle", handle, x.sizes());
+  check_shape(op, "anchor", anchor, x.sizes());
   check_counter(op, "noise_state", noise_state, 3, x);
   const Noise kind = parse_noise(op, noise, /*may_be_none=*/true);
   const Tensor x_dense = x.contiguous(kOrder);
   const Tensor tx_dense = tangent ? tangent->contiguous(kOrder) : Tensor();
   const bool zero = !tangent && kind == Noise::none;
-  const Tensor y = empty_pooled(shape, x.options()), pre = empty_carrier(y);
-  const Tensor ty = zero ? empty_carrier(y) : at::empty_like(y);
+  const Tensor y = empty_pooled(shape, x.options()), pre = empty_placeholder(y);
+  const Tensor ty = zero ? empty_placeholder(y) : at::empty_like(y);
   const Tensor winners = empty_pooled(shape, x.options().dtype(at::kByte));
   launch(MaxPoolParams{x_dense.const_data_ptr<float>(),
                        tangent ? tx_dense.const_data_ptr<float>() : nullptr,

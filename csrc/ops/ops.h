@@ -49,7 +49,7 @@ constexpr int64_t kMostPairedRows = 512;
 
 // `pre` where it only carries a gradient: zeros in the shape of y, in a single element of memory, which
 // the kernel that has it in `zeros` writes.
-Tensor empty_carrier(const Tensor& y);
+Tensor empty_placeholder(const Tensor& y);
 
 Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
             const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at
 
 using PoolEnd = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, its tangent, pre-activation, winners
 
-PoolEnd max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& handle,
+PoolEnd max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& anchor,
                        at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                        const Tensor& noise_state, int64_t block, c10::string_view noise);
 
@@ -86,9 +86,9 @@ Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const T
 PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                      at::IntArrayRef padding);
 // An epilogue of images like y, and a pool after it: (pooled, its tangent). Where the epilogue's own ty
-// needs memory it takes `spare`, of y's size and order, if that is defined.
+// needs memory it takes `donated`, of y's size and order, if that is defined.
 std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
-                                      const PoolShape& shape, const Tensor& spare);
+                                      const PoolShape& shape, const Tensor& donated);
 
 Tensor max_pool2d_backward(const Tensor& delta, const Tensor& winners, at::IntArrayRef input_size,
                            at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding);
@@ -123,7 +123,7 @@ struct Network {
   const char* op;
   const Tensor& error;
   const OptionalTensor &tangent, &noise_state;
-  at::TensorList feedback, gates, outputs;
+  at::TensorList feedback, saved_activations, outputs;
   at::IntArrayRef blocks;
   const Names& activations;
   c10::string_view noise;
@@ -131,19 +131,19 @@ struct Network {
 void check_network(const Network& net);
 
 // Memory for a block's δ.
-Tensor empty_delta(const Tensor& gate, const Tensor& feedback);
+Tensor empty_delta(const Tensor& saved_activation, const Tensor& feedback);
 
 void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
                    const OptionalTensor& updates, const Tensor& error, const OptionalTensor& tangent,
-                   at::TensorList gates, at::TensorList outputs, const OptionalTensor& noise_state,
-                   at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
-                   double decay, const Tensor& lr, double beta1, double beta2, double eps,
-                   at::TensorList deltas, at::TensorList bias_grads,
+                   at::TensorList saved_activations, at::TensorList outputs,
+                   const OptionalTensor& noise_state, at::IntArrayRef blocks, const Names& activations,
+                   c10::string_view noise, double decay, const Tensor& lr, double beta1, double beta2,
+                   double eps, at::TensorList deltas, at::TensorList bias_grads,
                    const OptionalTensor& output_bias_grad);
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
-    at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent, at::TensorList gates,
-    at::TensorList outputs, const OptionalTensor& noise_state, at::IntArrayRef blocks,
-    const Names& activations, c10::string_view noise, double decay);
+    at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent,
+    at::TensorList saved_activations, at::TensorList outputs, const OptionalTensor& noise_state,
+    at::IntArrayRef blocks, const Names& activations, c10::string_view noise, double decay);
 
 }  // namespace fdfa

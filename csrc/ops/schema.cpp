@@ -33,8 +33,8 @@ TORCH_LIBRARY(fdfa, m) {
       "(Tensor y, Tensor ty, Tensor pre)");
 
   // The same of a block that a max-pool follows, which is no part of it: y is as `conv2d` returns it,
-  // the gate of the block, and what goes on are pooled = max_pool2d(y) and the tangents of its winners,
-  // u included. float32. The unpooled tangent is never written to memory on the CPU.
+  // what f' of the block is taken from, and what goes on are pooled = max_pool2d(y) and the tangents of
+  // its winners, u included. float32. The unpooled tangent is never written to memory on the CPU.
   m.def(
       "conv2d_max_pool2d(Tensor x, Tensor? tangent, Tensor weight, Tensor? bias, int[2] stride, "
       "int[2] padding, int[2] dilation, int groups, Tensor noise_state, int block, str activation, "
@@ -82,11 +82,11 @@ TORCH_LIBRARY(fdfa, m) {
       "(Tensor y, Tensor ty)");
 
   // The same at the end of a block whose x came from `linear`, `conv2d` or `batch_norm` with noise
-  // "none" and whose `handle` is the pre of that: ty = tangent of the winner + u, and δ at pre goes on
-  // to handle. With noise "none" too there is no u. winners, uint8 in y's shape: the place of each
+  // "none" and whose `anchor` is the pre of that: ty = tangent of the winner + u, and δ at pre goes on
+  // to anchor. With noise "none" too there is no u. winners, uint8 in y's shape: the place of each
   // window's winner within it, counted row by row with the padding, for which a window may have 256.
   m.def(
-      "max_pool2d_end(Tensor x, Tensor? tangent, Tensor handle, int[2] kernel_size, int[2] stride, "
+      "max_pool2d_end(Tensor x, Tensor? tangent, Tensor anchor, int[2] kernel_size, int[2] stride, "
       "int[2] padding, Tensor noise_state, int block, str noise) -> "
       "(Tensor y, Tensor ty, Tensor pre, Tensor winners)");
 
@@ -104,40 +104,42 @@ TORCH_LIBRARY(fdfa, m) {
   // B moves by lr ∇B (no exp_avg, no updates; eq. 8) or by a step of Adam, where G is finite;
   // `updates`, int64 [1], counts these steps; lr is a float64 scalar on the CPU, a tensor so that a
   // compiled program follows a schedule. With neither tangent nor outputs B stays. Then δ =
-  // (error B) ⊙ f'(gate), in gate's shape [N, *features]: y, or the pre-activation for gelu and silu;
-  // error [N, K]. Each δ is written to `deltas`, in B's memory order (dense ones on the CPU may be
-  // turned over, [D, N]), and not returned, because torch.compile wants no lists from operators that
-  // change their arguments. So is each block's sum of δ over the samples to `bias_grads`, [D] in
-  // float32, for blocks of [N, D]: the gradient of a bias. Without entries there are none; an empty one
-  // is not wanted. `output_bias_grad`, [K] in float32, gets the sum of error, as the gradient of the
-  // output layer's bias.
+  // (error B) ⊙ f'(saved), `saved_activations`, each in the shape of δ [N, *features]: y, or the
+  // pre-activation for gelu and silu; error [N, K]. Each δ is written to `deltas`, in B's memory order
+  // (dense ones on the CPU may be turned over, [D, N]), and not returned, because torch.compile wants
+  // no lists from operators that change their arguments. So is each block's sum of δ over the samples
+  // to `bias_grads`, [D] in float32, for blocks of [N, D]: the gradient of a bias. Without entries
+  // there are none; an empty one is not wanted. `output_bias_grad`, [K] in float32, gets the sum of
+  // error, as the gradient of the output layer's bias.
   m.def(
       "feedback_step(Tensor(a!)[] feedback, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
-      "Tensor(d!)? updates, Tensor error, Tensor? tangent, Tensor[] gates, Tensor[] outputs, "
-      "Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, Tensor lr, "
+      "Tensor(d!)? updates, Tensor error, Tensor? tangent, Tensor[] saved_activations, "
+      "Tensor[] outputs, Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, "
+      "Tensor lr, "
       "float beta1, float beta2, float eps, Tensor(e!)[] deltas, Tensor(f!)[] bias_grads, "
       "Tensor(g!)? output_bias_grad=None) -> ()");
 
   // (δ from the feedback as it is, ∇B) for each block, for a torch optimizer to move B (eq. 10).
   m.def(
-      "feedback_gradient(Tensor[] feedback, Tensor error, Tensor? tangent, Tensor[] gates, "
+      "feedback_gradient(Tensor[] feedback, Tensor error, Tensor? tangent, Tensor[] saved_activations, "
       "Tensor[] outputs, Tensor? noise_state, int[] blocks, str[] activations, str noise, "
       "float decay) -> (Tensor[] deltas, Tensor[] gradients)");
 
-  // The network's output [N, K], tied to its blocks: the backward of the result hands each handle its δ
+  // The network's output [N, K], tied to its blocks: the backward of the result hands each anchor its δ
   // by a feedback step (rule "ema", "adam" or, with neither tangent nor outputs, "fixed") or by
   // feedback_gradient ("grad"), and passes the error on to what made the output. The output is x, with
   // its tangent; or with weight [K, D] and bias [K] it is x Wᵀ + b of x [N, D], and they get their
   // exact gradients here: a node, two calls and a copy less. With `input` too x is what that layer has
   // made of it, and its tangent. With a tangent it advances noise_state, of
-  // which the backward uses the value before. A gate that is spare, since nobody else reads it, gives
-  // its memory to δ, unless the graph is retained. `biases`, each [D] of the block of [N, D] in that
-  // place of `biased`, get their gradients here too, which the feedback step has at no cost.
+  // which the backward uses the value before. A saved activation that is donated, since nobody else
+  // reads it, gives its memory to δ, unless the graph is retained. `biases`, each [D] of the block of
+  // [N, D] in that place of `biased`, get their gradients here too, which the feedback step has at no
+  // cost.
   m.def(
-      "star(Tensor x, Tensor? tangent, Tensor? weight, Tensor? bias, Tensor(a!) noise_state, "
-      "Tensor[] handles, Tensor[] biases, int[] biased, Tensor[] gates, bool[] spare_gates, Tensor[] "
-      "outputs, Tensor[] feedback, "
-      "Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, int[] blocks, str[] activations, "
+      "feedback_node(Tensor x, Tensor? tangent, Tensor? weight, Tensor? bias, Tensor(a!) noise_state, "
+      "Tensor[] anchors, Tensor[] biases, int[] biased, Tensor[] saved_activations, bool[] donated, "
+      "Tensor[] outputs, Tensor[] feedback, Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, "
+      "int[] blocks, str[] activations, "
       "str noise, str rule, float decay, Tensor lr, float beta1, float beta2, float eps, "
       "Tensor? input=None) -> Tensor");
 }

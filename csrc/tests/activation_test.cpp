@@ -15,8 +15,8 @@ void test_activation() {
   for (double a = -8.0; a <= 8.0; a += 0.0078125) {
     const float x = static_cast<float>(a);
     CHECK_NEAR(activate<f>(x), test::activate(f, a), 1e-6 + 1e-6 * std::abs(a));
-    const float gate = derivative_needs_pre_activation(f) ? x : activate<f>(x);
-    CHECK_NEAR(derivative<f>(gate), test::slope(f, a), 2e-6);
+    const float saved_activation = derivative_needs_pre_activation(f) ? x : activate<f>(x);
+    CHECK_NEAR(derivative<f>(saved_activation), test::slope(f, a), 2e-6);
     if (std::abs(a) < kStep) continue;  // relu's corner
     const double difference =
         (test::activate(f, a + kStep) - test::activate(f, a - kStep)) / (2 * kStep);
@@ -24,9 +24,9 @@ void test_activation() {
   }
   CHECK(std::isnan(activate<f>(NAN)));
   CHECK(std::isfinite(activate<f>(-200.0f)) && std::isfinite(activate<f>(200.0f)));
-  const bool slope_feels_gate =
+  const bool slope_feels_nan =
       f != Activation::identity && f != Activation::relu && f != Activation::leaky_relu;
-  if (slope_feels_gate) CHECK(std::isnan(derivative<f>(NAN)));
+  if (slope_feels_nan) CHECK(std::isnan(derivative<f>(NAN)));
 }
 
 }  // namespace

@@ -208,7 +208,8 @@ struct FeedbackCase {
   Activation activation;
   Noise noise;  // none: s is an array
   Rule rule;
-  bool has_gate, transposed, in_place;  // in_place: delta, and s if an array, is the gate's memory
+  bool has_saved_activation, transposed;
+  bool in_place;  // delta, and s if an array, is the saved activation's memory
   bool has_bias = true;
   bool overflow = false;  // one element of factor and error each is infinite
   bool tf32 = false;  // allowed; all that is multiplied is of so few bits that it makes no difference
@@ -223,7 +224,7 @@ struct FeedbackArrays {
         gradient(c.outputs * c.features, 4),
         error(c.samples * c.outputs, 5),
         factor(c.samples * c.outputs, 6),
-        gate(c.samples * c.features, 7),
+        saved_activation(c.samples * c.features, 7),
         delta(c.samples * c.features, 8),
         source(c.samples * c.features, 9),
         bias_grad(c.features, 10),
@@ -244,9 +245,9 @@ struct FeedbackArrays {
             adam ? &updates : nullptr,
             error.data(),
             fixed ? nullptr : factor.data(),
-            fixed || c.noise != Noise::none ? nullptr : (c.in_place ? gate : source).data(),
-            c.has_gate ? gate.data() : nullptr,
-            (c.in_place ? gate : delta).data(),
+            fixed || c.noise != Noise::none ? nullptr : (c.in_place ? saved_activation : source).data(),
+            c.has_saved_activation ? saved_activation.data() : nullptr,
+            (c.in_place ? saved_activation : delta).data(),
             c.samples,
             c.features,
             c.outputs,
@@ -265,7 +266,7 @@ struct FeedbackArrays {
   }
 
   Array<float> feedback, exp_avg, exp_avg_sq, gradient, error, factor;
-  Array<T> gate, delta, source;
+  Array<T> saved_activation, delta, source;
   Array<float> bias_grad;
   int64_t updates;
 };
@@ -295,7 +296,8 @@ void test_feedback_blocks(const std::vector<FeedbackCase>& blocks) {
     actual.exp_avg_sq.check_close_to(expected.exp_avg_sq, kTolerance<float>, "exp_avg_sq");
     actual.gradient.check_close_to(expected.gradient, kTolerance<float>, "gradient");
     actual.delta.check_close_to(expected.delta, kTolerance<T>, "delta");
-    actual.gate.check_close_to(expected.gate, kTolerance<T>, "gate or delta");
+    actual.saved_activation.check_close_to(expected.saved_activation, kTolerance<T>,
+                                           "saved_activation or delta");
     actual.bias_grad.check_close_to(expected.bias_grad, kSumTolerance<T> * std::sqrt(blocks[i].samples),
                                     "bias_grad");
   }
@@ -311,12 +313,13 @@ void test_feedback(const Sizes& sizes, int stride) {
         for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient, Rule::fixed})
           for (Noise noise : {Noise::gaussian, Noise::rademacher, Noise::none})
             for (int64_t updates : {0, 999})
-              for (bool has_gate : {true, false}) {
+              for (bool has_saved_activation : {true, false}) {
                 if (!selection.next()) continue;
                 const auto f = static_cast<Activation>(activation++ % kActivationCount);
-                const bool in_place = has_gate && activation % 2 == 0;
-                test_feedback_blocks<Backend, T>({{samples, features, outputs, updates, f, noise, rule,
-                                                   has_gate, false, in_place, activation % 3 != 0}});
+                const bool in_place = has_saved_activation && activation % 2 == 0;
+                test_feedback_blocks<Backend, T>(
+                    {{samples, features, outputs, updates, f, noise, rule, has_saved_activation, false,
+                      in_place, activation % 3 != 0}});
               }
 }
 

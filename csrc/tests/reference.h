@@ -34,25 +34,25 @@ inline double activate(Activation f, double a) {
 }
 
 // f' from y, or from the pre-activation for gelu and silu.
-inline double slope_at(Activation f, double gate) {
+inline double slope_at(Activation f, double saved_activation) {
   constexpr double kPi = 3.14159265358979323846;
-  const double sigmoid = 1 / (1 + std::exp(-gate));
+  const double sigmoid = 1 / (1 + std::exp(-saved_activation));
   switch (f) {
     case Activation::identity:
       return 1;
     case Activation::relu:
-      return gate > 0 ? 1 : 0;
+      return saved_activation > 0 ? 1 : 0;
     case Activation::leaky_relu:
-      return gate > 0 ? 1 : static_cast<double>(kLeakySlope);
+      return saved_activation > 0 ? 1 : static_cast<double>(kLeakySlope);
     case Activation::tanh:
-      return 1 - gate * gate;
+      return 1 - saved_activation * saved_activation;
     case Activation::sigmoid:
-      return gate * (1 - gate);
+      return saved_activation * (1 - saved_activation);
     case Activation::gelu:
-      return std::erfc(-gate / std::sqrt(2.0)) / 2 +
-             gate * std::exp(-gate * gate / 2) / std::sqrt(2 * kPi);
+      return std::erfc(-saved_activation / std::sqrt(2.0)) / 2 +
+             saved_activation * std::exp(-saved_activation * saved_activation / 2) / std::sqrt(2 * kPi);
     case Activation::silu:
-      return sigmoid + gate * sigmoid * (1 - sigmoid);
+      return sigmoid + saved_activation * sigmoid * (1 - sigmoid);
   }
   return NAN;
 }
@@ -141,7 +141,8 @@ void feedback_step(const FeedbackParams<T>& p) {
         sum += double{p.error[n * p.outputs + k]} * p.feedback[k * p.features + i];
       }
       const int64_t at = n * p.features + i, to = p.transposed ? i * p.samples + n : at;
-      const double f = p.gate ? slope_at(p.activation, to_float(p.gate[at])) : 1.0;
+      const double f =
+          p.saved_activation ? slope_at(p.activation, to_float(p.saved_activation[at])) : 1.0;
       p.delta[to] = from_float<T>(static_cast<float>(sum * f));
       delta_sum += to_float(p.delta[to]);
     }

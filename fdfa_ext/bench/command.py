@@ -16,7 +16,7 @@ import torch
 
 from fdfa_ext.arguments import UserError, device, positive, some_of, whole, whole_numbers
 from fdfa_ext.bench import report
-from fdfa_ext.bench.contenders import (
+from fdfa_ext.bench.implementations import (
     DEFAULT,
     DTYPES,
     GRAPHED,
@@ -30,7 +30,14 @@ from fdfa_ext.bench.contenders import (
 )
 from fdfa_ext.bench.machine import description, machine_facts, measure_limits
 from fdfa_ext.bench.operators import OperatorTime, record, time_operators
-from fdfa_ext.bench.timing import OUT_OF_MEMORY, Contender, Spread, attempt, peak_memory, take_turns
+from fdfa_ext.bench.timing import (
+    OUT_OF_MEMORY,
+    Implementation,
+    Spread,
+    attempt,
+    peak_memory,
+    take_turns,
+)
 from fdfa_ext.memory import keep_freed_memory
 
 BENCH_DESCRIPTION = (
@@ -199,7 +206,7 @@ def time_steps(
     case: Case, methods: list[str], seconds: float, device: torch.device, dtype: str
 ) -> tuple[list[report.StepTime], list[report.StepFailure]]:
     """The methods' whole training steps on one case, interleaved; and their peak memory."""
-    contenders, steps = [], {}
+    implementations, steps = [], {}
     failures = []
 
     def fail(method: str, error: str) -> None:
@@ -211,11 +218,11 @@ def time_steps(
             fail(method, error)
             continue
         steps[method] = step
-        contenders.append(Contender(method, step.run))
-    if contenders:
-        take_turns(contenders, seconds, device)
+        implementations.append(Implementation(method, step.run))
+    if implementations:
+        take_turns(implementations, seconds, device)
     rows = []
-    for each in contenders:
+    for each in implementations:
         memory, error = attempt(partial(_memory, each.name, steps[each.name], device))
         if each.error or error:
             fail(each.name, each.error or error)
@@ -282,7 +289,7 @@ def profile(args: argparse.Namespace) -> int:
         case = Case.of(model, args.shape, args.batch_size, args.outputs)
         (method,) = methods_for(case, [args.method], args.dtype, args.device)
         step = training_step(case, method, args.device, args.dtype).run
-        whole_step = Contender(args.method, step)
+        whole_step = Implementation(args.method, step)
         take_turns([whole_step], _STEP_SECONDS, args.device)
         if whole_step.error:
             raise RuntimeError(whole_step.error)
@@ -308,7 +315,7 @@ def profile(args: argparse.Namespace) -> int:
 
 
 def _set_up(args: argparse.Namespace) -> str:
-    """Settings of torch that hold for all contenders; returns the head of the report."""
+    """Settings of torch that hold for all implementations; returns the head of the report."""
     plot = getattr(args, "plot", None)
     files = {"--json": args.json, "--plot": plot, "--trace": getattr(args, "trace", None)}
     for argument, file in files.items():
@@ -322,7 +329,7 @@ def _set_up(args: argparse.Namespace) -> str:
         raise UserError(f"--nvtx is for CUDA devices; got --device {args.device}")
     if args.device.type == "cuda" and args.device.index is not None:
         torch.cuda.set_device(args.device)  # whose streams, graphs and clocks are meant
-    keep_freed_memory()  # for all contenders, as FDFA has it
+    keep_freed_memory()  # for all implementations, as FDFA has it
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"

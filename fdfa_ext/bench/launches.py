@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fdfa_ext.bench.contenders import Case, training_step
+from fdfa_ext.bench.implementations import Case, training_step
 
 NETS = ("mlp2", "mlp4", "cnn", "alexnet")
 METHODS = ("fdfa", "bp")
@@ -108,8 +108,8 @@ def _operands(a: _Arguments) -> int:
 def _feedback_step(a: _Arguments) -> int:
     """Blocks of one dtype: those of wide columns, if these fill the device, and the others."""
     launches = 0
-    for dtype in {gate.dtype for gate in a["gates"]}:
-        features = [gate[0].numel() for gate in a["gates"] if gate.dtype == dtype]
+    for dtype in {saved.dtype for saved in a["saved_activations"]}:
+        features = [saved[0].numel() for saved in a["saved_activations"] if saved.dtype == dtype]
         wide = [n for n in features if n % _WIDE_COLUMNS == 0]
         if sum(wide) < _MULTIPROCESSORS * _WIDE_COLUMNS:
             wide = []
@@ -133,7 +133,7 @@ def _fused_adam(a: _Arguments) -> int:
 
 
 _LAUNCHES: dict[str, _Count] = {
-    # This package's. An epilogue also writes the zero of a carrier.
+    # This package's. An epilogue also writes the zero of a placeholder.
     "fdfa::linear": lambda a: _operands(a) + 1,  # products, epilogue
     "fdfa::conv2d": lambda a: _operands(a) + 1,
     "fdfa::conv2d_max_pool2d": lambda a: _operands(a) + 2,  # products, epilogue, pool
@@ -141,7 +141,7 @@ _LAUNCHES: dict[str, _Count] = {
     "fdfa::batch_norm_max_pool2d": lambda a: 4 if a["training"] else 3,  # and the pool
     "fdfa::batch_norm_backward": 3,  # moments, maps, their use
     "fdfa::max_pool2d": 1,
-    "fdfa::max_pool2d_end": 1,  # which adds the noise and writes the zeros of carriers
+    "fdfa::max_pool2d_end": 1,  # which adds the noise and writes the zeros of placeholders
     "fdfa::max_pool2d_backward": 1,
     "fdfa::perturb": 1,
     "fdfa::mm": 1,

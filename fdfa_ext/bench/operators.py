@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
 from fdfa_ext.bench.machine import Limits
-from fdfa_ext.bench.timing import Contender, Spread, attempt, take_turns
+from fdfa_ext.bench.timing import Implementation, Spread, attempt, take_turns
 
 _SECONDS = 0.25  # of timing for each operator
 _COLD_BYTES = 2**28  # several times a GPU's L2 cache
@@ -166,14 +166,16 @@ def _time(call: OperatorCall, limits: Limits, device: torch.device) -> Iterator[
         runs["products"] = products
     # Plain torch makes so many passes of its own that it finds nothing in a cache.
     counts = {name: 1 if name == "reference" else copies for name in runs}
-    contenders = []
+    implementations = []
     for name, run in runs.items():
         step, _ = attempt(partial(_repeated, run, call, counts[name], device))
         if step:
-            contenders.append(Contender(name, step))
+            implementations.append(Implementation(name, step))
     with torch.no_grad():
-        take_turns(contenders, _SECONDS, device)
-    ms = {c.name: Spread(*(q / counts[c.name] for q in c.spread)) for c in contenders if not c.error}
+        take_turns(implementations, _SECONDS, device)
+    ms = {
+        c.name: Spread(*(q / counts[c.name] for q in c.spread)) for c in implementations if not c.error
+    }
 
     def row(work: Work, spread: Spread, plain: float | None) -> OperatorTime:
         seconds, bound = work.roof(limits)
@@ -259,10 +261,10 @@ def necessary_bytes(call: OperatorCall) -> int:
     """Each tensor read once and each result written once; what an operator changes counts as both."""
     schema = call.operator._schema
     given = call.given
-    if "gates" in given:
-        both = zip(given["gates"], given["activations"], strict=True)
-        given["gates"] = [gate for gate, f in both if f != "identity"]  # whose f' is one
-    given.pop("handle", None)  # a node of autograd's graph
+    if "saved_activations" in given:
+        both = zip(given["saved_activations"], given["activations"], strict=True)
+        given["saved_activations"] = [saved for saved, f in both if f != "identity"]  # whose f' is one
+    given.pop("anchor", None)  # a node of autograd's graph
     total = 0
     for argument in schema.arguments:
         changed = argument.alias_info is not None and argument.alias_info.is_write

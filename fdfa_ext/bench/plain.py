@@ -11,10 +11,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from fdfa_ext.functional import rows, unrows
 from fdfa_ext.jvp import forward_dual
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
-from fdfa_ext.wrapper import FDFA
+from fdfa_ext.model import FDFA
+from fdfa_ext.noise import flatten_features, unflatten_features
 
 _ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -94,7 +94,7 @@ class PlainFDFA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, tangent = x, None
-        handles, perturbations = [], []
+        anchors, perturbations = [], []
         with forward_ad.dual_level():
             for module in self.net:
                 if not isinstance(module, _Chain):
@@ -104,10 +104,10 @@ class PlainFDFA(nn.Module):
                     y, tangent = forward_dual(part, y, tangent)
                 u = torch.randn_like(y)
                 tangent = u if tangent is None else tangent + u
-                handles.append(y)
+                anchors.append(y)
                 perturbations.append(u)
                 y = y.detach()
-        return _PlainStar.apply(y, tangent, *self.feedback, *perturbations, *handles)
+        return _PlainNode.apply(y, tangent, *self.feedback, *perturbations, *anchors)
 
 
 class _Chain(nn.Sequential):
@@ -129,7 +129,7 @@ def _chain(block: nn.Module) -> _Chain:
     return _Chain(layer, _ACTIVATIONS[block.activation]())
 
 
-class _PlainStar(torch.autograd.Function):
+class _PlainNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, tangent: Tensor, *tensors: Tensor) -> Tensor:
         """tensors: the feedback of each block, then each perturbation, then each block's output."""
@@ -144,8 +144,8 @@ class _PlainStar(torch.autograd.Function):
         n = len(tensors) // 2
         gradients, deltas = [], []
         for feedback, u in zip(tensors[:n], tensors[n:], strict=True):
-            matrix = rows(feedback)
-            gradient = torch.addmm(matrix, tangent.t(), rows(u), alpha=-1 / len(error))
-            gradients.append(unrows(gradient, feedback.shape))
-            deltas.append(unrows(error.mm(matrix), u.shape))
+            matrix = flatten_features(feedback)
+            gradient = torch.addmm(matrix, tangent.t(), flatten_features(u), alpha=-1 / len(error))
+            gradients.append(unflatten_features(gradient, feedback.shape))
+            deltas.append(unflatten_features(error.mm(matrix), u.shape))
         return error, None, *gradients, *[None] * n, *deltas

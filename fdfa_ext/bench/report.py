@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fdfa_ext.bench.contenders import GRAPHED, Case
+from fdfa_ext.bench.implementations import GRAPHED, Case
 from fdfa_ext.bench.operators import OperatorTime
 from fdfa_ext.bench.timing import Spread
 

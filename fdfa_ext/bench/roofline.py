@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fdfa_ext.bench.contenders import Case, training_step
+from fdfa_ext.bench.implementations import Case, training_step
 from fdfa_ext.bench.launches import NETS, launches_of, operators_of_cuda
 from fdfa_ext.bench.machine import DATA_SHEETS, DataSheet
 from fdfa_ext.bench.operators import OperatorCall, Work, record, works

@@ -18,7 +18,7 @@ _TURN = (
     0.05  # seconds of one turn, if all may have five: far above the clock's and the scheduler's grain
 )
 _LEAST_TURNS = 5
-_SLOW = 4  # a contender that takes so many times the fastest one's time sits out turns
+_SLOW = 4  # a implementation that takes so many times the fastest one's time sits out turns
 _SLOW_TURNS = 4  # that is, all but one in so many
 
 
@@ -34,7 +34,7 @@ class Spread(NamedTuple):
 
 
 @dataclass
-class Contender:
+class Implementation:
     """`step` is what is timed; `ms` gets the time of one step, an entry for each turn.
 
     One that fails takes no further turns; `error` says why.
@@ -51,7 +51,7 @@ class Contender:
 
 
 def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
-    """(run(), ""), or None and in one line why it failed, so that the other contenders go on."""
+    """(run(), ""), or None and in one line why it failed, so that the other implementations go on."""
     try:
         return run(), ""
     except torch.OutOfMemoryError:
@@ -61,7 +61,7 @@ def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
         return None, str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def take_turns(contenders: Sequence[Contender], seconds: float, device: torch.device) -> None:
+def take_turns(implementations: Sequence[Implementation], seconds: float, device: torch.device) -> None:
     """Fills `ms` of each for about `seconds`, and with five turns at least.
 
     Each turn begins with an untimed step, which brings back into the caches what the others displaced.
@@ -80,19 +80,19 @@ def take_turns(contenders: Sequence[Contender], seconds: float, device: torch.de
         timed(step, 2)  # compiles, allocates, tunes
         return timed(step, 1)
 
-    def take_turn(each: Contender, repeats: int) -> None:
+    def take_turn(each: Implementation, repeats: int) -> None:
         each.step()
         each.ms.append(1e3 * timed(each.step, repeats))
 
     estimates = {}
-    for each in contenders:
+    for each in implementations:
         estimate, each.error = attempt(partial(warm, each.step))
         if estimate is not None:
             estimates[each.name] = estimate
     slow = {name for name, estimate in estimates.items() if estimate > _SLOW * min(estimates.values())}
-    turn_seconds = min(_TURN, seconds / (_LEAST_TURNS * len(contenders)))
+    turn_seconds = min(_TURN, seconds / (_LEAST_TURNS * len(implementations)))
     repeats = {name: max(1, round(turn_seconds / estimate)) for name, estimate in estimates.items()}
-    running = [each for each in contenders if not each.error]
+    running = [each for each in implementations if not each.error]
     deadline = time.perf_counter() + seconds
     turn = 0
     while running:

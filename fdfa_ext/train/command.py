@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from fdfa_ext.arguments import UserError, device, positive, seed, some_of, whole
-from fdfa_ext.functional import BACKENDS, NOISES
+from fdfa_ext.dual_pass import BACKENDS
+from fdfa_ext.feedback import RULES
 from fdfa_ext.methods import METHODS
+from fdfa_ext.noise import NOISES
 from fdfa_ext.train.data import DATASETS, load_dataset
 from fdfa_ext.train.models import MODELS, WEIGHTS
 from fdfa_ext.train.training import Config, EpochResult, Run, read_checkpoint
-from fdfa_ext.wrapper import RULES
 
 _CONFIG_FIELDS = [field.name for field in fields(Config)]
 

@@ -1,4 +1,4 @@
-"""An FDFABlock's chain of modules: its calls, and the ends that have fused operators.
+"""An FDFABlock's chain of modules: its calls, and the tails that have fused operators.
 
 (Conv2d or Linear) → activation → max-pool, and BatchNorm → activation → max-pool, where activation and
 pool may be missing. Other chains end with a perturbation of their own; the results are the same.
@@ -31,7 +31,7 @@ _NORM_DIMENSIONS = {nn.BatchNorm1d: 2, nn.BatchNorm2d: 4}
 
 
 @dataclass(slots=True)
-class ChainEnd:
+class FusedTail:
     """The last modules of a chain, from `start` on."""
 
     start: int
@@ -64,24 +64,24 @@ class Chain:
 
     steps: Sequence[Step]  # each is given what the one before returned
     names: Sequence[str]  # of the modules that they call, for errors
-    end: ChainEnd | None = None
-    makes_tangent: bool = False  # whether the tangent that the end is given is nobody else's
+    tail: FusedTail | None = None
+    makes_tangent: bool = False  # whether the tangent that the tail is given is nobody else's
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> "Chain":
         """The shortest way through modules one after the other, as long as none of them changes."""
-        end = find_end(modules)
-        before = [] if end is None else modules[: end.start]
+        tail = find_tail(modules)
+        before = [] if tail is None else modules[: tail.start]
         return cls(
             [rule_step(module) or forward_mode_step(module) for module in modules],
             [type(module).__name__ for module in modules],
-            end,
+            tail,
             bool(before) and makes_tangent(before[-1]),
         )
 
 
-def find_end(modules: Sequence[nn.Module]) -> ChainEnd | None:
-    """The longest fused end of a chain, if it has one."""
+def find_tail(modules: Sequence[nn.Module]) -> FusedTail | None:
+    """The longest fused tail of a chain, if it has one."""
     position = len(modules) - 1
     pool: Any = modules[position] if plain_type(modules[position]) is nn.MaxPool2d else None
     if pool is not None:
@@ -97,7 +97,7 @@ def find_end(modules: Sequence[nn.Module]) -> ChainEnd | None:
     # A layer's operators give their input no gradient.
     if not normalizes and (position > 0 or not _is_layer(first)):
         return None
-    return ChainEnd(position, first, normalizes, activation or "identity", pool)
+    return FusedTail(position, first, normalizes, activation or "identity", pool)
 
 
 def _suits(pool: Any, activation: str | None) -> bool:

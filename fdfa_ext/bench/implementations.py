@@ -24,7 +24,7 @@ RELATIVES = ("dfa", "dkp", "fg-a", "lg-fg-a", "fg-w")
 DEFAULT = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled", *GRAPHED)
 METHODS = (*DEFAULT, *RELATIVES)
 
-_N_BATCHES = 16  # enough that no contender learns them by heart and computes with zeros from then on
+_N_BATCHES = 16  # enough that none is learnt by heart, after which zeros would be computed with
 _BATCH_BYTES = 2**28  # of them all at most
 
 

@@ -1,0 +1,310 @@
+"""The autograd nodes that stand between the loss and what a method trains. No path leads from block to
+block."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fdfa_ext._ops import fused
+from fdfa_ext.dual_pass import BlockRecord, DualPass
+from fdfa_ext.feedback import FeedbackBank, FeedbackStep
+from fdfa_ext.noise import flatten_features, perturbation, unflatten_features
+from fdfa_ext.reference import through_activation
+
+
+@dataclass
+class BlockStep:
+    """A block in the backward of one step. D features, in the memory order of the block's output."""
+
+    name: str
+    error: Tensor
+    """e [N, K]: gradient of the loss at the output."""
+    _tangent: Tensor | None
+    _feedback: Tensor | None
+    _output: Tensor | None
+    _make_perturbation: Callable[[], Tensor]
+
+    @property
+    def tangent(self) -> Tensor:
+        """d [N, K]: tangent of the output."""
+        assert self._tangent is not None, "this method has no tangents"
+        return self._tangent
+
+    @property
+    def feedback(self) -> Tensor:
+        """B [K, D]."""
+        assert self._feedback is not None, "this method has no feedback"
+        return self._feedback
+
+    @property
+    def output(self) -> Tensor:
+        """y [N, D], for methods with reads_output."""
+        assert self._output is not None, "this method does not read outputs"
+        return self._output
+
+    @property
+    def perturbation(self) -> Tensor:
+        """u [N, D], made again from the noise state at each access: yours to change."""
+        return self._make_perturbation()
+
+
+class BlockRule(Protocol):
+    """What the nodes ask of a method."""
+
+    feedback: str
+    reads_output: bool
+
+    @property
+    def keeps_output(self) -> bool: ...
+    def deltas(self, blocks: Sequence[BlockStep]) -> Sequence[Tensor]: ...
+    def feedback_gradients(self, blocks: Sequence[BlockStep]) -> Sequence[Tensor]: ...
+
+
+def attach(
+    rule: BlockRule,
+    dual: DualPass,
+    records: Sequence[BlockRecord],
+    output: Tensor,
+    tangent: Tensor | None,
+    noise_state: Tensor | None,
+    feedback: FeedbackStep,
+) -> Tensor:
+    """The output, whose backward gives each of these blocks its δ by the rule's equations."""
+    backward = _BlockBackward(rule, feedback, dual.backend, dual.noise, records)
+    matrices = [] if rule.feedback == "none" else feedback.select(backward.names)[0]
+    result: Tensor = _BlockNode.apply(
+        backward,
+        output,
+        tangent,
+        noise_state,
+        *[r.anchor for r in records],
+        *matrices,
+        *[r.saved_activation for r in records],
+        *([r.output for r in records] if rule.reads_output else []),
+    )
+    return result
+
+
+class _BlockBackward:
+    """What the backward of some blocks needs beside tensors."""
+
+    def __init__(
+        self,
+        rule: BlockRule,
+        feedback: FeedbackStep,
+        operators: Any,
+        noise: str,
+        records: Sequence[BlockRecord],
+    ) -> None:
+        self.rule, self.feedback, self.operators, self.noise = rule, feedback, operators, noise
+        self.names = [r.name for r in records]
+        self.indices = [r.index for r in records]
+        self.activations = [r.activation for r in records]
+
+    def blocks(
+        self,
+        error: Tensor,
+        tangent: Tensor | None,
+        noise_state: Tensor | None,
+        matrices: Sequence[Tensor],
+        saved_activations: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+    ) -> list[BlockStep]:
+        return [
+            BlockStep(
+                name,
+                error,
+                tangent,
+                flatten_features(matrices[i].detach()) if matrices else None,
+                flatten_features(outputs[i]).float() if outputs else None,
+                partial(self._perturbation, saved_activations[i], noise_state, self.indices[i]),
+            )
+            for i, name in enumerate(self.names)
+        ]
+
+    def _perturbation(self, like: Tensor, noise_state: Tensor | None, index: int) -> Tensor:
+        assert noise_state is not None, "this method perturbs nothing"
+        return flatten_features(perturbation(self.operators, like, noise_state, index, self.noise))
+
+
+class _BlockNode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backward: _BlockBackward,
+        output: Tensor,
+        tangent: Tensor | None,
+        noise_state: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
+        """tensors: each block's anchor, its B if it has one, its saved activation, and its output if
+        that is read."""
+        n = len(backward.names)
+        saved = 2 * n if backward.rule.feedback != "none" else n  # the first tensor to be
+        ctx.what = backward
+        # B moves in place from step to step, so autograd must not watch its version.
+        ctx.matrices = tensors[n:saved]
+        ctx.save_for_backward(tangent, noise_state, *tensors[saved:])
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        what: _BlockBackward = ctx.what
+        tangent, noise_state, *saved = ctx.saved_tensors
+        matrices: Sequence[Tensor] = ctx.matrices
+        n = len(what.names)
+        saved_activations, outputs = saved[:n], saved[n:]
+        error = grads[0].float()
+        blocks = what.blocks(
+            error,
+            None if tangent is None else tangent.float(),
+            noise_state,
+            matrices,
+            saved_activations,
+            outputs,
+        )
+        gradients: list[Tensor | None] = [None] * len(matrices)
+        if what.rule.feedback == "learned" and len(error) > 0:
+            found = [
+                unflatten_features(gradient, matrix.shape)
+                for gradient, matrix in zip(what.rule.feedback_gradients(blocks), matrices, strict=True)
+            ]
+            if what.feedback.rule == "grad":
+                gradients[:] = found
+            else:
+                what.feedback.move(what.names, found)
+        deltas = [
+            through_activation(activation, like, unflatten_features(delta, like.shape))
+            for activation, like, delta in zip(
+                what.activations, saved_activations, what.rule.deltas(blocks), strict=True
+            )
+        ]
+        return (None, grads[0], None, None, *deltas, *gradients, *[None] * len(saved))
+
+
+def attach_fused(
+    rule: BlockRule,
+    dual: DualPass,
+    output: Tensor,
+    tangent: Tensor | None,
+    feedback: FeedbackStep,
+    decay: float,
+) -> Tensor:
+    """The same for all blocks of the pass by δ = e B and ∇B = decay B - G, in one operator, with the
+    output layer where the pass has left that to it."""
+    layer = dual.output_layer
+    weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
+    blocks = dual.gather(rule.reads_output)
+    shape = output.shape[0], output.shape[1] if weight is None else weight.shape[0]
+    checks = dual.backend is fused and not dual.compiling  # the operator does
+    if not checks or blocks.changed:
+        check_blocks(rule, dual, feedback.matrices, *shape)
+    try:
+        matrices, exp_avg, exp_avg_sq = feedback.select(blocks.names)
+        result: Tensor = dual.backend.feedback_node(
+            output,
+            tangent,
+            weight,
+            bias,
+            noise_state=dual.noise_state,
+            anchors=blocks.anchors,
+            biases=dual.biases,
+            biased=dual.biased,
+            saved_activations=blocks.saved_activations,
+            donated=blocks.donated,
+            outputs=blocks.outputs,
+            feedback=matrices,
+            exp_avg=exp_avg,
+            exp_avg_sq=exp_avg_sq,
+            updates=feedback.updates,
+            blocks=blocks.indices,
+            activations=blocks.activations,
+            noise=dual.noise,
+            rule=feedback.rule,
+            decay=decay,
+            lr=feedback.learning_rate,
+            beta1=feedback.betas[0],
+            beta2=feedback.betas[1],
+            eps=feedback.eps,
+            input=None if layer is None else layer.input,
+        )
+    except (RuntimeError, TypeError, ValueError):
+        check_blocks(rule, dual, feedback.matrices, *shape)  # it calls blocks by their names
+        raise
+    return result
+
+
+def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int, outputs: int) -> None:
+    """Whether the blocks of a pass, of n samples, have what the backward needs, and fit their B."""
+    for record in dual.records:
+        reads_output = record.activation != "identity" and record.saved_activation is record.output
+        needed = reads_output or rule.keeps_output
+        if needed and not dual.compiling and record.output._version != record.version:
+            raise RuntimeError(
+                f"FDFA: the output of block '{record.name}' was changed in place by a module "
+                "after it, but is needed later; use the module without inplace"
+            )
+        shape = record.output.shape
+        if shape[0] != n:
+            raise ValueError(
+                f"FDFA: block '{record.name}' must keep the batch first: expected [{n}, *features] "
+                f"as the output has, got {list(shape)}"
+            )
+        if rule.feedback == "none":
+            continue
+        matrix = matrices[record.name]
+        if matrix.shape != (outputs, *shape[1:]):
+            raise ValueError(
+                f"FDFA: block '{record.name}': its feedback has shape {list(matrix.shape)}, but "
+                f"{outputs} outputs and features {list(shape[1:])} came; both are fixed, "
+                "so wrap the module again after changing them"
+            )
+        if not matrix.is_contiguous(memory_format=record.memory_format):
+            raise ValueError(
+                f"FDFA: block '{record.name}': its feedback must lie in {record.memory_format}, the "
+                f"order of the noise; got strides {matrix.stride()}"
+            )
+
+
+Direction = Callable[[Tensor, int, Tensor], Tensor]
+
+
+def attach_weights(
+    output: Tensor,
+    tangent: Tensor,
+    noise_state: Tensor,
+    direction: Direction,
+    parameters: Sequence[Tensor],
+) -> Tensor:
+    """The output, whose backward gives each parameter (e · d) V, V = direction(noise_state, index,
+    parameter)."""
+    result: Tensor = _WeightNode.apply(output, tangent, noise_state, direction, *parameters)
+    return result
+
+
+class _WeightNode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        tangent: Tensor,
+        noise_state: Tensor,
+        direction: Direction,
+        *parameters: Tensor,
+    ) -> Tensor:
+        # The state with the tangent, so that a checkpoint makes both again or neither.
+        ctx.save_for_backward(tangent, noise_state, *parameters)
+        ctx.direction = direction
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (error,) = grads
+        tangent, noise_state, *parameters = ctx.saved_tensors
+        slope = (error * tangent).sum()
+        directions = (ctx.direction(noise_state, index, p) for index, p in enumerate(parameters))
+        return None, None, None, None, *[v.mul_(slope) for v in directions]

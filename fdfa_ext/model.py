@@ -1,0 +1,425 @@
+"""FDFA: a torch model with what lives from step to step: feedback, its moments, noise, local heads."""
+
+import copy
+import inspect
+import math
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fdfa_ext.autograd import check_blocks
+from fdfa_ext.dual_pass import BACKENDS, BlockRecord
+from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
+from fdfa_ext.heads import LocalHeads
+from fdfa_ext.layers import NOT_SCRIPTABLE
+from fdfa_ext.memory import keep_freed_memory
+from fdfa_ext.methods import METHODS, BlockMethod, Method
+from fdfa_ext.network import Network
+from fdfa_ext.noise import NOISES, new_state
+from fdfa_ext.step import TrainingStep, check_output, no_tangent
+
+
+class FDFA(nn.Module):
+    """Trains `module` by Forward Direct Feedback Alignment (Bacho & Chu 2024, Algorithm 1), or by
+    another of the methods that the paper compares with it.
+
+    In training mode, with gradients enabled, `forward` perturbs every block (FDFALinear, FDFAConv2d,
+    FDFABlock) and carries the tangents to the output; `loss.backward()` then updates the feedback and
+    fills `.grad` of the weights. What stands after the last block is trained by its exact gradient. In
+    eval mode or under `torch.no_grad()` it is `module`, unperturbed.
+
+    Each backward updates the feedback once, so N accumulated batches are N updates of B. The input gets
+    no gradient. One thread at a time may run a model.
+
+    The module may be changed between two steps: each training forward runs it as it is then. A block
+    that replaces another under its name trains on with that one's B; a new name gets a new B. A module
+    within that is compiled by itself runs uncompiled in training.
+
+    What cannot be trained is refused when the model is made, or in its first training forward.
+
+    Args:
+        module: a model whose output is [N, K], K outputs for each of N samples.
+        method: "fdfa", "dfa", "dkp", "fg-a", "lg-fg-a", "fg-w" or "bp", or a Method of your own
+            (fdfa_ext.methods, which has their equations). Arguments that a method has no use for, such
+            as those of feedback where it does not learn, are ignored.
+        feedback: how B follows the estimate G = dᵀu / N of the mean Jacobian. "adam": Adam on the
+            gradient B - G (Appendix A, the paper's tables). "ema": B ← (1 - lr) B + lr G (eq. 8).
+            "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer. The same for
+            another method's ∇B in place of B - G. Since B - G does not scale with the loss, keep
+            `feedback_parameters()` out of GradScaler and of gradient clipping. Or a FeedbackUpdate.
+        feedback_lr: α, per step.
+        betas: Adam's, for feedback="adam".
+        eps: Adam's.
+        noise: "gaussian" or "rademacher" perturbations, of unit variance.
+        backend: "fused" (float32, bfloat16, float16) or "reference", plain torch in any dtype.
+        example_input: an input of any batch size, a tuple of inputs, or a dict of keyword inputs (one
+            input, where the module's forward has no such arguments). With it the feedback exists
+            at once; without, from the first training forward on. Till then those of feedback="grad" and
+            the heads of "lg-fg-a" are parameters without a shape, as those of torch's lazy modules: an
+            optimizer may have them already.
+
+    Attributes:
+        feedback: mapping from a block's name within `module` to its B, [K, *feature_shape], float32.
+        noise_state: int64 [3]: seed (drawn from torch's generator), step, and the global index of the
+            batch's first sample: set it to rank * batch size, with equal seeds, to make several
+            processes perturb as one. DistributedDataParallel then wants broadcast_buffers=False, or it
+            sets all to the first one's, and feedback="grad", for it averages gradients, not B.
+        updates: int64 [1]: number of Adam steps that B has made.
+        local_outputs: method "lg-fg-a": outputs [N, K] of the local heads in the last training forward,
+            each of which wants the loss too.
+
+    Raises:
+        ValueError: an option is unknown or out of range; the module has no block or is one; its output
+            is not [N, K].
+        TypeError: method is a class; the module returns no tensor; a dtype that the backend lacks; a
+            block of a kind of its own.
+        RuntimeError: no tangent, or a zero one, reaches the output; a block is unused, used twice,
+            behind parameters that belong to no block, or has a forward of its own that leaves out that
+            of its base class; a backward hook could not be called.
+    """
+
+    @torch.inference_mode(False)  # what is made here changes in training
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        method: str | Method = "fdfa",
+        feedback: str | FeedbackUpdate = "adam",
+        feedback_lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        noise: str = "gaussian",
+        backend: str = "fused",
+        example_input: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        own_update = isinstance(feedback, FeedbackUpdate)
+        choices: list[tuple[str, Any, Iterable[str]]] = [
+            ("feedback", RULES[0] if own_update else feedback, RULES),
+            ("noise", noise, NOISES),
+            ("backend", backend, BACKENDS),
+        ]
+        for argument, value, known in choices:
+            if value not in known:
+                raise ValueError(f"FDFA: {argument} must be one of {', '.join(known)}; got {value!r}")
+        if feedback == "ema" and not 0 < feedback_lr < 1:
+            raise ValueError(
+                f'FDFA: feedback_lr must be in (0, 1) for feedback="ema"; got {feedback_lr}'
+            )
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"FDFA: betas must be two numbers in [0, 1); got {betas}")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"FDFA: eps must be finite and not negative; got {eps}")
+        if isinstance(method, str):
+            if method not in METHODS:
+                raise ValueError(
+                    f"FDFA: method must be one of {', '.join(METHODS)}, or a Method; got {method!r}"
+                )
+            method = METHODS[method]()
+        if not isinstance(method, Method):
+            raise TypeError(f"FDFA: method must be a name or a Method, not its class; got {method!r}")
+        self.module = module
+        self.method = method
+        self.rule = "own" if isinstance(feedback, FeedbackUpdate) else feedback
+        self.feedback_update = feedback if isinstance(feedback, FeedbackUpdate) else None
+        self.feedback_lr = feedback_lr
+        self.betas = betas
+        self.eps = eps
+        self.noise = noise
+        self.backend = backend
+        self.feedback = FeedbackBank(as_parameters=feedback == "grad" and method.feedback == "learned")
+        self.exp_avg = FeedbackBank()
+        self.exp_avg_sq = FeedbackBank()
+        self.heads = LocalHeads()
+        self.local_outputs: list[Tensor] = []
+        self.network = Network()
+        self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
+        self.network.look_at(module)
+
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        if device.type == "cpu":
+            keep_freed_memory()
+        self.register_buffer("noise_state", new_state(device))
+        self.register_buffer("updates", torch.zeros(1, dtype=torch.int64, device=device))
+        self.noise_state: Tensor
+        self.updates: Tensor
+        if example_input is None:
+            self._declare()
+        elif isinstance(example_input, dict) and _takes_keywords(module, example_input):
+            self._prepare((), example_input)
+        else:
+            self._prepare(example_input if isinstance(example_input, tuple) else (example_input,), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("method", "rule") and name in self.__dict__:
+            raise AttributeError(
+                f"FDFA: {name} cannot be changed, since what the model keeps was made for it; wrap the "
+                "module again"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def feedback_lr(self) -> float:
+        """α; may be set at any time, by a schedule say."""
+        return self.learning_rate.item()
+
+    @feedback_lr.setter
+    def feedback_lr(self, value: float) -> None:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"FDFA: feedback_lr must be finite and not negative; got {value}")
+        if self.rule == "ema" and value > 1:  # 1 takes the estimate itself, as the first of a mean
+            raise ValueError(f'FDFA: feedback_lr must be at most 1 for feedback="ema"; got {value}')
+        # A tensor, to which a compiled program does not specialise; a new one, since a forward pass
+        # leaves the one it found to its backward. On the CPU, where the operators read it.
+        self.learning_rate = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+    @property
+    def prepared(self) -> bool:
+        """Whether all that the method keeps beside the module, such as its feedback, exists."""
+        self.network.look_at(self.module)
+        return self.network.checked
+
+    @property
+    def block_names(self) -> list[str]:
+        """In the order in which the module defines them."""
+        return list(self.network.blocks)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's output [N, K]; in training its backward does the whole step of the method."""
+        if self.local_outputs:
+            self.local_outputs = []
+        # From the dictionary: nn.Module's attributes cost half a microsecond each.
+        modules: dict[str, Any] = self._modules
+        module = modules["module"]
+        if not (self.training and torch.is_grad_enabled()):
+            return module(*args, **kwargs)
+        step = self._step(module, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.network.look_at(module)
+        if not self.network.checked:
+            self._prepare(args, kwargs)
+        return self.method.forward(step)
+
+    def _step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrainingStep:
+        modules: dict[str, Any] = self._modules
+        buffers: dict[str, Any] = self._buffers
+        rule = self.rule if self.method.feedback == "learned" else "fixed"
+        has_moments = rule == "adam"
+        return TrainingStep(
+            module,
+            args,
+            kwargs,
+            self.network,
+            BACKENDS[self.backend],
+            self.method.tangents,
+            self.noise,
+            buffers["noise_state"],
+            FeedbackStep(
+                rule,
+                modules["feedback"],
+                modules["exp_avg"] if has_moments else None,
+                modules["exp_avg_sq"] if has_moments else None,
+                buffers["updates"],
+                self.learning_rate,
+                self.betas,
+                self.eps,
+                self.feedback_update,
+            ),
+            modules["heads"],
+            self.local_outputs,
+        )
+
+    def forward_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the module, weights and biases, and of local heads."""
+        yield from self.module.parameters()
+        yield from self.heads.parameters()
+
+    def feedback_parameters(self) -> Iterator[nn.Parameter]:
+        """The feedback matrices of feedback="grad"; none for the rules that FDFA applies itself."""
+        return self.feedback.parameters()
+
+    def extra_repr(self) -> str:
+        options = {
+            "method": type(self.method).__name__,
+            "feedback": self.rule,
+            "feedback_lr": self.feedback_lr,
+            "noise": self.noise,
+            "backend": self.backend,
+        }
+        return ", ".join(f"{key}={value}" for key, value in options.items())
+
+    def __prepare_scriptable__(self) -> "FDFA":
+        raise RuntimeError(NOT_SCRIPTABLE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without the last outputs of local heads, which hold a graph."""
+        state = self.__dict__ | {"local_outputs": []}
+        del state["_copies"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._copies = weakref.WeakSet([self])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FDFA":
+        twin = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin._copies = self._copies
+        twin._copies.add(twin)
+        return twin
+
+    def _declare(self) -> None:
+        """Makes parameters of shapes to come, so that an optimizer made before them can have them."""
+        names = self.block_names
+        if self.method.feedback == "learned" and self.rule == "grad":
+            for name in names:
+                self.feedback.declare(name)
+        if self.method.local_heads:
+            self.heads.declare(names[:-1])
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Checks the module on an input, and makes what the method needs beside its parameters."""
+        for name, parameter in self.module.named_parameters():
+            if torch.compiler.is_compiling() or is_lazy(parameter):
+                continue
+            if parameter.is_inference():
+                raise RuntimeError(
+                    f"FDFA: '{name}' of the module was made under torch.inference_mode, so that it "
+                    "cannot be trained; make the module outside"
+                )
+        if isinstance(self.method, BlockMethod):
+            self._prepare_blocks(self.method, self._step(self.module, args, kwargs))
+        for tensors in (self.feedback, self.exp_avg, self.exp_avg_sq):
+            tensors.keep(self.network.blocks)
+        self.network.checked = True
+        self._share()
+
+    def _prepare_blocks(self, method: BlockMethod, step: TrainingStep) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "FDFA: give example_input, or run one training forward, before torch.compile: the "
+                "feedback matrices must exist"
+            )
+        dual, output, tangent = step.dry_run()
+        droppers = step.find_droppers() if dual.perturbs else []
+        if tangent is None and dual.perturbs:
+            raise no_tangent(droppers)
+        check_output(output)
+        if tangent is not None and output.shape[0] > 0 and not bool((tangent != 0).any()):
+            raise RuntimeError(
+                "FDFA: the tangent of the output is zero, so no block can learn its feedback. Do all "
+                "weights of the output layer start at zero?"
+            )
+        if droppers:
+            warnings.warn(
+                f"FDFA: module {droppers[0]} drops the tangent; blocks whose only way to the output "
+                "leads through it learn no feedback",
+                stacklevel=3,
+            )
+        blocks = self.network.blocks
+        unused = [name for name in blocks if name not in {record.name for record in dual.records}]
+        if unused:
+            raise RuntimeError(f"FDFA: block '{unused[0]}' was not used by the forward pass")
+        if method.feedback != "none":
+            new = self.feedback.undeclared(blocks)
+            if new and self.rule == "grad":
+                raise RuntimeError(
+                    f"FDFA: block '{new[0]}' came after wrapping, and no optimizer has its feedback "
+                    "matrix; wrap the module again and make the optimizer anew"
+                )
+            for record in dual.records:
+                self._create(record, output.shape[1])
+            check_blocks(method, dual, self.feedback, *output.shape)
+        if method.local_heads:
+            like = next(self.module.parameters())
+            self.heads.prepare(dual.records[:-1], output.shape[1], like)
+
+    def _create(self, record: BlockRecord, outputs: int) -> None:
+        """Makes B and its moments, where a block has none yet."""
+        shape = [outputs, *record.output.shape[1:]]
+        banks = [self.feedback]
+        if self.method.feedback == "learned" and self.rule == "adam":
+            banks += [self.exp_avg, self.exp_avg_sq]
+        for bank in banks:
+            if record.name not in bank:
+                matrix = torch.zeros(shape, dtype=torch.float32, device=record.output.device)
+                if bank is self.feedback:
+                    self.method.initialize(matrix)
+                bank.put(record.name, matrix)
+                self._keep_for(bank, record.name)
+
+    def _keep_for(self, bank: FeedbackBank, name: str) -> None:
+        """Has an own FeedbackUpdate make what it keeps for a new B."""
+        if bank is self.feedback and self.feedback_update is not None:
+            self.feedback_update.create(FeedbackBank.key(name), bank[name])
+
+    def _share(self) -> None:
+        """Copies of this net that were made before the feedback and heads existed get them with it.
+
+        What averages models goes through the tensors of a model and its copy side by side.
+        """
+        shapes = [*map(_shape, self.module.parameters())]
+        for other in self._copies:
+            if other.network.checked or [*map(_shape, other.module.parameters())] != shapes:
+                continue
+            for mine, theirs in (
+                (self.feedback, other.feedback),
+                (self.exp_avg, other.exp_avg),
+                (self.exp_avg_sq, other.exp_avg_sq),
+            ):
+                for name, tensor in mine.items():
+                    if name not in theirs:
+                        theirs.put(name, tensor.detach().clone())
+                        other._keep_for(theirs, name)
+            heads: Any = self.heads.items()
+            for key, head in heads:
+                if head.has_shape and other.heads.of(key).take_shape(head.weight.shape, head.weight):
+                    other.heads.of(key).load_state_dict(head.state_dict())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Makes room for feedback and heads that a saved model has and this one has not yet."""
+        self.network.look_at(self.module)
+        blocks = self.network.blocks
+        for tensors, name in (
+            (self.feedback, "feedback"),
+            (self.exp_avg, "exp_avg"),
+            (self.exp_avg_sq, "exp_avg_sq"),
+        ):
+            tensors.keep(blocks)
+            for block in blocks:
+                saved = state_dict.get(f"{prefix}{name}.{FeedbackBank.key(block)}")
+                if saved is not None and block not in tensors:
+                    tensors.put(block, torch.zeros_like(saved, device=self.noise_state.device))
+                    self._keep_for(tensors, block)
+        for block in blocks:
+            saved = state_dict.get(f"{prefix}heads.{FeedbackBank.key(block)}.weight")
+            if saved is not None:
+                self.heads.of(block).take_shape(saved.shape, saved.to(self.noise_state.device))
+        for name in ("noise_state", "updates"):
+            saved = state_dict.get(prefix + name)
+            if isinstance(saved, Tensor) and saved.is_floating_point():
+                args[-1].append(
+                    f"FDFA: {prefix}{name} must hold whole numbers, int64, which {saved.dtype} cannot "
+                    "hold exactly; convert only what is_floating_point()"
+                )
+                state_dict[prefix + name] = getattr(self, name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _shape(parameter: Tensor) -> torch.Size | None:
+    return None if is_lazy(parameter) else parameter.shape
+
+
+def _takes_keywords(module: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether they are its forward's arguments; else the dict is one."""
+    try:
+        inspect.signature(module.forward).bind(**inputs)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,282 @@
+"""The user's module as FDFA runs it in training: by its plan, on primal and tangent."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from fdfa_ext._ops import fused
+from fdfa_ext._torch_internals import GLOBAL_HOOKS, traced_unpack_dual
+from fdfa_ext.dual_pass import BlockPass, DualPass
+from fdfa_ext.duals import forward_mode, has_tangent, refuse_unknown, slow_attention, unpack_dual
+from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks
+from fdfa_ext.plan import BLOCKS, Plan, find_blocks, is_overridden
+
+
+class StrayedError(Exception):
+    """The code of the net did otherwise than in the pass before; this one is void."""
+
+
+class Network:
+    """Plans and passes of one module.
+
+    Attributes:
+        plan: of the module when it was last looked at; None before, and in a copy.
+        blocks: those of the plan, by name.
+        passes: the blocks' own.
+        checked: whether a dry run has seen these blocks.
+    """
+
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
+        self.blocks: dict[str, Any] = {}
+        self.passes: list[BlockPass] = []
+        self.checked = False
+        self._overriding: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"plan": None}  # for copies, whose modules are others
+
+    def look_at(self, module: Any) -> Plan:
+        """The plan of the module as it is, made again where something has changed since."""
+        plan = self.plan
+        if plan is not None and module is plan.module and plan.guard.holds():
+            return plan
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"FDFA: module must be a torch.nn.Module; got {type(module).__name__}")
+        if any(isinstance(vars(inner).get("network"), Network) for inner in module.modules()):
+            raise ValueError("FDFA: the module has an FDFA within it; wrap it once, as a whole")
+        plan = Plan(module)
+        if plan.blocks != self.blocks or plan.overriding != self._overriding:
+            self.checked = False
+        self._overriding = plan.overriding
+        self._use(plan)
+        return plan
+
+    def forward(
+        self, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Primal and tangent of the module's output; the blocks met on the way are in dual.records.
+
+        Raises:
+            StrayedError: the pass is to be made anew; everything is as before it.
+        """
+        plan = self.plan
+        if dual.compiling:
+            self._check_compilable(module)
+            return self._run(module, dual, args, kwargs)
+        assert plan is not None, "the model has looked at its module"
+        # Whether activations are kept is seen by their tangents.
+        dual.exposes = plan.exposes if dual.perturbs else bool(plan.own_code)
+        dual.takes_biases = dual.takes_output_layer and dual.backend is fused and not dual.exposes
+        if not plan.own_code:
+            return self._run(module, dual, args, kwargs)
+        # A pass may be made anew, but buffers, as running statistics, move once.
+        buffers = plan.save_buffers()
+        try:
+            return self._run(module, dual, args, kwargs)
+        except StrayedError:
+            plan.restore_buffers(buffers)
+            raise
+
+    @torch.no_grad()
+    def dry_run(
+        self, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same in eval mode; buffers and modes stay as they are."""
+        modes = {inner: inner.training for inner in module.modules()}
+        plan = self.look_at(module)
+        buffers = plan.save_buffers()
+        try:
+            module.eval()
+            with slow_attention():
+                return self._run(module, dual, args, kwargs)
+        finally:
+            for inner, mode in modes.items():
+                inner.training = mode
+            plan.restore_buffers(buffers)
+
+    @contextmanager
+    def watch_droppers(self, module: nn.Module) -> Iterator[list[str]]:
+        """Adds the modules that are given a tangent and return none, by name and type."""
+        droppers: list[str] = []
+        names = {inner: name for name, inner in module.named_modules() if name}
+
+        def watch(inner: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
+            if inner in names and _any_tangent(inputs) and not _any_tangent(result):
+                droppers.append(f"'{names[inner]}' ({type(inner).__name__})")
+
+        plan = self.look_at(module)
+        # For all modules at once, so that no error can leave one on the user's.
+        hook = register_module_forward_hook(watch)
+        try:
+            yield droppers
+        finally:
+            hook.remove()
+            self._use(plan)  # with what it has learned
+
+    def _use(self, plan: Plan) -> None:
+        self.blocks, self.passes, self.plan = plan.blocks, plan.passes, plan
+
+    def _run(
+        self, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        args = tuple([_without_grad(value) for value in args])
+        if kwargs:
+            kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
+        for block, own in zip(self.blocks.values(), self.passes, strict=True):
+            own.dual = dual
+            if block.block_pass is not own:
+                block.block_pass = own
+        plan = self.plan
+        ruled = [] if plan is None or dual.compiling else plan.ruled
+        for inner, by_rule in ruled:
+            inner.__dict__["forward"] = by_rule
+        try:
+            if dual.compiling or plan is None:
+                result = _traced(module, dual, args, kwargs)
+            else:
+                if plan.backward_hooked or plan.has_global_hooks:
+                    self._refuse_backward_hooks(plan.backward_hooked, dual)
+                if plan.steps is None or len(args) != 1 or kwargs or dual.exposes:
+                    # A module compiled by itself has no forward mode, and its blocks do not see the
+                    # pass.
+                    eager = torch.compiler.set_stance("force_eager") if plan.is_compiled else None
+                    with eager or nullcontext():
+                        result = _on_dual_tensors(plan, module, dual, args, kwargs)
+                else:
+                    result = dual.run(plan.steps, plan.output_layer, args[0])
+                    if dual.rules is not None:
+                        _look_for_activations(plan, dual.rules, result[0])
+            if len(dual.records) < len(self.blocks):
+                self._check_overridden(dual)
+            return result
+        finally:
+            for own in self.passes:
+                own.dual = None
+            for inner, _ in ruled:
+                del inner.__dict__["forward"]
+
+    def _check_compilable(self, module: nn.Module) -> None:
+        """A compiler cannot plan: a block that came later would learn by backpropagation."""
+        if dict(find_blocks(module)) != self.blocks:
+            raise RuntimeError(
+                "FDFA: blocks were exchanged since the last training forward; run one without "
+                "torch.compile, or wrap the module again"
+            )
+        if self.plan is not None and self.plan.keeps_activations:
+            raise RuntimeError(
+                "FDFA: the module keeps hidden activations, on which a loss has no gradient in a "
+                "compiled step; run it without torch.compile, or keep none"
+            )
+
+    def _check_overridden(self, dual: DualPass) -> None:
+        """A block may be left out of a forward, but not run by another function than perturbs it."""
+        run = [record.name for record in dual.records]
+        for name, block in self.blocks.items():
+            if name not in run and is_overridden(block):
+                base = next(kind for kind in BLOCKS if isinstance(block, kind))
+                raise RuntimeError(
+                    f"FDFA: block '{name}' ({type(block).__name__}) has a forward of its own that has "
+                    f"not called {base.__name__}.forward, so it was not perturbed; call it, or put the "
+                    "module into an FDFABlock"
+                )
+
+    def _refuse_backward_hooks(self, names: list[str], dual: DualPass) -> None:
+        """A block's output gets no gradient from autograd, and backward hooks have no forward mode."""
+        hooked = [name for name in names if dual.perturbs or name in self.blocks]
+        if any(GLOBAL_HOOKS[2:]):
+            whose = "there is a global backward hook"
+        elif hooked:
+            whose = f"module '{hooked[0]}' has a backward hook"
+        else:
+            return
+        raise RuntimeError(
+            f"FDFA: {whose}, which cannot be called: no gradient passes between blocks. Remove it, or "
+            "register a hook on parameters"
+        )
+
+
+def _traced(
+    module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The module's call for a compiler."""
+    with forward_mode() if dual.perturbs else nullcontext():
+        output = _check_type(module(*args, **kwargs))
+        if not dual.perturbs:
+            return output, None
+        output, tangent = traced_unpack_dual(output)
+        return output, None if tangent is None else tangent.detach()
+
+
+def _on_dual_tensors(
+    plan: Plan, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The module's call with a forward of its own."""
+    weight = plan.output_weight if dual.takes_output_layer else None
+    dual.rules = rules = OwnCodeRules(weight, dual.perturbs, dual.exposes)
+    with forward_mode() if dual.perturbs else nullcontext():
+        with rules:
+            try:
+                output = _check_type(module(*args, **kwargs))
+            except NotImplementedError as error:
+                refuse_unknown("a function in the module's forward", error)
+                raise
+        # It has one holder more than `rules`, rules.last, unless the net's code keeps it too. The
+        # pass holds `rules` as well.
+        kept = sys.getrefcount(output) - sys.getrefcount(rules) > 0
+        last, rules.last = rules.last, None
+        weight = None if last is None or last[0] is not output or kept else last[1]
+        del last
+        if rules.layer is not None and (rules.strayed or weight is None):
+            plan.output_weight, plan.takes_output_weight = None, False
+            raise StrayedError
+        rules.watch_attributes(plan.own_code)
+        _look_for_activations(plan, rules, output, kept)
+        dual.output_layer = rules.layer
+        if plan.takes_output_weight:
+            plan.output_weight = weight
+        result, tangent = unpack_dual(output)
+    if dual.exposes and rules.layer is None:
+        result = cut_from_blocks(result, [t for t in dual.exposed if t.requires_grad])
+    return result, None if tangent is None else tangent.detach()
+
+
+def _look_for_activations(
+    plan: Plan, rules: OwnCodeRules, output: Any, keeps_output: bool = False
+) -> None:
+    """Whether the net's code keeps some, for which they need a graph."""
+    rules.last = None  # which would keep one itself
+    if not plan.exposes and rules.perturbs and (keeps_output or rules.keeps_activations(output)):
+        plan.exposes = True
+        if torch.is_grad_enabled():
+            raise StrayedError
+        plan.keeps_activations = True  # in a dry run
+
+
+def _check_type(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"FDFA: the module must return one tensor; got {type(output).__name__}")
+    return output
+
+
+def _without_grad(value: Any) -> Any:
+    """An input of the whole model gets no gradient; a parameter, which would want one, is refused by
+    the block that it reaches."""
+    if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
+        return value if isinstance(value, nn.Parameter) else value.detach()
+    return value
+
+
+def _any_tangent(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return has_tangent(value)
+    if isinstance(value, (tuple, list)):
+        return any(_any_tangent(item) for item in value)
+    if isinstance(value, dict):
+        return any(_any_tangent(item) for item in value.values())
+    return False
