@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -147,9 +148,13 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class of torch's has lost the functions that torch gave it."""
-    functions = FORWARD_FUNCTIONS.get(kind, ())
-    return any([getattr(kind, name) is not function for name, function in functions])
+    """Whether a class of torch's has lost the functions that torch gave it, or torch.nn.functional one
+    that they call."""
+    if kind not in FORWARD_FUNCTIONS:
+        return False
+    replaced = any([vars(home)[name] is not function for home, name, function in TORCH_FUNCTIONS])
+    functions = FORWARD_FUNCTIONS[kind]
+    return replaced or any([getattr(kind, name) is not function for name, function in functions])
 
 
 # Rules for functions. Each is given the function, its input as primal and tangent, and its other
@@ -372,21 +377,25 @@ _FUNCTION_RULES: dict[Any, FunctionRule] = {
 }
 
 
+# As torch has them, whatever a user puts in their place, which is what calls the stand-ins.
+_GROUP_NORM, _RELU = F.group_norm, F.relu
+
+
 def _contiguous_group_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
     # In other orders torch 2.13's backward crashes where the input needs no gradient, and its forward
     # mode refuses.
     primal, tangent = unpack_dual(input)
     primal = primal.contiguous()
     dual = primal if tangent is None else make_dual(primal, tangent.contiguous())
-    return F.group_norm(dual, *rest, **named)
+    return _GROUP_NORM(dual, *rest, **named)
 
 
 def _relu_in_place(input: Tensor, inplace: bool = False) -> Tensor:
     tangent = unpack_dual(input)[1] if inplace and is_own_level_open() else None
     if tangent is None:
-        return F.relu(input, inplace)
+        return _RELU(input, inplace)
     with without_forward_mode():
-        F.relu(input, inplace=True)  # the primal alone
+        _RELU(input, inplace=True)  # the primal alone
     tangent, output = tangent.detach(), unpack_dual(input)[0].detach()
     aten.threshold_backward(tangent, output, 0, grad_input=tangent)
     return input
@@ -416,6 +425,8 @@ class FunctionRules(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if type(func) is FunctionType:
+            func = torchs_own(func)
         rule = _FUNCTION_RULES.get(func)
         if rule is not None and args and is_own_level_open():
             pair = _by_rule(rule, func, *args, **(kwargs or {}))
@@ -423,6 +434,17 @@ class FunctionRules(TorchFunctionMode):
                 return make_dual(*pair)
         func = _STAND_INS.get(func, func)
         return _in_one_dtype(func(*args, **kwargs) if kwargs else func(*args))
+
+
+def torchs_own(function: Any) -> Any:
+    """torch's own function where another stands in its place: it is that which calls a mode, by the
+    name that both go by."""
+    if function.__globals__ is vars(F):
+        return function
+    for home, name, own in TORCH_FUNCTIONS:
+        if vars(home)[name] is function:
+            return own
+    return function
 
 
 def _by_rule(
@@ -599,6 +621,18 @@ FORWARD_FUNCTIONS: dict[type[nn.Module], list[tuple[str, Any]]] = {
     kind: [(name, _torchs_own(kind, name)) for name in _names_of_calls(kind)]
     for kind in (*MODULE_RULES, nn.Sequential)
 }
+
+
+# The functions that modules with a rule call, each with the module that it is a global name of.
+TORCH_FUNCTIONS: list[tuple[Any, str, Any]] = [
+    (home, name, vars(home)[name])
+    for home, names in (
+        (F, "linear conv1d conv2d conv3d relu leaky_relu gelu silu batch_norm layer_norm group_norm"),
+        (F, "max_pool2d avg_pool2d adaptive_avg_pool2d"),
+        (torch, "sigmoid tanh"),
+    )
+    for name in names.split()
+]
 
 
 # By class, the attributes that decide between rules and between fused operators. Each call reads all

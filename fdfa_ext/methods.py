@@ -72,6 +72,8 @@ class WeightPerturbation(Method):
                 "gradient. Put what they belong to into the module"
             )
         compiling = torch.compiler.is_compiling()
+        if not compiling:
+            step.network.refuse_backward_hooks()
         # A compiler may read the state again in the backward, so there it moves first.
         state = fused.next_noise(step.noise_state) if compiling else step.noise_state
         used = F.pad(state[:2], (0, 1))  # V is one for the batch, whichever sample is its first

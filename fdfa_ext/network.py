@@ -1,19 +1,20 @@
 """The user's module as FDFA runs it in training: by its plan, on primal and tangent."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Container, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import GLOBAL_HOOKS, traced_unpack_dual
 from fdfa_ext.dual_pass import BlockPass, DualPass
 from fdfa_ext.duals import forward_mode, has_tangent, refuse_unknown, slow_attention, unpack_dual
-from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks
+from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, nodes_behind
 from fdfa_ext.plan import BLOCKS, Plan, find_blocks, is_overridden
 
 
@@ -140,18 +141,21 @@ class Network:
             if dual.compiling or plan is None:
                 result = _traced(module, dual, args, kwargs)
             else:
+                steps = None if dual.exposes or kwargs or len(args) != 1 else plan.steps
                 if plan.backward_hooked or plan.has_global_hooks:
-                    self._refuse_backward_hooks(plan.backward_hooked, dual)
-                if plan.steps is None or len(args) != 1 or kwargs or dual.exposes:
-                    # A module compiled by itself has no forward mode, and its blocks do not see the
-                    # pass.
+                    steps = None
+                    if dual.perturbs or any(GLOBAL_HOOKS[2:]):
+                        self.refuse_backward_hooks()
+                    self.refuse_backward_hooks(self.blocks)
+                if steps is not None:
+                    result = dual.run(steps, plan.output_layer, args[0])
+                    if dual.rules is not None:
+                        _look_for_activations(plan, dual.rules, result[0])
+                else:
+                    # A module compiled by itself has no forward mode, and its blocks see no pass.
                     eager = torch.compiler.set_stance("force_eager") if plan.is_compiled else None
                     with eager or nullcontext():
                         result = _on_dual_tensors(plan, module, dual, args, kwargs)
-                else:
-                    result = dual.run(plan.steps, plan.output_layer, args[0])
-                    if dual.rules is not None:
-                        _look_for_activations(plan, dual.rules, result[0])
             if len(dual.records) < len(self.blocks):
                 self._check_overridden(dual)
             return result
@@ -186,19 +190,51 @@ class Network:
                     "module into an FDFABlock"
                 )
 
-    def _refuse_backward_hooks(self, names: list[str], dual: DualPass) -> None:
-        """A block's output gets no gradient from autograd, and backward hooks have no forward mode."""
-        hooked = [name for name in names if dual.perturbs or name in self.blocks]
-        if any(GLOBAL_HOOKS[2:]):
-            whose = "there is a global backward hook"
-        elif hooked:
-            whose = f"module '{hooked[0]}' has a backward hook"
-        else:
-            return
-        raise RuntimeError(
-            f"FDFA: {whose}, which cannot be called: no gradient passes between blocks. Remove it, or "
-            "register a hook on parameters"
-        )
+    def refuse_backward_hooks(self, of: Container[str] | None = None) -> None:
+        """Those of these modules, or of all for a method without a backward through the module."""
+        hooked = [] if self.plan is None else self.plan.backward_hooked
+        if of is None and any(GLOBAL_HOOKS[2:]):
+            raise _uncalled_hook("there is a global backward hook")
+        for name in hooked:
+            if of is None or name in of:
+                raise _uncalled_hook(f"module '{name}' has a backward hook")
+
+
+@contextmanager
+def _backward_hooks_called(plan: Plan, dual: DualPass) -> Iterator[list[Tensor]]:
+    """Whether a gradient will reach each module with a backward hook that is called within, from the
+    outputs that are added to the list, or within a block.
+
+    A pass without tangents, where torch's forward mode does not stand in the way.
+    """
+    results: list[tuple[str, Tensor]] = []
+    outputs: list[Tensor] = []
+    checks = []
+    for name in plan.backward_hooked:
+
+        def keep(module: nn.Module, inputs: Any, result: Any, name: str = name) -> None:
+            results.extend([(name, t) for t in tree_leaves(result) if isinstance(t, Tensor)])
+
+        checks.append(plan.module.get_submodule(name).register_forward_hook(keep))
+    try:
+        yield outputs
+    finally:
+        for check in checks:
+            check.remove()
+    if results and torch.is_grad_enabled():
+        anchors = [record.anchor for record in dual.records]
+        reached = set().union(*map(nodes_behind, (*outputs, *anchors)))
+        called = {name for name, t in results if t.grad_fn in reached}
+        for name, _ in results:
+            if name not in called:
+                raise _uncalled_hook(f"module '{name}' has a backward hook")
+
+
+def _uncalled_hook(whose: str) -> RuntimeError:
+    return RuntimeError(
+        f"FDFA: {whose}, which cannot be called: no gradient passes between blocks. Remove it, or "
+        "register a hook on parameters"
+    )
 
 
 def _traced(
@@ -219,7 +255,10 @@ def _on_dual_tensors(
     """The module's call with a forward of its own."""
     weight = plan.output_weight if dual.takes_output_layer else None
     dual.rules = rules = OwnCodeRules(weight, dual.perturbs, dual.exposes)
-    with forward_mode() if dual.perturbs else nullcontext():
+    hooks: AbstractContextManager[list[Tensor]] = nullcontext([])
+    if plan.backward_hooked:
+        hooks = _backward_hooks_called(plan, dual)
+    with forward_mode() if dual.perturbs else nullcontext(), hooks as outputs:
         with rules:
             try:
                 output = _check_type(module(*args, **kwargs))
@@ -241,6 +280,7 @@ def _on_dual_tensors(
         if plan.takes_output_weight:
             plan.output_weight = weight
         result, tangent = unpack_dual(output)
+        outputs.append(result)
     if dual.exposes and rules.layer is None:
         result = cut_from_blocks(result, [t for t in dual.exposed if t.requires_grad])
     return result, None if tangent is None else tangent.detach()

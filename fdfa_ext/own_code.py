@@ -8,6 +8,7 @@ they come from, added to δ.
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fdfa_ext._ops import extension
 from fdfa_ext._torch_internals import backward_node_of
-from fdfa_ext.jvp import FunctionRules
+from fdfa_ext.jvp import FunctionRules, torchs_own
 from fdfa_ext.reference import through_activation
 
 
@@ -60,6 +61,8 @@ class OwnCodeRules(FunctionRules):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if type(func) is FunctionType:
+            func = torchs_own(func)
         if self.within_block:
             return func(*args, **(kwargs or {}))
         if self.layer is not None:
@@ -147,10 +150,10 @@ _EXPOSED_NODE = backward_node_of(_Exposed)
 
 def leaves_behind(x: Tensor) -> list[Tensor]:
     """The leaves that the graph of x leads to, without those behind what blocks expose."""
-    return [node.variable for node in _nodes_behind(x) if hasattr(node, "variable")]
+    return [node.variable for node in nodes_behind(x) if hasattr(node, "variable")]
 
 
-def _nodes_behind(x: Tensor) -> set[Any]:
+def nodes_behind(x: Tensor) -> set[Any]:
     """The nodes of the graph of x, up to those that blocks expose."""
     seen: set[Any] = set()
     nodes: list[Any] = [x.grad_fn]

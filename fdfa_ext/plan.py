@@ -31,6 +31,7 @@ from fdfa_ext.jvp import (
     FORWARD_NAMES,
     MODULE_RULES,
     OPTIONS,
+    TORCH_FUNCTIONS,
     ModuleRule,
     PrimalTangent,
     Step,
@@ -186,6 +187,8 @@ class Plan:
                     if hasattr(kind, name):
                         guard.watch_attribute(kind, name)
         guard.watch_attribute(nn.Module, CALL_NAMES[1])
+        for home, name, _ in TORCH_FUNCTIONS:
+            guard.watch_entry(vars(home), name)
         return guard
 
 

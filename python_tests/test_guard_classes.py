@@ -85,6 +85,48 @@ def test_a_function_of_a_class_put_in_the_place_of_its_own_is_called(
         assert all(actual[key].any() for key in actual if key.startswith("gradient"))
 
 
+FUNCTIONS = [
+    (F, "linear"),
+    (F, "conv2d"),
+    (F, "relu"),
+    (F, "gelu"),
+    (F, "batch_norm"),
+    (F, "layer_norm"),
+    (F, "max_pool2d"),
+    (torch, "tanh"),
+]
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa"])
+@pytest.mark.parametrize(("home", "name"), FUNCTIONS)
+def test_a_function_of_torchs_that_is_replaced_for_all_is_called(
+    home: Any, name: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By modules and layers, in blocks and between, from the next step on, and no longer than it stands."""
+    net = nn.Sequential(
+        FDFAConv2d(2, 4, 3),
+        nn.MaxPool2d(2),
+        FDFABlock(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=0.0), nn.ReLU()),
+        nn.Flatten(),
+        FDFALinear(16, 8),
+        nn.GELU(),
+        FDFABlock(nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh()),
+        nn.Linear(8, 3),
+    )
+    x = torch.randn(5, 2, 10, 10)
+    model = FDFA(net, method=method, example_input=x)
+    results(model, x)
+    own = getattr(home, name)
+    expected = model(x).detach()
+    with monkeypatch.context() as patch:
+        patch.setattr(home, name, lambda *args, **kwargs: 1.5 * own(*args, **kwargs))
+        actual = results(model, x)
+        torch.testing.assert_close(model(x).detach(), model.module(x).detach())
+        assert not torch.equal(model(x), expected)
+    assert all(value.any() for key, value in actual.items() if key.startswith("gradient"))
+    torch.testing.assert_close(model(x).detach(), expected)
+
+
 def test_gradients_under_a_patch_are_those_of_what_the_patch_computes() -> None:
     """nn.Linear.forward with a factor: the same numbers as weights and biases with that factor."""
     net = sequence()

@@ -122,6 +122,50 @@ def test_without_tangents_backward_hooks_are_called_where_a_gradient_passes(
         model(x)
 
 
+class Between(nn.Module):
+    """Modules between two blocks, behind the last, and within one, whose first has no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = FDFALinear(6, 8, activation="relu")
+        self.between = nn.Tanh()
+        self.second = FDFABlock(nn.Dropout(0.0), nn.Linear(8, 8), nn.Tanh())
+        self.behind = nn.Tanh()
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.behind(self.second(self.between(self.first(x)))))
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("is_sequence", [False, True])
+@pytest.mark.parametrize("method", ["dfa", "dkp", "fg-w", "bp"])
+def test_a_backward_hook_that_no_gradient_reaches_is_refused(
+    method: str, is_sequence: bool, register: str
+) -> None:
+    """Of each module: called as often as backpropagation calls it, or refused by its name."""
+    net = Between()
+    module = nn.Sequential(*net.children()) if is_sequence else net
+    x = torch.randn(5, 6)
+    model = FDFA(module, method=method, example_input=x)
+    refused = []
+    for name, inner in module.named_modules():
+        calls: list[nn.Module] = []
+        hook = getattr(inner, register)(lambda module, *_: calls.append(module))  # noqa: B023
+        try:
+            model(x).sum().backward()
+            assert calls == [inner], name
+        except RuntimeError as error:
+            assert f"FDFA: module '{name}' has a backward hook" in str(error)  # noqa: PT017
+            refused.append(type(inner).__name__)
+        hook.remove()
+        assert not inner._forward_hooks
+        model(x).sum().backward()
+    blocks = ["FDFALinear", "Tanh", "FDFABlock", "Dropout"]
+    n_modules = len(list(module.modules()))
+    assert {"bp": [], "fg-w": n_modules}.get(method, blocks) in (refused, len(refused))
+
+
 @pytest.mark.parametrize("net", [sequence, OwnForward])
 def test_global_hooks_are_called_or_refused(net: Callable[[], Any]) -> None:
     torch_module = nn.modules.module
