@@ -20,8 +20,13 @@ def _dual_outputs(
     return y, ty, torch.empty_like(y) if keeps_pre else _placeholder(y)
 
 
-def _pooled(y: Tensor, geometry: Any, tangent: Tensor | None, noise: str) -> tuple[Tensor, Tensor]:
-    pooled, pooled_tangent = fused.max_pool2d(y, y, *geometry)
+def _pooled(
+    y: Tensor, pool: list[int] | None, tangent: Tensor | None, noise: str
+) -> tuple[Tensor, Tensor]:
+    """The pool of y and its tangent; both empty without one."""
+    if pool is None:
+        return y.new_empty([0]), y.new_empty([0])
+    pooled, pooled_tangent = fused.max_pool2d(y, y, pool[:2], pool[2:4], pool[4:])
     return pooled, _placeholder(pooled) if tangent is None and noise == "none" else pooled_tangent
 
 
@@ -79,7 +84,8 @@ def _(
     block: int,
     activation: str,
     noise: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    pool: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = [
         (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in range(2)
@@ -90,18 +96,9 @@ def _(
         device=x.device,
         memory_format=torch.channels_last,
     )
-    return _dual_outputs(y, activation, tangent is None and noise == "none")
-
-
-@torch.library.register_fake("fdfa::conv2d_max_pool2d")
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *convolution, pool_kernel, pool_stride, pool_padding = args
-    y, _, pre = fused.conv2d(*convolution)
-    return (
-        y,
-        pre,
-        *_pooled(y, (pool_kernel, pool_stride, pool_padding), convolution[1], convolution[-1]),
-    )
+    y, ty, pre = _dual_outputs(y, activation, tangent is None and noise == "none")
+    pooled, pooled_tangent = _pooled(y, pool, tangent, noise)
+    return y, ty if pool is None else pooled_tangent, pre, pooled
 
 
 @torch.library.register_fake("fdfa::batch_norm")
@@ -113,6 +110,7 @@ def _(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
@@ -120,22 +118,11 @@ def _(
     block: int,
     activation: str,
     noise: str,
-    num_batches_tracked: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pool: list[int] | None = None,
+) -> tuple[Tensor, ...]:
     mean = x.new_empty([x.shape[1]])
     y, _, pre = _dual_outputs(torch.empty_like(x), activation)
-    return y, pre, mean, torch.empty_like(mean)
-
-
-@torch.library.register_fake("fdfa::batch_norm_max_pool2d")
-def _(
-    x: Tensor, tangent: Tensor | None, *args: Any, num_batches_tracked: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    # num_batches_tracked may also be the last of args.
-    *norm, pool_kernel, pool_stride, pool_padding = args[:14]
-    y, pre, mean, inverse_std = fused.batch_norm(x, tangent, torch.empty_like(x), *norm)
-    pooled = _pooled(y, (pool_kernel, pool_stride, pool_padding), tangent, norm[-1])
-    return y, pre, mean, inverse_std, *pooled
+    return y, pre, mean, torch.empty_like(mean), *_pooled(y, pool, tangent, noise)
 
 
 @torch.library.register_fake("fdfa::batch_norm_backward")

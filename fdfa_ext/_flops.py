@@ -20,7 +20,7 @@ def _(a: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(a) * b[1]
 
 
-@register_flop_formula([fused.conv2d, fused.conv2d_max_pool2d])
+@register_flop_formula(fused.conv2d)
 def _(x: Any, tangent: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
     return (1 if tangent is None else 2) * conv_flop_count(x, weight, out_shape[0])
 

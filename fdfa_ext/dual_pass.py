@@ -18,7 +18,7 @@ from fdfa_ext import reference
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import traced_make_dual, traced_unpack_dual
 from fdfa_ext.duals import make_dual, refuse_unknown, unpack_dual
-from fdfa_ext.fusion import NEEDS_PRE_ACTIVATION, Chain, FusedTail, counter_of, norm_arguments
+from fdfa_ext.fusion import NEEDS_PRE_ACTIVATION, Chain, FusedTail, norm_arguments
 from fdfa_ext.jvp import (
     PrimalTangent,
     Step,
@@ -103,15 +103,16 @@ class DualPass:
             x, tangent = step(x, tangent)
         if layer is None:
             return x, tangent
+        weight, bias = _weight_and_bias(layer)
         if (
             self.takes_output_layer
             and (tangent is not None or not self.perturbs)
             and x.dim() == 2
             and not x.requires_grad
-            and layer.weight.requires_grad
+            and weight.requires_grad
             and not torch.is_autocast_enabled(x.device.type)
         ):
-            self.output_layer = OutputLayer(layer.weight, layer.bias)
+            self.output_layer = OutputLayer(weight, bias)
             return x, tangent
         return forward_dual(layer, x, tangent)
 
@@ -196,10 +197,10 @@ class BlockPass:
         if len(between) > 1:  # noise and feedback would take four dimensions for images
             x = x.flatten(1, -2)
             tangent = None if tangent is None else tangent.flatten(1, -2)
-        bias, taken = self._bias_of(dual, layer, x)
+        weight, bias, taken = self._parameters_of(dual, layer, x)
         activation = layer.activation
         y, ty, pre = dual.backend.linear(
-            x, tangent, layer.weight, bias, dual.noise_state, self.index, activation, dual.noise
+            x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
         )
         self._record(dual, y, pre, activation, torch.contiguous_format, taken_bias=taken)
         if len(between) > 1:
@@ -225,17 +226,22 @@ class BlockPass:
             tangent = None if tangent is None else F.pad(tangent, sides, mode=mode)
             padding = (0, 0)
         activation = layer.activation
-        arguments = (
-            *(layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups),
-            *(dual.noise_state, self.index, activation, dual.noise),
+        fused_pool = _fused_pool(dual, pool, x)
+        y, ty, pre, pooled = dual.backend.conv2d(
+            x,
+            tangent,
+            layer.weight,
+            layer.bias,
+            layer.stride,
+            padding,
+            layer.dilation,
+            layer.groups,
+            **self._options(dual, activation),
+            pool=fused_pool,
         )
-        if pool is not None and dual.backend is fused and single_precision(x) and has_fused_pool(pool):
-            y, pre, *pooled = fused.conv2d_max_pool2d(x, tangent, *arguments, *pool_geometry(pool))
-            self._record(dual, y, pre, activation, torch.channels_last, own_output=True)
-            return pooled[0], pooled[1] if dual.perturbs else None
-        y, ty, pre = dual.backend.conv2d(x, tangent, *arguments)
-        self._record(dual, y, pre, activation, torch.channels_last)
-        return _through_pool(pool, y, ty if dual.perturbs else None)
+        own_output = fused_pool is not None
+        self._record(dual, y, pre, activation, torch.channels_last, own_output)
+        return _behind(pool, None if fused_pool is None else pooled, y, ty if dual.perturbs else None)
 
     def chain(
         self, chain: Chain, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None
@@ -276,7 +282,7 @@ class BlockPass:
         if dual.perturbs:
             ty = dual.backend.perturb(output, ty, dual.noise_state, self.index, dual.noise)
         self._record(dual, output, y, "identity", memory_format_of(y.dim()))
-        return _through_pool(pool, output, ty)
+        return _behind(pool, None, output, ty)
 
     def _fused_tail(
         self,
@@ -290,34 +296,38 @@ class BlockPass:
         """donated: memory for the tangent of the result, if it has the right order."""
         module: Any = tail.first
         taken: Tensor | None = None
-        images = x.dim() == 4 and single_precision(x)
-        if pool is not None and has_fused_pool(pool) and tail.pool is None and images:
-            return self._pooled_tail(dual, tail, x, tangent, pool)
+        pooled: Tensor | None = None
+        fused_pool = None if tail.pool is not None else _fused_pool(dual, pool, x)
         # Where a pool follows within the block, it is that which perturbs.
-        noise = dual.noise if tail.pool is None else "none"
-        rest = (dual.noise_state, self.index, tail.activation, noise)
+        options = self._options(dual, tail.activation, perturbs=tail.pool is None)
         memory_format = memory_format_of(x.dim())
         ty: Tensor | None
         if tail.normalizes:
-            if tangent is None and noise == "none":
+            if fused_pool is not None or (tangent is None and options["noise"] == "none"):
                 donated = None
             elif donated is None or not donated.is_contiguous(memory_format=memory_format):
                 donated = torch.empty_like(x, memory_format=memory_format)
             x = x.contiguous(memory_format=memory_format)
-            y, pre = fused.batch_norm(
+            y, pre, _, _, pooled, pooled_tangent = fused.batch_norm(
+                x, tangent, donated, **norm_arguments(module), **options, pool=fused_pool
+            )
+            ty = donated if fused_pool is None else pooled_tangent
+        elif isinstance(module, nn.Linear):
+            weight, bias, taken = self._parameters_of(dual, module, x)
+            y, ty, pre = fused.linear(x, tangent, weight, bias, **options)
+        else:
+            y, ty, pre, pooled = fused.conv2d(
                 x,
                 tangent,
-                donated,
-                *norm_arguments(module),
-                *rest,
-                num_batches_tracked=counter_of(module),
-            )[:2]
-            ty = donated
-        elif isinstance(module, nn.Linear):
-            bias, taken = self._bias_of(dual, module, x)
-            y, ty, pre = fused.linear(x, tangent, module.weight, bias, *rest)
-        else:
-            y, ty, pre = fused.conv2d(x, tangent, *_convolution_arguments(module), *rest)
+                module.weight,
+                module.bias,
+                module.stride,
+                module.padding,
+                module.dilation,
+                module.groups,
+                **options,
+                pool=fused_pool,
+            )
         if tail.pool is not None:
             y, ty, pre, _ = fused.max_pool2d_end(
                 y,
@@ -328,34 +338,28 @@ class BlockPass:
                 self.index,
                 dual.noise,
             )
-        self._record(dual, y, pre, tail.activation, memory_format, taken_bias=taken)
-        return _through_pool(pool, y, ty if dual.perturbs else None)
+        own_output = fused_pool is not None
+        self._record(dual, y, pre, tail.activation, memory_format, own_output, taken_bias=taken)
+        return _behind(pool, pooled if own_output else None, y, ty if dual.perturbs else None)
 
-    def _pooled_tail(
-        self, dual: DualPass, tail: FusedTail, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d
-    ) -> PrimalTangent:
-        """The end of a block of images and the pool after the block."""
-        module: Any = tail.first
-        rest = (dual.noise_state, self.index, tail.activation, dual.noise, *pool_geometry(pool))
-        if tail.normalizes:
-            x = x.contiguous(memory_format=torch.channels_last)
-            y, pre, _, _, *pooled = fused.batch_norm_max_pool2d(
-                x, tangent, *norm_arguments(module), *rest, num_batches_tracked=counter_of(module)
-            )
-        else:
-            y, pre, *pooled = fused.conv2d_max_pool2d(
-                x, tangent, *_convolution_arguments(module), *rest
-            )
-        self._record(dual, y, pre, tail.activation, torch.channels_last, own_output=True)
-        return pooled[0], pooled[1] if dual.perturbs else None
+    def _options(self, dual: DualPass, activation: str, perturbs: bool = True) -> dict[str, Any]:
+        """What all operators of blocks take."""
+        return {
+            "noise_state": dual.noise_state,
+            "block": self.index,
+            "activation": activation,
+            "noise": dual.noise if perturbs else "none",
+        }
 
     @staticmethod
-    def _bias_of(dual: DualPass, layer: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The bias to compute with, and the one whose gradient is left to the method, if any."""
-        bias = layer.bias
+    def _parameters_of(
+        dual: DualPass, layer: Any, x: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight and bias to compute with, and a bias whose gradient is left to the method, if any."""
+        weight, bias = _weight_and_bias(layer)
         if dual.takes_biases and bias is not None and x.dim() == 2 and bias.requires_grad:
-            return bias.detach(), bias
-        return bias, None
+            return weight, bias.detach(), bias
+        return weight, bias, None
 
     def _enter(self, x: Tensor) -> DualPass:
         """The pass that runs, once it is clear that it may go through this block."""
@@ -409,10 +413,26 @@ class BlockPass:
         )
 
 
-def _convolution_arguments(module: Any) -> tuple[Any, ...]:
-    geometry = (module.stride, module.padding, module.dilation, module.groups)
-    return (module.weight, module.bias, *geometry)
+def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
+    try:  # spares nn.Module's __getattr__, in Python
+        return layer._parameters["weight"], layer._parameters["bias"]
+    except KeyError:  # as where they are parametrized
+        return layer.weight, layer.bias
 
 
-def _through_pool(pool: nn.MaxPool2d | None, y: Tensor, ty: Tensor | None) -> PrimalTangent:
+def _fused_pool(dual: DualPass, pool: nn.MaxPool2d | None, x: Tensor) -> list[int] | None:
+    """Kernel, stride and padding of a pool after a block, where the block's operator does it."""
+    if pool is None or dual.backend is not fused or x.dim() != 4:
+        return None
+    if not (single_precision(x) and has_fused_pool(pool)):
+        return None
+    return [size for pair in pool_geometry(pool) for size in pair]
+
+
+def _behind(
+    pool: nn.MaxPool2d | None, pooled: Tensor | None, y: Tensor, ty: Tensor | None
+) -> PrimalTangent:
+    """What goes on from a block: y and ty, or these through the pool after it."""
+    if pooled is not None:
+        return pooled, ty
     return (y, ty) if pool is None else forward_dual(pool, y, ty)

@@ -125,22 +125,18 @@ def _activation(module: Any) -> str | None:
     return ACTIVATION_NAMES.get(kind)
 
 
-def norm_arguments(module: Any) -> tuple[Any, ...]:
-    """What its operators take of a batch normalisation."""
+def norm_arguments(module: Any) -> dict[str, Any]:
+    """What its operator takes of a batch normalisation."""
     # One told to stop tracking keeps its statistics for evaluation.
     tracks = module.track_running_stats or not module.training
-    return (
-        module.weight,
-        module.bias,
-        module.running_mean if tracks else None,
-        module.running_var if tracks else None,
-        module.training or module.running_mean is None,
-        module.momentum,
-        module.eps,
-    )
-
-
-def counter_of(module: Any) -> Tensor | None:
-    """What its operators count up in a pass with the batch's statistics."""
-    counter: Tensor | None = module.num_batches_tracked
-    return counter if module.training and module.track_running_stats else None
+    counts = module.training and module.track_running_stats
+    return {
+        "weight": module.weight,
+        "bias": module.bias,
+        "running_mean": module.running_mean if tracks else None,
+        "running_var": module.running_var if tracks else None,
+        "num_batches_tracked": module.num_batches_tracked if counts else None,
+        "training": module.training or module.running_mean is None,
+        "momentum": module.momentum,
+        "eps": module.eps,
+    }

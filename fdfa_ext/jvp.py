@@ -148,13 +148,13 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class of torch's has lost the functions that torch gave it, or torch.nn.functional one
-    that they call."""
-    if kind not in FORWARD_FUNCTIONS:
-        return False
-    replaced = any([vars(home)[name] is not function for home, name, function in TORCH_FUNCTIONS])
-    functions = FORWARD_FUNCTIONS[kind]
-    return replaced or any([getattr(kind, name) is not function for name, function in functions])
+    """Whether a class of torch's has lost the functions that torch gave it, or torch the functions that
+    these call."""
+    functions = FORWARD_FUNCTIONS.get(kind, ())
+    called = CALLED_FUNCTIONS.get(kind, ())
+    return any([getattr(kind, name) is not function for name, function in functions]) or any(
+        [home[name] is not function for home, name, function in called]
+    )
 
 
 # Rules for functions. Each is given the function, its input as primal and tangent, and its other
@@ -441,10 +441,7 @@ def torchs_own(function: Any) -> Any:
     name that both go by."""
     if function.__globals__ is vars(F):
         return function
-    for home, name, own in TORCH_FUNCTIONS:
-        if vars(home)[name] is function:
-            return own
-    return function
+    return next((own for name, (home, own) in _CALLED.items() if home[name] is function), function)
 
 
 def _by_rule(
@@ -623,16 +620,24 @@ FORWARD_FUNCTIONS: dict[type[nn.Module], list[tuple[str, Any]]] = {
 }
 
 
-# The functions that modules with a rule call, each with the module that it is a global name of.
-TORCH_FUNCTIONS: list[tuple[Any, str, Any]] = [
-    (home, name, vars(home)[name])
-    for home, names in (
-        (F, "linear conv1d conv2d conv3d relu leaky_relu gelu silu batch_norm layer_norm group_norm"),
-        (F, "max_pool2d avg_pool2d adaptive_avg_pool2d"),
-        (torch, "sigmoid tanh"),
-    )
-    for name in names.split()
-]
+_NO_CODE = (lambda: None).__code__  # of what is no function of Python's
+
+
+def _called_by(kind: type[nn.Module]) -> list[tuple[dict[str, Any], str, Any]]:
+    """The global functions of torch that its forward calls by name, each with their dictionary."""
+    names = [
+        name
+        for function in (getattr(kind, name, None) for name in FORWARD_NAMES)
+        for name in getattr(function, "__code__", _NO_CODE).co_names
+    ]
+    homes = {name: vars(F) for name in names if name in vars(F)}
+    homes |= {name: vars(torch) for name in names if name in ("sigmoid", "tanh")}
+    return [(home, name, home[name]) for name, home in homes.items() if name[0] != "_"]
+
+
+# By class, the functions that its own calls.
+CALLED_FUNCTIONS = {kind: _called_by(kind) for kind in MODULE_RULES}
+_CALLED = {name: (home, own) for called in CALLED_FUNCTIONS.values() for home, name, own in called}
 
 
 # By class, the attributes that decide between rules and between fused operators. Each call reads all

@@ -126,9 +126,11 @@ class Network:
     def _run(
         self, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        args = tuple([_without_grad(value) for value in args])
-        if kwargs:
-            kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, Tensor) and value.requires_grad:
+                args = tuple(map(_without_grad, args))
+                kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
+                break
         for block, own in zip(self.blocks.values(), self.passes, strict=True):
             own.dual = dual
             if block.block_pass is not own:

@@ -27,11 +27,11 @@ from fdfa_ext._torch_internals import (
 from fdfa_ext.dual_pass import BlockPass
 from fdfa_ext.duals import forward_mode, make_dual, refuse_unknown, unpack_dual
 from fdfa_ext.jvp import (
+    CALLED_FUNCTIONS,
     FORWARD_FUNCTIONS,
     FORWARD_NAMES,
     MODULE_RULES,
     OPTIONS,
-    TORCH_FUNCTIONS,
     ModuleRule,
     PrimalTangent,
     Step,
@@ -186,9 +186,9 @@ class Plan:
                 for name in (*FORWARD_NAMES, CALL_NAMES[0]):
                     if hasattr(kind, name):
                         guard.watch_attribute(kind, name)
+            for home, name, _ in CALLED_FUNCTIONS.get(kind, ()):
+                guard.watch_entry(home, name)
         guard.watch_attribute(nn.Module, CALL_NAMES[1])
-        for home, name, _ in TORCH_FUNCTIONS:
-            guard.watch_entry(vars(home), name)
         return guard
 
 

@@ -214,7 +214,8 @@ def conv2d(
     block: int,
     activation: str,
     noise: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    pool: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     order = torch.channels_last
     pre = convolve(x.contiguous(memory_format=order), weight, bias, *geometry).contiguous(
@@ -223,7 +224,11 @@ def conv2d(
     tz = None
     if tangent is not None:
         tz = convolve(tangent.contiguous(memory_format=order), weight.detach(), None, *geometry)
-    return _dual(pre, tz, noise_state, block, activation, noise)
+    y, ty, pre = _dual(pre, tz, noise_state, block, activation, noise)
+    if pool is None:
+        return y, ty, pre, y.new_empty(0)
+    pooled, ty = max_pool2d(y, ty, pool[:2], pool[2:4], pool[4:])
+    return y, ty, pre, pooled
 
 
 def batch_norm_tangent(
@@ -250,6 +255,7 @@ def batch_norm(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
@@ -257,9 +263,9 @@ def batch_norm(
     block: int,
     activation: str,
     noise: str,
-    num_batches_tracked: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(y, pre); the fused operator also returns the statistics."""
+    pool: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, pre, pooled, pooled_tangent); the fused operator also returns the statistics."""
     if num_batches_tracked is not None and training:
         num_batches_tracked.add_(1)
     tz = None
@@ -268,21 +274,11 @@ def batch_norm(
         tz = batch_norm_tangent(x.detach(), tangent, weight, fixed, eps)
     pre = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     y, tangent, pre = _dual(pre, tz, noise_state, block, activation, noise)
+    if pool is not None:
+        return y, pre, *max_pool2d(y, tangent, pool[:2], pool[2:4], pool[4:])
     if ty is not None:
         ty.copy_(tangent)
-    return y, pre
-
-
-def batch_norm_max_pool2d(
-    x: Tensor, tangent: Tensor | None, *args: Any, num_batches_tracked: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, pre, pooled, its tangent) by the arguments of batch_norm, without ty, and of max_pool2d."""
-    # num_batches_tracked may also be the last of args.
-    *norm, kernel_size, stride, padding = args[:14]
-    norm.append(args[14] if len(args) > 14 else num_batches_tracked)
-    ty = torch.empty_like(x, requires_grad=False)
-    y, pre = batch_norm(x, tangent, ty, *norm)
-    return y, pre, *max_pool2d(y, ty, kernel_size, stride, padding)
+    return y, pre, y.new_empty(0), y.new_empty(0)
 
 
 def batch_norm_backward(
@@ -319,15 +315,6 @@ def max_pool2d(
 def gather_winners(tangent: Tensor, winners: Tensor) -> Tensor:
     """The tangent [N, C, H, W] at the indices [N, C, H', W'] that torch's max_pool2d returns."""
     return tangent.flatten(-2).gather(-1, winners.flatten(-2)).view_as(winners)
-
-
-def conv2d_max_pool2d(
-    *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The arguments of conv2d, and those of max_pool2d after its tangent."""
-    *convolution, kernel_size, stride, padding = args
-    y, ty, pre = conv2d(*convolution)
-    return y, pre, *max_pool2d(y, ty, kernel_size, stride, padding)
 
 
 def max_pool2d_end(

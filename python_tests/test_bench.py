@@ -127,7 +127,7 @@ def test_bytes_of_pools_and_norms_are_those_that_their_kernels_read_and_write() 
 
     weight, bias, mean, var = torch.ones(4, 3)
     batches = torch.zeros(1, dtype=torch.int64)[0]
-    options = (True, 0.1, 1e-5, noise_state, 0, "relu", "gaussian", batches)
+    options = (batches, True, 0.1, 1e-5, noise_state, 0, "relu", "gaussian")
     norm = OperatorCall(
         fused.batch_norm.default, (x, tangent, ty, weight, bias, mean, var, *options), {}
     )

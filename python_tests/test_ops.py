@@ -63,8 +63,8 @@ def test_conv2d_is_the_reference(
         geometry = (stride, padding, dilation, groups)
         common = (*geometry, noise_state(device), 3, activation, "gaussian")
         for t in (None, tangent):
-            y, ty, _ = fused.conv2d(x, t, weight, bias, *common)
-            y2, ty2, _ = reference.conv2d(*as_double(x, t, weight, bias), *common)
+            y, ty, *_ = fused.conv2d(x, t, weight, bias, *common)
+            y2, ty2, *_ = reference.conv2d(*as_double(x, t, weight, bias), *common)
             assert_close(y, y2, dtype)
             assert_close(ty, ty2, dtype, scale=4.0)
             assert y.is_contiguous(memory_format=torch.channels_last)
@@ -136,7 +136,8 @@ def test_local_gradient_of_a_convolution_is_that_of_torch(device: torch.device) 
     weight = torch.randn(6, 2, 3, 3, device=device, requires_grad=True)
     bias = torch.randn(6, device=device, requires_grad=True)
     geometry = ((2, 1), (1, 0), (1, 2), 2)
-    _, _, pre = fused.conv2d(x, x, weight, bias, *geometry, noise_state(device), 0, "relu", "gaussian")
+    rest = (*geometry, noise_state(device), 0, "relu", "gaussian")
+    _, _, pre, _ = fused.conv2d(x, x, weight, bias, *rest)
     delta = torch.randn(pre.shape, device=device)
     expected = torch.autograd.grad(
         torch.nn.functional.conv2d(x, weight, bias, *geometry), [weight, bias], delta
@@ -176,11 +177,11 @@ def test_opcheck(device: torch.device, checks: tuple[str, ...]) -> None:
     x, weight = (torch.randn(*size, device=device, requires_grad=True) for size in ((6, 4), (4,)))
     zeros, ones = torch.zeros(4, device=device), torch.ones(4, device=device)
     for t, out in ((x.detach(), torch.empty(6, 4, device=device)), (None, None)):
-        running = (zeros.clone(), ones.clone(), True, 0.1, 1e-5)
         noise = "gaussian" if t is not None else "none"
-        args = (x, t, out, weight, None, *running, state, 0, "relu", noise)
+        rest = (True, 0.1, 1e-5, state, 0, "relu", noise)
         for counter in (None, torch.tensor(3, device=device)):
-            opcheck(fused.batch_norm.default, (*args, counter))
+            running = (zeros.clone(), ones.clone(), counter)
+            opcheck(fused.batch_norm.default, (x, t, out, weight, None, *running, *rest))
     args = (x.detach(), x.detach(), weight.detach(), zeros, ones, True)
     opcheck(fused.batch_norm_backward.default, args)
     for a in (torch.randn(4, 9, device=device), torch.randn(9, 4, device=device).t()):
@@ -195,17 +196,17 @@ def test_opcheck(device: torch.device, checks: tuple[str, ...]) -> None:
     for leaf in (kernel, kernel.clone().requires_grad_()):
         for t in (None, images):
             noise = "none" if t is None else "gaussian"
-            rest = ((1, 1), (0, 0), (1, 1), 1, state, 0, "gelu", noise, *pool)
-            opcheck(fused.conv2d_max_pool2d.default, (images, t, leaf, None, *rest))
+            rest = ((1, 1), (0, 0), (1, 1), 1, state, 0, "gelu", noise, sum(pool, ()))
+            opcheck(fused.conv2d.default, (images, t, leaf, None, *rest))
     channels = images.shape[1]
     norm = (torch.ones(channels, device=device), None, zeros.new_zeros(channels))
     ordered = images.contiguous(memory_format=torch.channels_last)
     for leaf in (ordered, ordered.clone().requires_grad_()):
         for t in (None, ordered):
             noise = "none" if t is None else "gaussian"
-            rest = (torch.ones(channels, device=device), True, 0.1, 1e-5, state, 0, "gelu", noise)
-            args = (leaf, t, *norm, *rest, *pool)
-            opcheck(fused.batch_norm_max_pool2d.default, args)
+            rest = (torch.ones(channels, device=device), None, True, 0.1, 1e-5, state, 0, "gelu", noise)
+            args = (leaf, t, None, *norm, *rest, sum(pool, ()))
+            opcheck(fused.batch_norm.default, args)
     delta, _, _, winners = fused.max_pool2d_end(images, None, images, *pool, state, 0, "none")
     args = (delta, winners, images.shape[2:], *pool)
     opcheck(fused.max_pool2d_backward.default, args)
@@ -251,7 +252,7 @@ def test_autocast_runs_the_product_in_its_dtype_and_keeps_float32_weights(
     with torch.autocast(device.type, dtype):
         y, ty, pre = fused.linear(x, x, weight, None, state, 0, "relu", "gaussian")
         images = x.view(6, 2, 2, 2)
-        y2, _, pre2 = fused.conv2d(
+        y2, _, pre2, _ = fused.conv2d(
             images, images, kernel, None, (1, 1), (0, 0), (1, 1), 1, state, 0, "relu", "gaussian"
         )
     assert y.dtype == ty.dtype == y2.dtype == dtype

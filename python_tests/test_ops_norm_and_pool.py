@@ -46,6 +46,7 @@ def test_batch_norm_is_the_reference(
                 ty,
                 *leaves[1:],
                 *statistics,
+                None,
                 training,
                 0.1,
                 1e-5,
@@ -95,13 +96,10 @@ def test_batch_norm_counts_the_batches_whose_statistics_it_takes(
     running = (torch.zeros(3, device=device), torch.ones(3, device=device))
     for ops in (fused, reference):
         counter = torch.tensor(5, device=device)
-        rest = (*running, training, 0.1, 1e-5, noise_state(device), 0, "relu", "gaussian")
-        ty = torch.empty_like(x)
-        ops.batch_norm(x, None, ty, None, None, *rest, num_batches_tracked=counter)
-        assert counter == (6 if training else 5)
-        pool = ((2, 2), (2, 2), (0, 0))
-        ops.batch_norm_max_pool2d(x, None, None, None, *rest, *pool, num_batches_tracked=counter)
-        assert counter == (7 if training else 5)
+        rest = (training, 0.1, 1e-5, noise_state(device), 0, "relu", "gaussian")
+        for n, (ty, pool) in enumerate([(torch.empty_like(x), None), (None, (2, 2, 2, 2, 0, 0))], 1):
+            ops.batch_norm(x, None, ty, None, None, *running, counter, *rest, pool=pool)
+            assert counter == (5 + n if training else 5)
 
 
 def test_batch_norm_backward_of_an_empty_batch_is_zero(device: torch.device) -> None:
@@ -116,9 +114,9 @@ def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None
     state = noise_state(torch.device("cpu"))
 
     def run(x: Tensor, mean: Tensor, training: bool = True, counter: Tensor | None = None) -> None:
-        statistics = (mean, torch.ones(3), training, 0.1, 1e-5)
+        statistics = (mean, torch.ones(3), counter, training, 0.1, 1e-5)
         ty = torch.empty_like(x)
-        fused.batch_norm(x, None, ty, None, None, *statistics, state, 0, "relu", "gaussian", counter)
+        fused.batch_norm(x, None, ty, None, None, *statistics, state, 0, "relu", "gaussian")
 
     mean = torch.zeros(3)
     with pytest.raises(RuntimeError, match=r"batch_norm: x must be \[N, C\].*channels_last"):
@@ -244,7 +242,7 @@ def test_winners_are_checked() -> None:
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("pool", [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 3), (1, 0))])
-def test_batch_norm_max_pool2d_is_batch_norm_and_a_pool(
+def test_batch_norm_with_a_pool_is_batch_norm_and_a_pool(
     device: torch.device, activation: str, training: bool, pool: tuple[Any, ...]
 ) -> None:
     """The operators alone are held to the reference; gradients and running statistics included."""
@@ -259,10 +257,11 @@ def test_batch_norm_max_pool2d_is_batch_norm_and_a_pool(
                     for p in (x, torch.linspace(0.5, 2, shape[1], device=device), x[0, :, 0, 0])
                 ]
                 running = [torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)]
-                rest = (*running, training, 0.1, 1e-5, noise_state(device), 3, activation, noise)
+                state = noise_state(device)
+                rest = (*running, None, training, 0.1, 1e-5, state, 3, activation, noise)
                 if pooled_at_once:
-                    y, pre, _, _, *pooled = fused.batch_norm_max_pool2d(
-                        leaves[0], t, *leaves[1:], *rest, *pool
+                    y, pre, _, _, *pooled = fused.batch_norm(
+                        leaves[0], t, None, *leaves[1:], *rest, pool=sum(pool, ())
                     )
                 else:
                     ty = torch.empty_like(x)
@@ -276,7 +275,7 @@ def test_batch_norm_max_pool2d_is_batch_norm_and_a_pool(
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
 @pytest.mark.parametrize("pool", [((2, 2), (2, 2), (0, 0)), ((3, 2), (1, 3), (1, 0))])
-def test_conv2d_max_pool2d_is_the_reference(
+def test_conv2d_with_a_pool_is_the_reference(
     device: torch.device, activation: str, pool: tuple[Any, ...]
 ) -> None:
     """The block's own output and the pool after it; δ reaches weight and bias as through conv2d."""
@@ -292,9 +291,9 @@ def test_conv2d_max_pool2d_is_the_reference(
             for ops, dtype in ((fused, torch.float32), (reference, torch.float64)):
                 w, b = (p.to(dtype, copy=True).requires_grad_() for p in (weight, bias))
                 given = (x.to(dtype), None if t is None else t.to(dtype))
-                y, pre, *pooled = ops.conv2d_max_pool2d(*given, w, b, *rest, noise, *pool)
+                y, tangents, pre, pooled = ops.conv2d(*given, w, b, *rest, noise, pool=sum(pool, ()))
                 pre.backward(torch.ones_like(pre))
-                results.append((y, *pooled, w.grad, b.grad))
+                results.append((y, pooled, tangents, w.grad, b.grad))
             for actual, expected in zip(*results, strict=True):
                 torch.testing.assert_close(
                     actual.double(), expected, rtol=1e-4, atol=1e-4, check_stride=False

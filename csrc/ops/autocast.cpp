@@ -27,14 +27,15 @@ struct Autocast {
                    noise);
   }
 
-  static Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
-                     const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-                     at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
-                     c10::string_view activation, c10::string_view noise) {
+  static Convolved conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+                          const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                          at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state,
+                          int64_t block, c10::string_view activation, c10::string_view noise,
+                          at::OptionalIntArrayRef pool) {
     static const auto op = find<decltype(fdfa::conv2d)>("fdfa::conv2d");
     const c10::impl::ExcludeDispatchKeyGuard guard(kKey);
     return op.call(cast(x), cast(tangent), cast(weight), cast(bias), stride, padding, dilation, groups,
-                   noise_state, block, activation, noise);
+                   noise_state, block, activation, noise, pool);
   }
 };
 

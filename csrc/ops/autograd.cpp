@@ -45,153 +45,85 @@ struct Linear : torch::autograd::Function<Linear> {
   }
 };
 
-// What the gradients of a convolution need.
-void save_convolution(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                      const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-                      at::IntArrayRef dilation, int64_t groups) {
-  ctx->save_for_backward({x, weight});
-  ctx->saved_data["wants_weight"] = weight.requires_grad();
-  ctx->saved_data["wants_bias"] = bias && bias->requires_grad();
-  ctx->saved_data["stride"] = stride.vec();
-  ctx->saved_data["padding"] = padding.vec();
-  ctx->saved_data["dilation"] = dilation.vec();
-  ctx->saved_data["groups"] = groups;
-  ctx->set_materialize_grads(false);
-}
-
-// For the operator's arguments x, tangent, weight, bias, and `count` in all.
-variable_list convolution_gradients(AutogradContext* ctx, const Tensor& delta, size_t count) {
-  variable_list result(count);
-  if (!delta.defined()) return result;
-  const variable_list saved = ctx->get_saved_variables();
-  const Tensor& weight = saved[1];
-  const std::vector<int64_t> padding = ctx->saved_data["padding"].toIntVector();
-  const auto [x, stride] =
-      read_pixels(saved[0], weight, ctx->saved_data["stride"].toIntVector(), padding);
-  const bool wants_bias = ctx->saved_data["wants_bias"].toBool();
-  const std::array<int64_t, 1> bias_sizes{weight.size(0)};
-  auto [unused, weight_grad, bias_grad] = at::convolution_backward(
-      delta, x, weight, wants_bias ? at::OptionalIntArrayRef(bias_sizes) : std::nullopt, stride,
-      padding, ctx->saved_data["dilation"].toIntVector(), /*transposed=*/false,
-      /*output_padding=*/{0, 0}, ctx->saved_data["groups"].toInt(),
-      {false, ctx->saved_data["wants_weight"].toBool(), wants_bias});
-  result[2] = weight_grad;
-  result[3] = bias_grad;
-  return result;
-}
-
 struct Conv2d : torch::autograd::Function<Conv2d> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                                const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
                                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                                const Tensor& noise_state, int64_t block, c10::string_view activation,
-                               c10::string_view noise) {
+                               c10::string_view noise, at::OptionalIntArrayRef pool) {
     static const auto op = find<decltype(fdfa::conv2d)>("fdfa::conv2d");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, ty, pre] = op.call(x, tangent, weight, bias, stride, padding, dilation, groups,
-                                noise_state, block, activation, noise);
-    save_convolution(ctx, x, weight, bias, stride, padding, dilation, groups);
-    ctx->mark_non_differentiable({y, ty});
-    return {y, ty, pre};
+    auto [y, ty, pre, pooled] = op.call(x, tangent, weight, bias, stride, padding, dilation, groups,
+                                        noise_state, block, activation, noise, pool);
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data["wants_weight"] = weight.requires_grad();
+    ctx->saved_data["wants_bias"] = bias && bias->requires_grad();
+    ctx->saved_data["stride"] = stride.vec();
+    ctx->saved_data["padding"] = padding.vec();
+    ctx->saved_data["dilation"] = dilation.vec();
+    ctx->saved_data["groups"] = groups;
+    ctx->mark_non_differentiable({y, ty, pooled});
+    ctx->set_materialize_grads(false);
+    return {y, ty, pre, pooled};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return convolution_gradients(ctx, grads[2], 12);
+    variable_list result(13);
+    const Tensor& delta = grads[2];
+    if (!delta.defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& weight = saved[1];
+    const std::vector<int64_t> padding = ctx->saved_data["padding"].toIntVector();
+    const auto [x, stride] =
+        read_pixels(saved[0], weight, ctx->saved_data["stride"].toIntVector(), padding);
+    const bool wants_bias = ctx->saved_data["wants_bias"].toBool();
+    const std::array<int64_t, 1> bias_sizes{weight.size(0)};
+    auto [unused, weight_grad, bias_grad] = at::convolution_backward(
+        delta, x, weight, wants_bias ? at::OptionalIntArrayRef(bias_sizes) : std::nullopt, stride,
+        padding, ctx->saved_data["dilation"].toIntVector(), /*transposed=*/false,
+        /*output_padding=*/{0, 0}, ctx->saved_data["groups"].toInt(),
+        {false, ctx->saved_data["wants_weight"].toBool(), wants_bias});
+    result[2] = weight_grad;
+    result[3] = bias_grad;
+    return result;
   }
 };
-
-struct Conv2dMaxPool2d : torch::autograd::Function<Conv2dMaxPool2d> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
-                               const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
-                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                               const Tensor& noise_state, int64_t block, c10::string_view activation,
-                               c10::string_view noise, at::IntArrayRef pool_kernel,
-                               at::IntArrayRef pool_stride, at::IntArrayRef pool_padding) {
-    static const auto op = find<decltype(fdfa::conv2d_max_pool2d)>("fdfa::conv2d_max_pool2d");
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, pre, pooled, pooled_tangent] =
-        op.call(x, tangent, weight, bias, stride, padding, dilation, groups, noise_state, block,
-                activation, noise, pool_kernel, pool_stride, pool_padding);
-    save_convolution(ctx, x, weight, bias, stride, padding, dilation, groups);
-    ctx->mark_non_differentiable({y, pooled, pooled_tangent});
-    return {y, pre, pooled, pooled_tangent};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return convolution_gradients(ctx, grads[1], 15);
-  }
-};
-
-// What the gradients of a batch normalisation need.
-void save_norm(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
-               const OptionalTensor& bias, const Tensor& mean, const Tensor& inverse_std,
-               bool training) {
-  ctx->save_for_backward({x, weight.value_or(Tensor()), mean, inverse_std});
-  ctx->saved_data["training"] = training;
-  ctx->saved_data["has_bias"] = bias.has_value();
-  ctx->set_materialize_grads(false);
-}
-
-// For the operator's arguments, x the first of `count` and weight and bias in this place.
-variable_list norm_gradients(AutogradContext* ctx, const Tensor& delta, size_t count,
-                             size_t weight_at) {
-  static const auto op = find<decltype(fdfa::batch_norm_backward)>("fdfa::batch_norm_backward");
-  variable_list result(count);
-  if (!delta.defined()) return result;
-  const variable_list saved = ctx->get_saved_variables();
-  const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
-  auto [dx, dweight, dbias] =
-      op.call(delta, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool());
-  result[0] = dx;
-  if (weight) result[weight_at] = dweight;
-  if (ctx->saved_data["has_bias"].toBool()) result[weight_at + 1] = dbias;
-  return result;
-}
 
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                                const OptionalTensor& ty, const OptionalTensor& weight,
                                const OptionalTensor& bias, const OptionalTensor& running_mean,
-                               const OptionalTensor& running_var, bool training, double momentum,
-                               double eps, const Tensor& noise_state, int64_t block,
+                               const OptionalTensor& running_var,
+                               const OptionalTensor& num_batches_tracked, bool training,
+                               double momentum, double eps, const Tensor& noise_state, int64_t block,
                                c10::string_view activation, c10::string_view noise,
-                               const OptionalTensor& num_batches_tracked) {
+                               at::OptionalIntArrayRef pool) {
     static const auto op = find<decltype(fdfa::batch_norm)>("fdfa::batch_norm");
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, pre, mean, inverse_std] =
-        op.call(x, tangent, ty, weight, bias, running_mean, running_var, training, momentum, eps,
-                noise_state, block, activation, noise, num_batches_tracked);
-    save_norm(ctx, x, weight, bias, mean, inverse_std, training);
-    ctx->mark_non_differentiable({y, mean, inverse_std});
-    return {y, pre, mean, inverse_std};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return norm_gradients(ctx, grads[1], 15, /*weight_at=*/3);
-  }
-};
-
-struct BatchNormMaxPool2d : torch::autograd::Function<BatchNormMaxPool2d> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
-                               const OptionalTensor& weight, const OptionalTensor& bias,
-                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                               bool training, double momentum, double eps, const Tensor& noise_state,
-                               int64_t block, c10::string_view activation, c10::string_view noise,
-                               at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
-                               at::IntArrayRef pool_padding,
-                               const OptionalTensor& num_batches_tracked) {
-    static const auto op = find<decltype(fdfa::batch_norm_max_pool2d)>("fdfa::batch_norm_max_pool2d");
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, pre, mean, inverse_std, pooled, pooled_tangent] = op.call(
-        x, tangent, weight, bias, running_mean, running_var, training, momentum, eps, noise_state,
-        block, activation, noise, pool_kernel, pool_stride, pool_padding, num_batches_tracked);
-    save_norm(ctx, x, weight, bias, mean, inverse_std, training);
+    auto [y, pre, mean, inverse_std, pooled, pooled_tangent] =
+        op.call(x, tangent, ty, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                momentum, eps, noise_state, block, activation, noise, pool);
+    ctx->save_for_backward({x, weight.value_or(Tensor()), mean, inverse_std});
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["has_bias"] = bias.has_value();
     ctx->mark_non_differentiable({y, mean, inverse_std, pooled, pooled_tangent});
+    ctx->set_materialize_grads(false);
     return {y, pre, mean, inverse_std, pooled, pooled_tangent};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return norm_gradients(ctx, grads[1], 17, /*weight_at=*/2);
+    static const auto op = find<decltype(fdfa::batch_norm_backward)>("fdfa::batch_norm_backward");
+    variable_list result(16);
+    const Tensor& delta = grads[1];
+    if (!delta.defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+    auto [dx, dweight, dbias] =
+        op.call(delta, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool());
+    result[0] = dx;
+    if (weight) result[3] = dweight;
+    if (ctx->saved_data["has_bias"].toBool()) result[4] = dbias;
+    return result;
   }
 };
 
@@ -249,14 +181,15 @@ void check_no_dual(const char* op, const Tensor& x) {
 Normalized batch_norm_autograd(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& ty,
                                const OptionalTensor& weight, const OptionalTensor& bias,
                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                               bool training, double momentum, double eps, const Tensor& noise_state,
-                               int64_t block, c10::string_view activation, c10::string_view noise,
-                               const OptionalTensor& num_batches_tracked) {
+                               const OptionalTensor& num_batches_tracked, bool training,
+                               double momentum, double eps, const Tensor& noise_state, int64_t block,
+                               c10::string_view activation, c10::string_view noise,
+                               at::OptionalIntArrayRef pool) {
   check_no_dual("batch_norm", x);
   const auto out =
-      BatchNorm::apply(x, tangent, ty, weight, bias, running_mean, running_var, training, momentum, eps,
-                       noise_state, block, activation, noise, num_batches_tracked);
-  return {out[0], out[1], out[2], out[3]};
+      BatchNorm::apply(x, tangent, ty, weight, bias, running_mean, running_var, num_batches_tracked,
+                       training, momentum, eps, noise_state, block, activation, noise, pool);
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
 Dual linear_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
@@ -267,43 +200,15 @@ Dual linear_autograd(const Tensor& x, const OptionalTensor& tangent, const Tenso
   return {out[0], out[1], out[2]};
 }
 
-Dual conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
-                     const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-                     at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
-                     c10::string_view activation, c10::string_view noise) {
+Convolved conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+                          const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                          at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state,
+                          int64_t block, c10::string_view activation, c10::string_view noise,
+                          at::OptionalIntArrayRef pool) {
   check_no_dual("conv2d", x);
   const auto out = Conv2d::apply(x, tangent, weight, bias, stride, padding, dilation, groups,
-                                 noise_state, block, activation, noise);
-  return {out[0], out[1], out[2]};
-}
-
-Pooled conv2d_max_pool2d_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
-                                  const OptionalTensor& bias, at::IntArrayRef stride,
-                                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                                  const Tensor& noise_state, int64_t block, c10::string_view activation,
-                                  c10::string_view noise, at::IntArrayRef pool_kernel,
-                                  at::IntArrayRef pool_stride, at::IntArrayRef pool_padding) {
-  check_no_dual("conv2d_max_pool2d", x);
-  const auto out =
-      Conv2dMaxPool2d::apply(x, tangent, weight, bias, stride, padding, dilation, groups, noise_state,
-                             block, activation, noise, pool_kernel, pool_stride, pool_padding);
+                                 noise_state, block, activation, noise, pool);
   return {out[0], out[1], out[2], out[3]};
-}
-
-PooledNorm batch_norm_max_pool2d_autograd(const Tensor& x, const OptionalTensor& tangent,
-                                          const OptionalTensor& weight, const OptionalTensor& bias,
-                                          const OptionalTensor& running_mean,
-                                          const OptionalTensor& running_var, bool training,
-                                          double momentum, double eps, const Tensor& noise_state,
-                                          int64_t block, c10::string_view activation,
-                                          c10::string_view noise, at::IntArrayRef pool_kernel,
-                                          at::IntArrayRef pool_stride, at::IntArrayRef pool_padding,
-                                          const OptionalTensor& num_batches_tracked) {
-  check_no_dual("batch_norm_max_pool2d", x);
-  const auto out = BatchNormMaxPool2d::apply(
-      x, tangent, weight, bias, running_mean, running_var, training, momentum, eps, noise_state, block,
-      activation, noise, pool_kernel, pool_stride, pool_padding, num_batches_tracked);
-  return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
 // x Wᵀ + b of an x without gradient, by the faster library.
@@ -348,9 +253,7 @@ std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, c
 TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
   m.impl("linear", fdfa::linear_autograd);
   m.impl("conv2d", fdfa::conv2d_autograd);
-  m.impl("conv2d_max_pool2d", fdfa::conv2d_max_pool2d_autograd);
   m.impl("batch_norm", fdfa::batch_norm_autograd);
-  m.impl("batch_norm_max_pool2d", fdfa::batch_norm_max_pool2d_autograd);
   m.impl("max_pool2d_end", fdfa::max_pool2d_end_autograd);
 }
 

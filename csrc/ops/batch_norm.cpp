@@ -144,9 +144,9 @@ Prepared prepare(const Arguments& a) {
 Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& ty,
                       const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                      bool training, double momentum, double eps, const Tensor& noise_state,
-                      int64_t block, c10::string_view activation, c10::string_view noise,
-                      const OptionalTensor& num_batches_tracked) {
+                      const OptionalTensor& num_batches_tracked, bool training, double momentum,
+                      double eps, const Tensor& noise_state, int64_t block, c10::string_view activation,
+                      c10::string_view noise, at::OptionalIntArrayRef pool) {
   const Arguments a{"batch_norm", x,
                     tangent,      weight,
                     bias,         running_mean,
@@ -156,6 +156,13 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
                     block,        activation,
                     noise};
   check_arguments(a);
+  if (pool) {
+    TORCH_CHECK(!ty, "fdfa::batch_norm: ty must be none where a pool follows, which has the tangent");
+    const PoolShape shape = check_pool(a.op, x, *pool);
+    const Prepared p = prepare(a);
+    const auto [pooled, pooled_tangent] = run_pooled(p.epilogue, x, shape, /*donated=*/{});
+    return {p.y, p.pre, p.mean, p.inverse_std, pooled, pooled_tangent};
+  }
   if (ty) {
     check_like(a.op, "ty", *ty, "x", x);
     check_shape(a.op, "ty", *ty, x.sizes());
@@ -168,37 +175,8 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
   Prepared p = prepare(a);
   p.epilogue.ty = ty ? ty->data_ptr<float>() : nullptr;
   launch(p.epilogue, x.device());
-  return {p.y, p.pre, p.mean, p.inverse_std};
-}
-
-PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,
-                                 const OptionalTensor& weight, const OptionalTensor& bias,
-                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                 bool training, double momentum, double eps, const Tensor& noise_state,
-                                 int64_t block, c10::string_view activation, c10::string_view noise,
-                                 at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
-                                 at::IntArrayRef pool_padding,
-                                 const OptionalTensor& num_batches_tracked) {
-  const Arguments a{"batch_norm_max_pool2d",
-                    x,
-                    tangent,
-                    weight,
-                    bias,
-                    running_mean,
-                    running_var,
-                    num_batches_tracked,
-                    training,
-                    momentum,
-                    eps,
-                    noise_state,
-                    block,
-                    activation,
-                    noise};
-  check_arguments(a);
-  const PoolShape shape = check_pool(a.op, x, pool_kernel, pool_stride, pool_padding);
-  const Prepared p = prepare(a);
-  const auto [pooled, pooled_tangent] = run_pooled(p.epilogue, x, shape, /*donated=*/{});
-  return {p.y, p.pre, p.mean, p.inverse_std, pooled, pooled_tangent};
+  const auto nothing = [&] { return at::empty({0}, x.options()); };
+  return {p.y, p.pre, p.mean, p.inverse_std, nothing(), nothing()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,

@@ -190,32 +190,21 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
   return run(finish, {product(x), tangent ? product(*tangent) : Tensor()});
 }
 
-Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
-            const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-            at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
-            c10::string_view activation, c10::string_view noise) {
+Convolved conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+                 const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                 at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
+                 c10::string_view activation, c10::string_view noise, at::OptionalIntArrayRef pool) {
   const Convolution c{"conv2d", x, tangent, weight, stride, padding, dilation, groups};
   check_images(c, bias, noise_state);
   const Finish finish = check_finish(c.op, weight, bias, noise_state, block, activation, noise);
-  return run(finish, convolve(c));
-}
-
-Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
-                         const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-                         at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state,
-                         int64_t block, c10::string_view activation, c10::string_view noise,
-                         at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
-                         at::IntArrayRef pool_padding) {
-  const Convolution c{"conv2d_max_pool2d", x, tangent, weight, stride, padding, dilation, groups};
-  check_images(c, bias, noise_state);
-  const Finish finish = check_finish(c.op, weight, bias, noise_state, block, activation, noise);
   const Products products = convolve(c);
-  const Tensor& y = products.z;
-  const PoolShape shape = check_pool(c.op, y, pool_kernel, pool_stride, pool_padding);
-  const Tensor pre = empty_pre(finish, y);
+  const Tensor& z = products.z;
+  if (!pool) return std::tuple_cat(run(finish, products), std::tuple{at::empty({0}, z.options())});
+  const PoolShape shape = check_pool(c.op, z, *pool);
+  const Tensor pre = empty_pre(finish, z);
   const auto [pooled, pooled_tangent] =
-      run_pooled(epilogue_params<float>(finish, products, y, pre), y, shape, /*donated=*/products.tz);
-  return {y, pre, pooled, pooled_tangent};
+      run_pooled(epilogue_params<float>(finish, products, z, pre), z, shape, /*donated=*/products.tz);
+  return {z, pooled_tangent, pre, pooled};
 }
 
 Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,

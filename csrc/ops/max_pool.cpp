@@ -72,6 +72,12 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at
           {small(padding[0]), small(padding[1])}};
 }
 
+PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef pool) {
+  TORCH_CHECK(pool.size() == 6, "fdfa::", op,
+              ": pool must be kernel, stride and padding, two numbers each; got ", pool);
+  return check_pool(op, x, pool.slice(0, 2), pool.slice(2, 2), pool.slice(4, 2));
+}
+
 std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
                                       const PoolShape& shape, const Tensor& donated) {
   const bool zero = epilogue.tz == nullptr && epilogue.noise.kind == Noise::none;

@@ -55,10 +55,13 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
             const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
             c10::string_view activation, c10::string_view noise);
 
-Dual conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
-            const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-            at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
-            c10::string_view activation, c10::string_view noise);
+// y, tangent of what goes on, pre-activation, the pool of y.
+using Convolved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Convolved conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
+                 const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+                 at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
+                 c10::string_view activation, c10::string_view noise, at::OptionalIntArrayRef pool);
 
 Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,
                c10::string_view noise);
@@ -72,19 +75,11 @@ PoolEnd max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Ten
                        at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
                        const Tensor& noise_state, int64_t block, c10::string_view noise);
 
-// y, pre-activation, the pool of y, and its tangent.
-using Pooled = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-Pooled conv2d_max_pool2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
-                         const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-                         at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state,
-                         int64_t block, c10::string_view activation, c10::string_view noise,
-                         at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
-                         at::IntArrayRef pool_padding);
-
 // The sizes of a pool of images x [N, C, H, W], float32, once they are found to make sense.
 PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                      at::IntArrayRef padding);
+// The same of one that an operator may do at its end: kernel, stride and padding.
+PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef pool);
 // An epilogue of images like y, and a pool after it: (pooled, its tangent). Where the epilogue's own ty
 // needs memory it takes `donated`, of y's size and order, if that is defined.
 std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
@@ -93,26 +88,15 @@ std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tens
 Tensor max_pool2d_backward(const Tensor& delta, const Tensor& winners, at::IntArrayRef input_size,
                            at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding);
 
-using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, pre-activation, mean, 1 / σ
+// y, pre-activation, mean, 1 / σ, the pool of y and its tangent.
+using Normalized = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const OptionalTensor& ty,
                       const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                      bool training, double momentum, double eps, const Tensor& noise_state,
-                      int64_t block, c10::string_view activation, c10::string_view noise,
-                      const OptionalTensor& num_batches_tracked);
-
-// Also the pool of y, and its tangent.
-using PooledNorm = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-PooledNorm batch_norm_max_pool2d(const Tensor& x, const OptionalTensor& tangent,
-                                 const OptionalTensor& weight, const OptionalTensor& bias,
-                                 const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                 bool training, double momentum, double eps, const Tensor& noise_state,
-                                 int64_t block, c10::string_view activation, c10::string_view noise,
-                                 at::IntArrayRef pool_kernel, at::IntArrayRef pool_stride,
-                                 at::IntArrayRef pool_padding,
-                                 const OptionalTensor& num_batches_tracked);
+                      const OptionalTensor& num_batches_tracked, bool training, double momentum,
+                      double eps, const Tensor& noise_state, int64_t block, c10::string_view activation,
+                      c10::string_view noise, at::OptionalIntArrayRef pool);
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,
                                                        const OptionalTensor& weight, const Tensor& mean,

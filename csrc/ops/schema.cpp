@@ -26,40 +26,27 @@ TORCH_LIBRARY(fdfa, m) {
       "str activation, str noise) -> (Tensor y, Tensor ty, Tensor pre)");
 
   // The same for a convolution: x, tangent [N, C, H, W]; weight [out_channels, C / groups, kh, kw].
-  // Results are in channels_last.
+  // Results are in channels_last. With a pool, (kernel, stride, padding) with two numbers each, a
+  // max-pool follows the block and is no part of it: y is what it is without, for f', and what goes on
+  // are pooled = max_pool2d(y) and in ty the tangents of its winners, u included. float32. The
+  // unpooled tangent is never written to memory on the CPU. Without a pool, pooled is empty.
   m.def(
       "conv2d(Tensor x, Tensor? tangent, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
-      "int[2] dilation, int groups, Tensor noise_state, int block, str activation, str noise) -> "
-      "(Tensor y, Tensor ty, Tensor pre)");
-
-  // The same of a block that a max-pool follows, which is no part of it: y is as `conv2d` returns it,
-  // what f' of the block is taken from, and what goes on are pooled = max_pool2d(y) and the tangents of
-  // its winners, u included. float32. The unpooled tangent is never written to memory on the CPU.
-  m.def(
-      "conv2d_max_pool2d(Tensor x, Tensor? tangent, Tensor weight, Tensor? bias, int[2] stride, "
-      "int[2] padding, int[2] dilation, int groups, Tensor noise_state, int block, str activation, "
-      "str noise, int[2] pool_kernel, int[2] pool_stride, int[2] pool_padding) -> "
-      "(Tensor y, Tensor pre, Tensor pooled, Tensor pooled_tangent)");
+      "int[2] dilation, int groups, Tensor noise_state, int block, str activation, str noise, "
+      "int[]? pool=None) -> (Tensor y, Tensor ty, Tensor pre, Tensor pooled)");
 
   // The end of a block: a = BatchNorm(x), then as `linear` goes on from its a. x [N, C], or [N, C, H,
   // W] in channels_last; float32. The tangent passes the batch's statistics too. In training
   // they come from x, and move running_mean and running_var, both [C], by `momentum`. ty is written to
-  // memory of the caller's, which may be tangent itself; none where it would be zero. Returns also mean
-  // and 1 / σ, [C], for the backward. num_batches_tracked, one int64, is counted up where the
-  // statistics come from x.
+  // memory of the caller's, which may be tangent itself; none where it would be zero, or a pool
+  // follows. Returns also mean and 1 / σ, [C], for the backward. num_batches_tracked, one int64, is
+  // counted up where the statistics come from x. A pool as in `conv2d`; without, pooled and
+  // pooled_tangent are empty.
   m.def(
-      "batch_norm(Tensor x, Tensor? tangent, Tensor(c!)? ty, Tensor? weight, Tensor? bias, "
-      "Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, bool training, float momentum, float eps, Tensor noise_state, "
-      "int block, str activation, str noise, Tensor(d!)? num_batches_tracked=None) -> "
-      "(Tensor y, Tensor pre, Tensor mean, Tensor inverse_std)");
-
-  // The same and a max-pool that follows the block, as in `conv2d_max_pool2d`.
-  m.def(
-      "batch_norm_max_pool2d(Tensor x, Tensor? tangent, Tensor? weight, Tensor? bias, "
-      "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, "
-      "Tensor noise_state, int block, str activation, str noise, int[2] pool_kernel, "
-      "int[2] pool_stride, int[2] pool_padding, Tensor(c!)? num_batches_tracked=None) -> "
+      "batch_norm(Tensor x, Tensor? tangent, Tensor(a!)? ty, Tensor? weight, Tensor? bias, "
+      "Tensor(b!)? running_mean, Tensor(c!)? running_var, Tensor(d!)? num_batches_tracked, "
+      "bool training, float momentum, float eps, Tensor noise_state, int block, str activation, "
+      "str noise, int[]? pool=None) -> "
       "(Tensor y, Tensor pre, Tensor mean, Tensor inverse_std, Tensor pooled, Tensor pooled_tangent)");
 
   // From δ at its output a to the gradients of x, weight and bias.
@@ -144,22 +131,20 @@ TORCH_LIBRARY(fdfa, m) {
       "Tensor? input=None) -> Tensor");
 }
 
-#define FDFA_IMPLEMENT(key)                                       \
-  TORCH_LIBRARY_IMPL(fdfa, key, m) {                              \
-    m.impl("next_noise", fdfa::next_noise);                       \
-    m.impl("mm", fdfa::mm);                                       \
-    m.impl("linear", fdfa::linear);                               \
-    m.impl("conv2d", fdfa::conv2d);                               \
-    m.impl("conv2d_max_pool2d", fdfa::conv2d_max_pool2d);         \
-    m.impl("perturb", fdfa::perturb);                             \
-    m.impl("feedback_step", fdfa::feedback_step);                 \
-    m.impl("feedback_gradient", fdfa::feedback_gradient);         \
-    m.impl("max_pool2d", fdfa::max_pool2d);                       \
-    m.impl("max_pool2d_end", fdfa::max_pool2d_end);               \
-    m.impl("max_pool2d_backward", fdfa::max_pool2d_backward);     \
-    m.impl("batch_norm", fdfa::batch_norm);                       \
-    m.impl("batch_norm_max_pool2d", fdfa::batch_norm_max_pool2d); \
-    m.impl("batch_norm_backward", fdfa::batch_norm_backward);     \
+#define FDFA_IMPLEMENT(key)                                   \
+  TORCH_LIBRARY_IMPL(fdfa, key, m) {                          \
+    m.impl("next_noise", fdfa::next_noise);                   \
+    m.impl("mm", fdfa::mm);                                   \
+    m.impl("linear", fdfa::linear);                           \
+    m.impl("conv2d", fdfa::conv2d);                           \
+    m.impl("perturb", fdfa::perturb);                         \
+    m.impl("feedback_step", fdfa::feedback_step);             \
+    m.impl("feedback_gradient", fdfa::feedback_gradient);     \
+    m.impl("max_pool2d", fdfa::max_pool2d);                   \
+    m.impl("max_pool2d_end", fdfa::max_pool2d_end);           \
+    m.impl("max_pool2d_backward", fdfa::max_pool2d_backward); \
+    m.impl("batch_norm", fdfa::batch_norm);                   \
+    m.impl("batch_norm_backward", fdfa::batch_norm_backward); \
   }
 
 FDFA_IMPLEMENT(CPU)

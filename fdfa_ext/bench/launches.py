@@ -135,10 +135,10 @@ def _fused_adam(a: _Arguments) -> int:
 _LAUNCHES: dict[str, _Count] = {
     # This package's. An epilogue also writes the zero of a placeholder.
     "fdfa::linear": lambda a: _operands(a) + 1,  # products, epilogue
-    "fdfa::conv2d": lambda a: _operands(a) + 1,
-    "fdfa::conv2d_max_pool2d": lambda a: _operands(a) + 2,  # products, epilogue, pool
-    "fdfa::batch_norm": lambda a: 3 if a["training"] else 2,  # moments, statistics, epilogue
-    "fdfa::batch_norm_max_pool2d": lambda a: 4 if a["training"] else 3,  # and the pool
+    "fdfa::conv2d": lambda a: _operands(a) + 1 + (a["pool"] is not None),
+    "fdfa::batch_norm": lambda a: (  # moments, statistics, epilogue, pool
+        2 + a["training"] + (a["pool"] is not None)
+    ),
     "fdfa::batch_norm_backward": 3,  # moments, maps, their use
     "fdfa::max_pool2d": 1,
     "fdfa::max_pool2d_end": 1,  # which adds the noise and writes the zeros of placeholders

@@ -235,7 +235,6 @@ def _conv2d_products(call: OperatorCall) -> list[Tensor]:
 _PRODUCTS = {
     "fdfa::linear": _linear_products,
     "fdfa::conv2d": _conv2d_products,
-    "fdfa::conv2d_max_pool2d": _conv2d_products,
 }
 
 
