@@ -9,7 +9,7 @@ namespace fdfa {
 
 // Whether Python objects still are what they were when they were first looked at.
 //
-// Compared are identities, so no code of the user's is called. A step asks for some twenty facts of
+// Compared are identities, so no user code is called. A step asks for some twenty facts of
 // each module, which are a few loads each here and a call each in Python.
 class Guard {
  public:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fdfa_ext._ops import fused
+from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 
 
 def _placeholder(y: Tensor) -> Tensor:
@@ -15,7 +16,7 @@ def _placeholder(y: Tensor) -> Tensor:
 def _dual_outputs(
     y: Tensor, activation: str, zero_tangent: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keeps_pre = activation in ("gelu", "silu")
+    keeps_pre = activation in NEEDS_PRE_ACTIVATION
     ty = _placeholder(y) if zero_tangent else torch.empty_like(y)
     return y, ty, torch.empty_like(y) if keeps_pre else _placeholder(y)
 

@@ -4,7 +4,7 @@ block."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,41 +15,49 @@ from fdfa_ext.feedback import FeedbackBank, FeedbackStep
 from fdfa_ext.noise import flatten_features, perturbation, unflatten_features
 from fdfa_ext.reference import through_activation
 
+_Given = TypeVar("_Given")
+
 
 @dataclass
 class BlockStep:
     """A block in the backward of one step. D features, in the memory order of the block's output."""
 
     name: str
+    """Of the block within the model's module."""
     error: Tensor
     """e [N, K]: gradient of the loss at the output."""
     _tangent: Tensor | None
     _feedback: Tensor | None
     _output: Tensor | None
-    _make_perturbation: Callable[[], Tensor]
+    _make_perturbation: Callable[[], Tensor] | None
 
     @property
     def tangent(self) -> Tensor:
         """d [N, K]: tangent of the output."""
-        assert self._tangent is not None, "this method has no tangents"
-        return self._tangent
+        return self._given(self._tangent, "tangent", 'tangents = "network"')
 
     @property
     def feedback(self) -> Tensor:
         """B [K, D]."""
-        assert self._feedback is not None, "this method has no feedback"
-        return self._feedback
+        return self._given(self._feedback, "feedback", 'feedback = "learned" or "fixed"')
 
     @property
     def output(self) -> Tensor:
         """y [N, D], for methods with reads_output."""
-        assert self._output is not None, "this method does not read outputs"
-        return self._output
+        return self._given(self._output, "output", "reads_output = True")
 
     @property
     def perturbation(self) -> Tensor:
         """u [N, D], made again from the noise state at each access: yours to change."""
-        return self._make_perturbation()
+        return self._given(self._make_perturbation, "perturbation", 'tangents = "network"')()
+
+    def _given(self, value: _Given | None, what: str, attribute: str) -> _Given:
+        if value is None:
+            raise RuntimeError(
+                f"FDFA: block '{self.name}' has no {what} in this step; the method's class needs "
+                f"{attribute}"
+            )
+        return value
 
 
 class BlockRule(Protocol):
@@ -121,13 +129,31 @@ class _BlockBackward:
                 tangent,
                 flatten_features(matrices[i].detach()) if matrices else None,
                 flatten_features(outputs[i]).float() if outputs else None,
-                partial(self._perturbation, saved_activations[i], noise_state, self.indices[i]),
+                None
+                if noise_state is None
+                else partial(self._perturbation, saved_activations[i], noise_state, self.indices[i]),
             )
             for i, name in enumerate(self.names)
         ]
 
-    def _perturbation(self, like: Tensor, noise_state: Tensor | None, index: int) -> Tensor:
-        assert noise_state is not None, "this method perturbs nothing"
+    def checked(self, function: str, found: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+        """What a function of the rule has returned, [N, D] or [K, D] each, in the shapes of `like`."""
+        method = type(self.rule).__name__
+        if len(found) != len(like):
+            raise ValueError(
+                f"FDFA: {function}s of {method} must return one tensor a block; expected {len(like)}, "
+                f"got {len(found)}"
+            )
+        for name, matrix, t in zip(self.names, found, like, strict=True):
+            shape = [t.shape[0], t.shape[1:].numel()]
+            if not isinstance(matrix, Tensor) or list(matrix.shape) != shape:
+                got = list(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
+                raise ValueError(
+                    f"FDFA: {function} of {method} must return {shape} for block '{name}'; got {got}"
+                )
+        return [unflatten_features(m, t.shape) for m, t in zip(found, like, strict=True)]
+
+    def _perturbation(self, like: Tensor, noise_state: Tensor, index: int) -> Tensor:
         return flatten_features(perturbation(self.operators, like, noise_state, index, self.noise))
 
 
@@ -169,19 +195,15 @@ class _BlockNode(torch.autograd.Function):
         )
         gradients: list[Tensor | None] = [None] * len(matrices)
         if what.rule.feedback == "learned" and len(error) > 0:
-            found = [
-                unflatten_features(gradient, matrix.shape)
-                for gradient, matrix in zip(what.rule.feedback_gradients(blocks), matrices, strict=True)
-            ]
+            found = what.checked("feedback_gradient", what.rule.feedback_gradients(blocks), matrices)
             if what.feedback.rule == "grad":
                 gradients[:] = found
             else:
                 what.feedback.move(what.names, found)
+        errors = what.checked("delta", what.rule.deltas(blocks), saved_activations)
         deltas = [
-            through_activation(activation, like, unflatten_features(delta, like.shape))
-            for activation, like, delta in zip(
-                what.activations, saved_activations, what.rule.deltas(blocks), strict=True
-            )
+            through_activation(activation, like, delta)
+            for activation, like, delta in zip(what.activations, saved_activations, errors, strict=True)
         ]
         return (None, grads[0], None, None, *deltas, *gradients, *[None] * len(saved))
 
@@ -239,7 +261,7 @@ def attach_fused(
 
 
 def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int, outputs: int) -> None:
-    """Whether the blocks of a pass, of n samples, have what the backward needs, and fit their B."""
+    """Raises unless the blocks of a pass of n samples have what the backward needs, and fit their B."""
     for record in dual.records:
         reads_output = record.activation != "identity" and record.saved_activation is record.output
         needed = reads_output or rule.keeps_output

@@ -18,10 +18,10 @@ from fdfa_ext import reference
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import traced_make_dual, traced_unpack_dual
 from fdfa_ext.duals import make_dual, refuse_unknown, unpack_dual
-from fdfa_ext.fusion import NEEDS_PRE_ACTIVATION, Chain, FusedTail, norm_arguments
+from fdfa_ext.fusion import Chain, FusedTail, norm_arguments
 from fdfa_ext.jvp import (
+    Call,
     PrimalTangent,
-    Step,
     forward_dual,
     has_fused_pool,
     pool_geometry,
@@ -30,6 +30,7 @@ from fdfa_ext.jvp import (
 )
 from fdfa_ext.noise import channels_last, memory_format_of
 from fdfa_ext.own_code import OutputLayer, OwnCodeRules, expose, leaves_behind
+from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 
 BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
 
@@ -91,16 +92,16 @@ class DualPass:
     takes_biases: bool = False  # whether the method gives biases of dense blocks their gradients itself
     biases: list[Tensor] = field(default_factory=list)  # those that were left to it
     biased: list[int] = field(default_factory=list)  # their blocks' places in records
-    rules: OwnCodeRules | None = None  # where code of the user's runs
+    rules: OwnCodeRules | None = None  # where user code runs
     exposes: bool = False  # whether blocks hand out activations with a graph
     exposed: list[Tensor] = field(default_factory=list)  # those
 
-    def run(self, steps: Sequence[Step], layer: nn.Linear | None, x: Tensor) -> PrimalTangent:
-        """Calls the steps one after the other, each with primal and tangent of what the one before
+    def run(self, calls: Sequence[Call], layer: nn.Linear | None, x: Tensor) -> PrimalTangent:
+        """Makes the calls one after the other, each with primal and tangent of what the one before
         returned. The output layer after them is left to the method where it can take that."""
         tangent: Tensor | None = None
-        for step in steps:
-            x, tangent = step(x, tangent)
+        for call in calls:
+            x, tangent = call(x, tangent)
         if layer is None:
             return x, tangent
         weight, bias = _weight_and_bias(layer)
@@ -147,10 +148,10 @@ class BlockPass:
     def __init__(self, name: str, index: int) -> None:
         self.name = name
         self.index = index
-        self.call: Step  # as Block.plan has it
+        self.call: Call  # as Block.plan has it
         self.dual: DualPass | None = None
 
-    def on_dual_tensor(self, x: Tensor, call: Step) -> Tensor:
+    def on_dual_tensor(self, x: Tensor, call: Call) -> Tensor:
         """The dual tensor of a block's output, by its call, which takes primal and tangent apart.
 
         Without a tangent both are plain tensors.
@@ -255,14 +256,14 @@ class BlockPass:
             tangent = None if dual.tangents == "block" else tangent.detach()
         y, ty = x, tangent
         tail = chain.tail if dual.backend is fused else None
-        for position, step in enumerate(chain.steps):
+        for position, call in enumerate(chain.calls):
             if tail is not None and position == tail.start and tail.takes(y):
                 # The tangent that a layer just made is nobody else's: it may be overwritten.
                 donated = ty if chain.makes_tangent else None
                 return self._fused_tail(dual, tail, y, ty, donated, pool)
             which = f"block '{self.name}': its module {position} ({chain.names[position]})"
             try:
-                y, ty = step(y, ty)
+                y, ty = call(y, ty)
             except NotImplementedError as error:
                 refuse_unknown(which, error)
                 raise

@@ -49,7 +49,7 @@ def some_forward_mode() -> AbstractContextManager[object]:
 
 
 def is_own_level_open() -> bool:
-    """Whether tangents are those of a pass: others, of code of the user's, may want a graph."""
+    """Whether tangents are those of a pass: others, of user code, may need a graph."""
     return _Level.is_open and not is_in_transform()
 
 

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from fdfa_ext.jvp import (
     ACTIVATION_NAMES,
     BATCH_NORMS,
-    Step,
-    forward_mode_step,
+    Call,
+    forward_mode_call,
     has_fused_pool,
     makes_tangent,
     plain_type,
     pool_geometry,
-    rule_step,
+    rule_call,
     single_precision,
 )
+from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 
-NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 # Of the inputs that the operators take; a norm has no other in common with them.
 _NORM_DIMENSIONS = {nn.BatchNorm1d: 2, nn.BatchNorm2d: 4}
 
@@ -62,7 +62,7 @@ class FusedTail:
 class Chain:
     """The calls of a block that perturbs what they return, with autograd within."""
 
-    steps: Sequence[Step]  # each is given what the one before returned
+    calls: Sequence[Call]  # each is given what the one before returned
     names: Sequence[str]  # of the modules that they call, for errors
     tail: FusedTail | None = None
     makes_tangent: bool = False  # whether the tangent that the tail is given is nobody else's
@@ -73,7 +73,7 @@ class Chain:
         tail = find_tail(modules)
         before = [] if tail is None else modules[: tail.start]
         return cls(
-            [rule_step(module) or forward_mode_step(module) for module in modules],
+            [rule_call(module) or forward_mode_call(module) for module in modules],
             [type(module).__name__ for module in modules],
             tail,
             bool(before) and makes_tangent(before[-1]),

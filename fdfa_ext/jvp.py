@@ -10,7 +10,7 @@ JVP rule here, a shorter way with the library's own kernels, which takes the tan
   layer-norm and group-norm is such a matrix with γ as a factor of its rows;
 - max-pooling takes the tangent of the winner.
 
-A module in a sequence is given primal and tangent apart. Where code of the user's runs, both travel as
+A module in a sequence is given primal and tangent apart. Where user code runs, both travel as
 torch's dual tensors, and the rules hold for functions: `function_rules`.
 
 On two cores, Conv-BatchNorm-ReLU from [64, 15, 24, 24] to [64, 40, 20, 20] takes less than half of
@@ -54,7 +54,7 @@ from fdfa_ext.duals import (
 from fdfa_ext.reference import batch_norm_tangent
 
 PrimalTangent = tuple[Tensor, Tensor | None]
-Step = Callable[[Tensor, Tensor | None], PrimalTangent]
+Call = Callable[[Tensor, Tensor | None], PrimalTangent]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 ACTIVATION_NAMES: dict[Any, str] = {  # of the operators
@@ -88,14 +88,14 @@ def forward_dual(module: nn.Module, x: Tensor, tangent: Tensor | None) -> Primal
     return _by_forward_mode(module, x, tangent) if rule is None else rule(module, x, tangent)
 
 
-def rule_step(module: nn.Module) -> Step | None:
+def rule_call(module: nn.Module) -> Call | None:
     """forward_dual of this module with its JVP rule found in advance, for passes that nothing compiles;
     None where it has none. The answer holds as long as the module, its class and its hooks do."""
     rule = _module_rule(module)
     return None if rule is None else partial(rule, module)
 
 
-def forward_mode_step(function: Callable[[Tensor], Tensor]) -> Step:
+def forward_mode_call(function: Callable[[Tensor], Tensor]) -> Call:
     """Primal and tangent of a function by torch's forward mode."""
     return partial(_by_forward_mode, function)
 
@@ -148,7 +148,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether a class of torch's has lost the functions that torch gave it, or torch the functions that
+    """Whether a torch class has lost the functions that torch gave it, or torch the functions that
     these call."""
     functions = FORWARD_FUNCTIONS.get(kind, ())
     called = CALLED_FUNCTIONS.get(kind, ())
@@ -674,12 +674,18 @@ def register_jvp(kind: type[nn.Module]) -> Callable[[ModuleRule], ModuleRule]:
         def checked(module: Any, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
             if tangent is None:
                 return module(x), None
-            y, ty = rule(module, x, tangent)
+            found = rule(module, x, tangent)
+            if not isinstance(found, tuple) or len(found) != 2:
+                raise TypeError(
+                    f"FDFA: the JVP rule of {kind.__name__} must return a pair, the output and its "
+                    f"tangent; got {type(found).__name__}"
+                )
+            y, ty = found
             if ty is None or ty.shape != y.shape or ty.requires_grad:
-                found = "none" if ty is None else f"{list(ty.shape)}, requires_grad={ty.requires_grad}"
+                got = "none" if ty is None else f"{list(ty.shape)}, requires_grad={ty.requires_grad}"
                 raise RuntimeError(
                     f"FDFA: the JVP rule of {kind.__name__} must return a tangent of the output's "
-                    f"shape {list(y.shape)} and without a graph; got {found}"
+                    f"shape {list(y.shape)} and without a graph; got {got}"
                 )
             return y, ty
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fdfa_ext import reference
 from fdfa_ext.dual_pass import BlockPass
 from fdfa_ext.fusion import Chain
-from fdfa_ext.jvp import Step, forward_dual, forward_mode_step, is_patched
+from fdfa_ext.jvp import Call, forward_dual, forward_mode_call, is_patched
 
 ACTIVATIONS = {name: function for name, (function, _) in reference.ACTIVATIONS.items()}
 
@@ -46,7 +46,7 @@ class Block:
         """What the block computes outside FDFA's training step."""
         raise NotImplementedError
 
-    def plan(self, own: BlockPass) -> Step:
+    def plan(self, own: BlockPass) -> Call:
         """The block's call in a pass, as the block stands.
 
         It takes an input and its tangent, None in a pass that perturbs nothing, and gives the block's
@@ -54,14 +54,14 @@ class Block:
         """
         return self._fused_call(own) if self._is_torchs() else partial(own.chain, self._whole())
 
-    def traced_call(self, own: BlockPass) -> Step:
+    def traced_call(self, own: BlockPass) -> Call:
         """The same for a compiler, which sees for itself when a module changes."""
         return own.call
 
     def __prepare_scriptable__(self) -> "Block":
         raise RuntimeError(NOT_SCRIPTABLE)
 
-    def _fused_call(self, own: BlockPass) -> Step:
+    def _fused_call(self, own: BlockPass) -> Call:
         raise NotImplementedError
 
     def _is_torchs(self) -> bool:
@@ -74,7 +74,7 @@ class Block:
 
     def _whole(self) -> Chain:
         """The block as one call, in forward mode."""
-        return Chain([forward_mode_step(self.plain)], [type(self).__name__])
+        return Chain([forward_mode_call(self.plain)], [type(self).__name__])
 
 
 class FDFALinear(Block, nn.Linear):
@@ -100,7 +100,7 @@ class FDFALinear(Block, nn.Linear):
         super().__init__(in_features, out_features, *args, **kwargs)
         self.activation = activation
 
-    def _fused_call(self, own: BlockPass) -> Step:
+    def _fused_call(self, own: BlockPass) -> Call:
         return partial(own.linear, self)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class FDFAConv2d(Block, nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
         self.activation = activation
 
-    def _fused_call(self, own: BlockPass) -> Step:
+    def _fused_call(self, own: BlockPass) -> Call:
         return partial(own.conv2d, self)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -165,9 +165,9 @@ class FDFABlock(Block, nn.Sequential):
     def plain(self, x: Tensor) -> Tensor:
         return nn.Sequential.forward(self, x)
 
-    def traced_call(self, own: BlockPass) -> Step:
-        steps = [partial(forward_dual, module) for module in self]
-        return partial(own.chain, Chain(steps, [type(module).__name__ for module in self]))
+    def traced_call(self, own: BlockPass) -> Call:
+        calls = [partial(forward_dual, module) for module in self]
+        return partial(own.chain, Chain(calls, [type(module).__name__ for module in self]))
 
-    def _fused_call(self, own: BlockPass) -> Step:
+    def _fused_call(self, own: BlockPass) -> Call:
         return partial(own.chain, Chain.of(list(self)))

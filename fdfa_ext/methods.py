@@ -21,14 +21,18 @@ from fdfa_ext.autograd import attach, attach_fused, attach_weights, check_blocks
 from fdfa_ext.duals import forward_mode
 from fdfa_ext.jvp import function_rules
 from fdfa_ext.noise import perturbation
-from fdfa_ext.step import TrainingStep, check_output
+from fdfa_ext.step import TrainingStep, check_output, no_tangent
+
+TANGENTS = ("none", "network", "block")
+FEEDBACK = ("none", "fixed", "learned")
+_UNDEFINED = "FDFA: {} must define {}"
 
 
 class Method:
     """What a training forward does, and so what the backward of its result will do."""
 
-    tangents = "none"
-    feedback = "none"  # "none", "fixed" or "learned": whether blocks have a matrix B
+    tangents = "none"  # one of TANGENTS: where they run
+    feedback = "none"  # one of FEEDBACK: whether blocks have a matrix B
     reads_output = False
     local_heads = False  # whether every block but the last has one
 
@@ -39,7 +43,7 @@ class Method:
 
     def forward(self, step: TrainingStep) -> Tensor:
         """The module's output [N, K]."""
-        raise NotImplementedError
+        raise NotImplementedError(_UNDEFINED.format(type(self).__name__, "forward"))
 
     def initialize(self, feedback: Tensor) -> None:
         """Fills a new matrix B [K, *features], which is zero."""
@@ -86,10 +90,7 @@ class WeightPerturbation(Method):
             output = functional_call(step.module, duals, step.args, step.kwargs)
             output, tangent = traced_unpack_dual(output)
             if tangent is None:
-                raise RuntimeError(
-                    "FDFA: the output has no tangent: a module detached it or is not differentiable in "
-                    "torch's forward mode"
-                )
+                raise no_tangent([])
             check_output(output)
             output, tangent = output.detach(), tangent.detach()
         if not compiling:
@@ -114,19 +115,22 @@ class BlockMethod(Method):
     Attributes:
         tangents: "none": nothing is perturbed. "network": blocks are perturbed, and tangents run from
             block to block to the output (Algorithm 1). "block": blocks are perturbed, and a tangent
-            ends where the next block begins.
+            ends where the next block begins, so that d depends on the last block's noise alone; the
+            others then want local heads.
         feedback: "none", "fixed" or "learned".
         reads_output: whether the blocks' outputs are needed in the backward.
+
+    A method is no module: what it keeps from step to step is in no state_dict.
     """
 
     def delta(self, block: BlockStep) -> Tensor:
         """The error of a block, an estimate of ∂L/∂y [N, D]. The activation's derivative is applied
         to what it returns."""
-        raise NotImplementedError
+        raise NotImplementedError(_UNDEFINED.format(type(self).__name__, "delta"))
 
     def feedback_gradient(self, block: BlockStep) -> Tensor:
         """∇B [K, D] for feedback = "learned". B moves by it before the errors are computed."""
-        raise NotImplementedError
+        raise NotImplementedError(_UNDEFINED.format(type(self).__name__, "feedback_gradient"))
 
     def deltas(self, blocks: Sequence[BlockStep]) -> Sequence[Tensor]:
         """δ of all blocks, for a rule that needs them together; else each block's `delta`."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdfa_ext.feedback import FeedbackUpdate
 from fdfa_ext.model import FDFA
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -40,15 +41,12 @@ def gradient_alignment(
     with _untouched(model):
         with _own_randomness(model):
             exact = _gradients(model, loss_fn(model.module(batch[0]), batch[1]))
-        learning_rate, model.feedback_lr = model.feedback_lr, 0.0
-        try:
+        with _held_feedback(model):
             estimates = _estimates(model, batch, loss_fn, draws, one_mask=True)
             mean = next(estimates)
             for estimate in estimates:
                 for name, value in estimate.items():
                     mean[name] += value  # the length of a sum does not matter to its angle
-        finally:
-            model.feedback_lr = learning_rate
     return {name: _angle(mean[name], value) for name, value in exact.items()}
 
 
@@ -201,6 +199,24 @@ def _restore(model: FDFA, state: dict[str, Tensor], but: str = "") -> None:
             tensor.copy_(state[name])
 
 
+class _NoUpdate(FeedbackUpdate):
+    def step(self, name: str, feedback: Tensor, gradient: Tensor) -> None:
+        """Leaves B as it is."""
+
+
+@contextmanager
+def _held_feedback(model: FDFA) -> Iterator[None]:
+    """Within it B stays as it is."""
+    update, learning_rate = model.feedback_update, model.learning_rate
+    model.learning_rate = torch.zeros_like(learning_rate)
+    if update is not None:
+        model.feedback_update = _NoUpdate()
+    try:
+        yield
+    finally:
+        model.feedback_update, model.learning_rate = update, learning_rate
+
+
 @contextmanager
 def _untouched(model: FDFA) -> Iterator[None]:
     if not model.prepared:
@@ -211,11 +227,13 @@ def _untouched(model: FDFA) -> Iterator[None]:
     state = _state(model)
     gradients = {p: p.grad for p in model.parameters()}
     modes = {module: module.training for module in model.modules()}
+    local_outputs = model.local_outputs
     try:
         with torch.enable_grad(), _own_randomness(model):
             yield
     finally:
         _restore(model, state)
+        model.local_outputs = local_outputs
         for p, gradient in gradients.items():
             p.grad = gradient
         for module, mode in modes.items():

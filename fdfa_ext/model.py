@@ -18,7 +18,7 @@ from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
 from fdfa_ext.heads import LocalHeads
 from fdfa_ext.layers import NOT_SCRIPTABLE
 from fdfa_ext.memory import keep_freed_memory
-from fdfa_ext.methods import METHODS, BlockMethod, Method
+from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, BlockMethod, Method
 from fdfa_ext.network import Network
 from fdfa_ext.noise import NOISES, new_state
 from fdfa_ext.step import TrainingStep, check_output, no_tangent
@@ -51,7 +51,8 @@ class FDFA(nn.Module):
             gradient B - G (Appendix A, the paper's tables). "ema": B ← (1 - lr) B + lr G (eq. 8).
             "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer. The same for
             another method's ∇B in place of B - G. Since B - G does not scale with the loss, keep
-            `feedback_parameters()` out of GradScaler and of gradient clipping. Or a FeedbackUpdate.
+            `feedback_parameters()` out of GradScaler and of gradient clipping. Or a FeedbackUpdate,
+            which uses none of the next three arguments.
         feedback_lr: α, per step.
         betas: Adam's, for feedback="adam".
         eps: Adam's.
@@ -67,8 +68,9 @@ class FDFA(nn.Module):
         feedback: mapping from a block's name within `module` to its B, [K, *feature_shape], float32.
         noise_state: int64 [3]: seed (drawn from torch's generator), step, and the global index of the
             batch's first sample: set it to rank * batch size, with equal seeds, to make several
-            processes perturb as one. DistributedDataParallel then wants broadcast_buffers=False, or it
-            sets all to the first one's, and feedback="grad", for it averages gradients, not B.
+            processes perturb as one. DistributedDataParallel then needs broadcast_buffers=False, or it
+            overwrites each process's state with the first one's, and feedback="grad", since it averages
+            gradients, not B.
         updates: int64 [1]: number of Adam steps that B has made.
         local_outputs: method "lg-fg-a": outputs [N, K] of the local heads in the last training forward,
             each of which wants the loss too.
@@ -106,7 +108,10 @@ class FDFA(nn.Module):
         ]
         for argument, value, known in choices:
             if value not in known:
-                raise ValueError(f"FDFA: {argument} must be one of {', '.join(known)}; got {value!r}")
+                others = ", or a FeedbackUpdate, not its class" if argument == "feedback" else ""
+                raise ValueError(
+                    f"FDFA: {argument} must be one of {', '.join(known)}{others}; got {value!r}"
+                )
         if feedback == "ema" and not 0 < feedback_lr < 1:
             raise ValueError(
                 f'FDFA: feedback_lr must be in (0, 1) for feedback="ema"; got {feedback_lr}'
@@ -123,6 +128,13 @@ class FDFA(nn.Module):
             method = METHODS[method]()
         if not isinstance(method, Method):
             raise TypeError(f"FDFA: method must be a name or a Method, not its class; got {method!r}")
+        for attribute, known in (("tangents", TANGENTS), ("feedback", FEEDBACK)):
+            value = getattr(method, attribute)
+            if value not in known:
+                raise ValueError(
+                    f"FDFA: {attribute} of {type(method).__name__} must be one of {', '.join(known)}; "
+                    f"got {value!r}"
+                )
         self.module = module
         self.method = method
         self.rule = "own" if isinstance(feedback, FeedbackUpdate) else feedback
@@ -165,7 +177,7 @@ class FDFA(nn.Module):
 
     @property
     def feedback_lr(self) -> float:
-        """α; may be set at any time, by a schedule say."""
+        """α; may be set at any time, by a schedule say. A FeedbackUpdate has a rate of its own."""
         return self.learning_rate.item()
 
     @feedback_lr.setter
@@ -174,6 +186,11 @@ class FDFA(nn.Module):
             raise ValueError(f"FDFA: feedback_lr must be finite and not negative; got {value}")
         if self.rule == "ema" and value > 1:  # 1 takes the estimate itself, as the first of a mean
             raise ValueError(f'FDFA: feedback_lr must be at most 1 for feedback="ema"; got {value}')
+        if self.rule == "own" and "learning_rate" in self.__dict__:
+            raise ValueError(
+                f"FDFA: feedback_lr has no effect on {type(self.feedback_update).__name__}; "
+                "set its own rate"
+            )
         # A tensor, to which a compiled program does not specialise; a new one, since a forward pass
         # leaves the one it found to its backward. On the CPU, where the operators read it.
         self.learning_rate = torch.tensor(float(value), dtype=torch.float64, device="cpu")
@@ -246,8 +263,8 @@ class FDFA(nn.Module):
     def extra_repr(self) -> str:
         options = {
             "method": type(self.method).__name__,
-            "feedback": self.rule,
-            "feedback_lr": self.feedback_lr,
+            "feedback": type(self.feedback_update).__name__ if self.rule == "own" else self.rule,
+            **({} if self.rule == "own" else {"feedback_lr": self.feedback_lr}),
             "noise": self.noise,
             "backend": self.backend,
         }

@@ -19,7 +19,7 @@ from fdfa_ext.plan import BLOCKS, Plan, find_blocks, is_overridden
 
 
 class StrayedError(Exception):
-    """The code of the net did otherwise than in the pass before; this one is void."""
+    """User code did otherwise than in the pass before; this one is void."""
 
 
 class Network:
@@ -70,7 +70,7 @@ class Network:
         if dual.compiling:
             self._check_compilable(module)
             return self._run(module, dual, args, kwargs)
-        assert plan is not None, "the model has looked at its module"
+        assert plan is not None, "as in _run"
         # Whether activations are kept is seen by their tangents.
         dual.exposes = plan.exposes if dual.perturbs else bool(plan.own_code)
         dual.takes_biases = dual.takes_output_layer and dual.backend is fused and not dual.exposes
@@ -103,7 +103,8 @@ class Network:
 
     @contextmanager
     def watch_droppers(self, module: nn.Module) -> Iterator[list[str]]:
-        """Adds the modules that are given a tangent and return none, by name and type."""
+        """Yields a list, to which modules are added that are given a tangent and return none, by name
+        and type."""
         droppers: list[str] = []
         names = {inner: name for name, inner in module.named_modules() if name}
 
@@ -140,17 +141,18 @@ class Network:
         for inner, by_rule in ruled:
             inner.__dict__["forward"] = by_rule
         try:
-            if dual.compiling or plan is None:
+            if dual.compiling:
                 result = _traced(module, dual, args, kwargs)
             else:
-                steps = None if dual.exposes or kwargs or len(args) != 1 else plan.steps
+                assert plan is not None, "the model has looked at its module"
+                calls = None if dual.exposes or kwargs or len(args) != 1 else plan.calls
                 if plan.backward_hooked or plan.has_global_hooks:
-                    steps = None
+                    calls = None
                     if dual.perturbs or any(GLOBAL_HOOKS[2:]):
                         self.refuse_backward_hooks()
                     self.refuse_backward_hooks(self.blocks)
-                if steps is not None:
-                    result = dual.run(steps, plan.output_layer, args[0])
+                if calls is not None:
+                    result = dual.run(calls, plan.output_layer, args[0])
                     if dual.rules is not None:
                         _look_for_activations(plan, dual.rules, result[0])
                 else:
@@ -204,10 +206,10 @@ class Network:
 
 @contextmanager
 def _backward_hooks_called(plan: Plan, dual: DualPass) -> Iterator[list[Tensor]]:
-    """Whether a gradient will reach each module with a backward hook that is called within, from the
-    outputs that are added to the list, or within a block.
+    """Raises at its end if no gradient will reach a module with a backward hook that was called within:
+    from the outputs that are added to the list, or within a block.
 
-    A pass without tangents, where torch's forward mode does not stand in the way.
+    For a pass without tangents, where torch's forward mode does not stand in the way.
     """
     results: list[tuple[str, Tensor]] = []
     outputs: list[Tensor] = []
@@ -267,7 +269,7 @@ def _on_dual_tensors(
             except NotImplementedError as error:
                 refuse_unknown("a function in the module's forward", error)
                 raise
-        # It has one holder more than `rules`, rules.last, unless the net's code keeps it too. The
+        # It has one holder more than `rules`, rules.last, unless user code keeps it too. The
         # pass holds `rules` as well.
         kept = sys.getrefcount(output) - sys.getrefcount(rules) > 0
         last, rules.last = rules.last, None
@@ -291,7 +293,7 @@ def _on_dual_tensors(
 def _look_for_activations(
     plan: Plan, rules: OwnCodeRules, output: Any, keeps_output: bool = False
 ) -> None:
-    """Whether the net's code keeps some, for which they need a graph."""
+    """Marks the plan if user code keeps some, which need a graph; a training pass is void then."""
     rules.last = None  # which would keep one itself
     if not plan.exposes and rules.perturbs and (keeps_output or rules.keeps_activations(output)):
         plan.exposes = True

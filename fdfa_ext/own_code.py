@@ -1,4 +1,4 @@
-"""What a training pass sees of code of the user's: a forward, a module of unknown kind, a hook.
+"""What a training pass sees of user code: a forward, a module of unknown kind, a hook.
 
 It calls functions, which have JVP rules. Its last may be the output layer, which the method can take.
 And it may keep hidden activations for a loss of its own, whose gradient has to reach the block that
@@ -28,16 +28,6 @@ class OutputLayer:
     weight: Tensor
     bias: Tensor | None
     input: Tensor | None = None  # [N, in_features], where its result is computed already
-
-
-def is_simple(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer is trained on rows without a graph, and no autocast stands between."""
-    return (
-        x.dim() == 2
-        and not x.requires_grad
-        and weight.requires_grad
-        and not torch.is_autocast_enabled(x.device.type)
-    )
 
 
 class OwnCodeRules(FunctionRules):

@@ -32,16 +32,16 @@ from fdfa_ext.jvp import (
     FORWARD_NAMES,
     MODULE_RULES,
     OPTIONS,
+    Call,
     ModuleRule,
     PrimalTangent,
-    Step,
     call_by_rule,
     has_fused_pool,
     has_own_forward,
     is_patched,
     plain_type,
     registered_rule,
-    rule_step,
+    rule_call,
 )
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.own_code import OwnCodeRules
@@ -88,19 +88,19 @@ class Plan:
         guard: `holds()` says whether the module stands as it did.
         blocks: by name, in the order of the module.
         passes: those of the blocks, each with the block's calls.
-        steps: the calls of a sequence, each given primal and tangent of what the one before returned.
+        calls: the calls of a sequence, each given primal and tangent of what the one before returned.
             Blocks and modules with a JVP rule take them apart; any other module gets a dual tensor, as
             one with a hook or another function put on it does, which may do anything. None for a net
             with a forward of its own, or with a module in it that is compiled by itself, which are
             called as a whole.
-        output_layer: the last step of those, if it is a linear layer: `steps` does not have it.
-        output_weight: that of the linear output layer which the pass before found in a forward of the
-            net's own; each pass checks it.
-        takes_output_weight: whether it may be looked for.
-        own_code: the modules in it that call a function of the user's: a forward or a hook.
+        output_layer: the last of those, if it is a linear layer: `calls` does not have it.
+        output_weight: weight of the linear output layer that the pass before found in a forward of the
+            user's; None if it found none.
+        takes_output_weight: False once a pass has strayed; the layer then stays with autograd.
+        own_code: the modules in it that call user code: a forward or a hook.
         buffers: each module's dictionary of them.
-        exposes: whether such code was seen to keep hidden activations, or autograd behind the blocks.
-        keeps_activations: whether such code was, in a dry run, where autograd keeps none.
+        exposes: whether user code keeps hidden activations, so that blocks return them with a graph.
+        keeps_activations: whether a dry run saw that; a compiled pass then refuses the model.
         ruled: the modules with a registered JVP rule, each with the function that is its forward in a
             pass.
         overriding: by name, the forward of each block that may leave out that of its base class.
@@ -109,7 +109,7 @@ class Plan:
         is_compiled: whether a module within is compiled by itself.
     """
 
-    steps: list[Step] | None
+    calls: list[Call] | None
     output_layer: nn.Linear | None = None
     output_weight: Tensor | None = None
     takes_output_weight: bool = True
@@ -134,14 +134,14 @@ class Plan:
         self.has_global_hooks = any(GLOBAL_HOOKS)
         self.own_code = [*filter(_is_own_code, _called_between_blocks(module))]
         self.buffers = [member._buffers for member in named.values()]
-        self.steps = None
+        self.calls = None
         if isinstance(module, nn.Sequential) and _is_sequence(module) and not self.is_compiled:
             names = {member: name for name, member in named.items()}
-            self.steps = _steps_of(module, names, self.passes[0])
+            self.calls = _calls_of(module, names, self.passes[0])
             last: Any = module[-1]
             if plain_type(last) is nn.Linear:
                 self.output_layer = last
-                self.steps.pop()
+                self.calls.pop()
         self.ruled = [
             (member, partial(_forward_by_rule, self.passes[0], member, rule))
             for member in named.values()
@@ -232,32 +232,32 @@ def _is_sequence(module: nn.Module) -> bool:
     return plain_type(module) is nn.Sequential and None not in module._modules.values()
 
 
-def _steps_of(sequence: nn.Sequential, names: dict[nn.Module, str], running: BlockPass) -> list[Step]:
+def _calls_of(sequence: nn.Sequential, names: dict[nn.Module, str], running: BlockPass) -> list[Call]:
     """running: any block's, which knows the pass while one runs."""
-    steps: list[Step] = []
-    block: Any = None  # whose call is the last step
+    calls: list[Call] = []
+    block: Any = None  # whose call is the last
     for module in sequence:
         if block is not None and _pools(block, module):
-            call: Any = steps[-1]
-            steps[-1] = partial(call, pool=module)
+            unpooled: Any = calls[-1]
+            calls[-1] = partial(unpooled, pool=module)
             block = None
             continue
         block = module if isinstance(module, Block) and _is_called_plainly(module) else None
-        step: Step | None
+        call: Call | None
         if block is not None:
-            steps.append(block.block_pass.call)
+            calls.append(block.block_pass.call)
         elif isinstance(module, nn.Sequential) and _is_sequence(module):
-            steps += _steps_of(module, names, running)
-        elif (step := rule_step(module)) is not None:
-            steps.append(step)
+            calls += _calls_of(module, names, running)
+        elif (call := rule_call(module)) is not None:
+            calls.append(call)
         else:
             # Modules of unknown kind may hand each other more than one tensor.
-            last = steps[-1] if steps else None
+            last = calls[-1] if calls else None
             if not isinstance(last, _OnDualTensors):
                 last = _OnDualTensors(running)
-                steps.append(last)
+                calls.append(last)
             last.add(module, names[module])
-    return steps
+    return calls
 
 
 class _OnDualTensors:

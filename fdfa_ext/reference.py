@@ -1,7 +1,8 @@
 """Every operator with kernels in plain torch: its definition, and the path to compare it with.
 
-Same names, arguments and results as the fused operators (csrc/ops/schema.cpp), on any device torch has
-and in any floating dtype. `FDFA(..., backend="reference")` runs a whole model on it.
+Same names, arguments and results as the fused operators (csrc/ops/schema.cpp), except that batch_norm
+leaves out its statistics; on any device torch has and in any floating dtype.
+`FDFA(..., backend="reference")` runs a whole model on it.
 """
 
 import math
@@ -41,6 +42,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tens
     "gelu": (F.gelu, _gelu_derivative),
     "silu": (F.silu, _silu_derivative),
 }
+
+
+# Those whose derivative is a function of the pre-activation, and of y for the others.
+NEEDS_PRE_ACTIVATION = ("gelu", "silu")
 
 
 def derivative(activation: str, saved: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ def _dual(
     )
     if tangent is None:
         return y, u.to(y.dtype), pre
-    saved = a if activation in ("gelu", "silu") else y
+    saved = a if activation in NEEDS_PRE_ACTIVATION else y
     return y, (derivative(saved) * tangent + u).to(y.dtype), pre
 
 

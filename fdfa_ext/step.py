@@ -20,6 +20,7 @@ class TrainingStep:
 
     Attributes:
         module: the model to train, and `args` and `kwargs` its inputs.
+        network: runs the module's passes.
         operators: of the backend.
         tangents: where they run, as the method has it.
         noise: "gaussian" or "rademacher".
@@ -49,7 +50,7 @@ class TrainingStep:
         dual.takes_output_layer = takes_output_layer
         try:
             output, tangent = self.network.forward(self.module, dual, self.args, self.kwargs)
-        except StrayedError:  # as seldom as the code of the net changes its course
+        except StrayedError:  # as seldom as user code changes its course
             return self.run_blocks(takes_output_layer)
         if tangent is None and dual.tangents != "none":
             raise no_tangent(self.find_droppers())

@@ -80,7 +80,7 @@ def test_every_method_compiles(
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_a_compiled_step_keeps_outputs_that_a_module_changes_in_place(compiler: str) -> None:
-    """Where an eager one can only say so, and the probe has not: in eval mode dropout does nothing."""
+    """Where an eager one can only say so, and the dry run has not: in eval mode dropout does nothing."""
     torch._dynamo.reset()
     x = torch.randn(4, 6)
     block = FDFALinear(6, 8, activation="tanh")

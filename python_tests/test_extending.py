@@ -264,3 +264,96 @@ def test_bad_rules_are_refused_by_name() -> None:
         register_jvp(nn.ReLU)
     with pytest.raises(TypeError, match="that of a module class"):
         register_jvp(F.relu)  # type: ignore[arg-type]
+
+
+class Returns(ForwardFeedback):
+    """FDFA, but for what its functions are made to return."""
+
+    def __init__(self, change: dict[str, Any]) -> None:
+        self.change = change
+
+    def delta(self, block: BlockStep) -> Tensor:
+        return self.change.get("delta", lambda t: t)(super().delta(block))
+
+    def feedback_gradient(self, block: BlockStep) -> Tensor:
+        return self.change.get("feedback_gradient", lambda t: t)(super().feedback_gradient(block))
+
+    def deltas(self, blocks: Sequence[BlockStep]) -> Sequence[Tensor]:
+        return self.change.get("deltas", lambda t: t)(super().deltas(blocks))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"delta": lambda t: t.t()},
+            r"delta of Returns must return \[5, 7\] for block '0'; got \[7, 5\]",
+        ),
+        ({"delta": lambda t: None}, "delta of Returns must return .* got NoneType"),
+        ({"delta": lambda t: t.unflatten(1, (-1, 1))}, r"must return \[5, 7\] .* got \[5, 7, 1\]"),
+        (
+            {"feedback_gradient": lambda t: t.t()},
+            r"feedback_gradient of Returns must return \[3, 7\] for block '0'; got \[7, 3\]",
+        ),
+        ({"deltas": lambda found: found[:1]}, "deltas of Returns must return one tensor a block"),
+    ],
+)
+def test_a_rule_that_returns_another_shape_is_refused(change: dict[str, Any], message: str) -> None:
+    """A transposed matrix has as many elements, and would train something else."""
+    x = torch.randn(5, 6)
+    net = nn.Sequential(FDFALinear(6, 7), FDFALinear(7, 7), nn.Linear(7, 3))
+    model = FDFA(net, method=Returns(change), example_input=x)
+    with pytest.raises(ValueError, match=message):
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize("read", ["tangent", "perturbation", "feedback", "output"])
+def test_a_rule_that_reads_what_it_has_not_asked_for_is_told_what_to_set(read: str) -> None:
+    class Reads(BlockMethod):
+        def delta(self, block: BlockStep) -> Tensor:
+            return getattr(block, read)
+
+    model = FDFA(mlp(), method=Reads(), example_input=torch.randn(5, 6))
+    with pytest.raises(RuntimeError, match=f"block '0' has no {read} in this step; .* needs "):
+        model(torch.randn(5, 6)).sum().backward()
+
+
+def test_what_a_method_lacks_or_misspells_is_said() -> None:
+    class Empty(BlockMethod):
+        pass
+
+    class Misspelt(ForwardFeedback):
+        feedback = "learnt"
+
+    model = FDFA(mlp(), method=Empty(), example_input=torch.randn(5, 6))
+    with pytest.raises(NotImplementedError, match="Empty must define delta"):
+        model(torch.randn(5, 6)).sum().backward()
+    with pytest.raises(ValueError, match="feedback of Misspelt must be one of none, fixed, learned"):
+        FDFA(mlp(), method=Misspelt())
+    with pytest.raises(ValueError, match="or a FeedbackUpdate, not its class"):
+        FDFA(mlp(), feedback=FeedbackUpdate)  # type: ignore[arg-type]
+
+
+def test_the_rate_of_an_own_update_is_its_own() -> None:
+    class Still(FeedbackUpdate):
+        def step(self, name: str, feedback: Tensor, gradient: Tensor) -> None:
+            """Nothing moves."""
+
+    model = FDFA(mlp(), feedback=Still(), example_input=torch.randn(5, 6))
+    with pytest.raises(ValueError, match="feedback_lr has no effect on Still"):
+        model.feedback_lr = 0.1
+    assert "feedback=Still" in repr(model)
+
+
+def test_a_jvp_rule_returns_a_pair() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    @register_jvp(Doubled)
+    def rule(module: Any, x: Tensor, tangent: Tensor) -> Any:
+        return module(x)
+
+    net = nn.Sequential(FDFALinear(6, 7), Doubled(), nn.Linear(7, 3))
+    with pytest.raises(TypeError, match="the JVP rule of Doubled must return a pair"):
+        FDFA(net, example_input=torch.randn(5, 6))

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from marks import slow_but
-from nets import NETS, batch
-from torch import nn
+from nets import NETS, batch, mlp
+from torch import Tensor, nn
 
-from fdfa_ext import FDFA, FDFALinear
+from fdfa_ext import FDFA, FDFALinear, FeedbackUpdate
 from fdfa_ext.methods import METHODS
 from fdfa_ext.metrics import estimator_variance, feedback_alignment, gradient_alignment
 
@@ -73,6 +73,32 @@ def test_feedback_equal_to_the_output_weight_is_exact_and_its_negative_opposite(
     model.feedback["0"].neg_()
     assert feedback_alignment(model, data[0])["0"] > 180 - 1e-3
     assert gradient_alignment(model, data)["0.weight"] > 180 - 1e-2
+
+
+def test_alignment_holds_feedback_whatever_moves_it() -> None:
+    """With B at zero no hidden layer has a gradient, though the update would write ones."""
+
+    class Ones(FeedbackUpdate):
+        def step(self, name: str, feedback: Tensor, gradient: Tensor) -> None:
+            feedback.fill_(1)
+
+    x, y = torch.randn(8, 6), torch.randint(0, 3, (8,))
+    update = Ones()
+    model = FDFA(mlp(), feedback=update, example_input=x)
+    angles = gradient_alignment(model, (x, y))
+    assert angles["0.weight"] == 90
+    assert model.feedback_update is update
+    model(x).sum().backward()
+    assert model.feedback["0"].eq(1).all()
+
+
+def test_the_outputs_of_local_heads_are_those_of_the_last_step() -> None:
+    x, y = torch.randn(8, 6), torch.randint(0, 3, (8,))
+    model = FDFA(mlp(), method="lg-fg-a", example_input=x)
+    model(x)
+    before = model.local_outputs
+    gradient_alignment(model, (x, y))
+    assert model.local_outputs is before
 
 
 def test_random_modules_draw_the_same_for_estimate_and_truth() -> None:

@@ -260,7 +260,7 @@ def test_modules_of_unknown_kind_in_a_sequence_train_as_the_whole_on_dual_tensor
         torch.manual_seed(5)
         twin = copy.deepcopy(net)
         model = FDFA(Whole(twin) if whole else twin, method=method, example_input=x, **OPTIONS)
-        assert (model.network.look_at(model.module).steps is None) == whole
+        assert (model.network.look_at(model.module).calls is None) == whole
         for _ in range(3):
             model(x).square().sum().backward()
         models.append(model)

@@ -411,7 +411,7 @@ def test_a_model_is_made_and_moved_without_memory() -> None:
         assert all(p.is_meta for p in FDFA(NETS["conv_net"][0]()).parameters())
 
 
-def test_the_probe_leaves_no_trace() -> None:
+def test_the_dry_run_leaves_no_trace() -> None:
     net = block_net()
     before = copy.deepcopy(net.state_dict())
     model = FDFA(net, example_input=batch("block_net")[0])

@@ -24,7 +24,7 @@ from fdfa_ext.bench.implementations import (
     METHODS,
     MODELS,
     Case,
-    TrainingStep,
+    TimedStep,
     methods_for,
     training_step,
 )
@@ -244,7 +244,7 @@ def _earlier_rows(file: Path, facts: dict[str, str]) -> dict[Case, list[report.S
     return report.by_case(rows)
 
 
-def _memory(method: str, step: TrainingStep, device: torch.device) -> int | None:
+def _memory(method: str, step: TimedStep, device: torch.device) -> int | None:
     return None if method in GRAPHED else step.resident_bytes + peak_memory(step.run, device)
 
 

@@ -99,14 +99,14 @@ def methods_for(case: Case, methods: list[str], dtype: str, device: torch.device
 
 
 @dataclass
-class TrainingStep:
+class TimedStep:
     """Forward, cross-entropy, backward, fused Adam on W and Adam on B, gradients let go."""
 
     run: Callable[[], None]
     resident_bytes: int  # weights, feedback, optimizer state and buffers, which outlive a step
 
 
-def training_step(case: Case, method: str, device: torch.device, dtype: str) -> TrainingStep:
+def training_step(case: Case, method: str, device: torch.device, dtype: str) -> TimedStep:
     """dtype: "float32", "tf32" (which is a setting of torch and up to the caller) or "bfloat16"."""
     net = case.build(device)
     graphed = method in GRAPHED
@@ -153,7 +153,7 @@ def training_step(case: Case, method: str, device: torch.device, dtype: str) -> 
     step()
     state = chain.from_iterable(values.values() for values in optimizer.state.values())
     resident = sum(t.nbytes for t in chain(model.state_dict().values(), state))
-    return TrainingStep(step, resident)
+    return TimedStep(step, resident)
 
 
 def _batches(
