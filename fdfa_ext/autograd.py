@@ -13,7 +13,7 @@ from fdfa_ext._ops import fused
 from fdfa_ext.dual_pass import BlockRecord, DualPass
 from fdfa_ext.feedback import FeedbackBank, FeedbackStep
 from fdfa_ext.noise import flatten_features, perturbation, unflatten_features
-from fdfa_ext.reference import through_activation
+from fdfa_ext.reference import refuse_second_derivative, through_activation
 
 _Given = TypeVar("_Given")
 
@@ -92,7 +92,7 @@ def attach(
         *[r.anchor for r in records],
         *matrices,
         *[r.saved_activation for r in records],
-        *([r.output for r in records] if rule.reads_output else []),
+        *([r.kept_output(dual.compiling) for r in records] if rule.reads_output else []),
     )
     return result
 
@@ -179,12 +179,13 @@ class _BlockNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative()
         what: _BlockBackward = ctx.what
         tangent, noise_state, *saved = ctx.saved_tensors
         matrices: Sequence[Tensor] = ctx.matrices
         n = len(what.names)
         saved_activations, outputs = saved[:n], saved[n:]
-        error = grads[0].float()
+        error = grads[0].to(torch.float32, copy=True)  # a rule may change it
         blocks = what.blocks(
             error,
             None if tangent is None else tangent.float(),
@@ -325,6 +326,7 @@ class _WeightNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         (error,) = grads
         tangent, noise_state, *parameters = ctx.saved_tensors
         slope = (error * tangent).sum()

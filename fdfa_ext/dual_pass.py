@@ -49,6 +49,10 @@ class BlockRecord:
     version: int  # of output: counts changes in place
     donated: bool  # nobody else reads the saved activation: δ may take its memory
 
+    def kept_output(self, compiling: bool) -> Tensor:
+        """y for a node of autograd, beside the saved activation: a compiler wants each tensor once."""
+        return self.output.detach() if compiling else self.output
+
 
 class BlockLists:
     """What the records of a pass hold, block after block."""
@@ -128,7 +132,7 @@ class DualPass:
             lists.donated.append(r.donated)
             lists.activations.append(r.activation)
             if reads_output:
-                lists.outputs.append(r.output)
+                lists.outputs.append(r.kept_output(self.compiling))
             lists.changed = lists.changed or (not self.compiling and r.output._version != r.version)
         return lists
 
@@ -150,6 +154,10 @@ class BlockPass:
         self.index = index
         self.call: Call  # as Block.plan has it
         self.dual: DualPass | None = None
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """Without the call, which copies plan for their own block; a rule in it cannot be pickled."""
+        return None, {"name": self.name, "index": self.index, "dual": None}
 
     def on_dual_tensor(self, x: Tensor, call: Call) -> Tensor:
         """The dual tensor of a block's output, by its call, which takes primal and tangent apart.
@@ -358,7 +366,8 @@ class BlockPass:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight and bias to compute with, and a bias whose gradient is left to the method, if any."""
         weight, bias = _weight_and_bias(layer)
-        if dual.takes_biases and bias is not None and x.dim() == 2 and bias.requires_grad:
+        takes = dual.takes_biases and x.dim() == 2 and torch.is_grad_enabled()
+        if takes and bias is not None and bias.requires_grad:
             return weight, bias.detach(), bias
         return weight, bias, None
 

@@ -72,12 +72,17 @@ class FeedbackBank(nn.Module):
         known = self._parameters if self._as_parameters else self._buffers
         return [name for name in names if known and self.key(name) not in known]
 
-    def keep(self, names: Iterable[str]) -> None:
-        """Drops the tensors of all other blocks, and puts the rest in the order of these names."""
+    def keep(self, names: Iterable[str]) -> set[str]:
+        """Drops the tensors of all other blocks, and puts the rest in the order of these names.
+
+        Returns the keys of those dropped.
+        """
         store: dict[str, Any] = self._parameters if self._as_parameters else self._buffers
         kept = {key: store[key] for key in map(self.key, names) if key in store}
+        dropped = store.keys() - kept.keys()
         store.clear()
         store.update(kept)
+        return dropped
 
     def __contains__(self, name: str) -> bool:
         return self.key(name) in self._tensors
@@ -133,6 +138,10 @@ class FeedbackUpdate(nn.Module):
 
     def create(self, name: str, feedback: Tensor) -> None:
         """Makes what is kept for a new B [K, *features]."""
+
+    def drop(self, name: str) -> None:
+        """Forgets a block that has left the model: the buffer of its name, unless you keep others."""
+        self._buffers.pop(name, None)
 
     def step(self, name: str, feedback: Tensor, gradient: Tensor) -> None:
         """Moves B [K, *features] in place along ∇B, for FDFA B - G, of the same shape and finite."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
@@ -25,6 +26,7 @@ class LocalHead(nn.Linear):
     def has_shape(self) -> bool:
         return not is_lazy(self.weight)
 
+    @torch.inference_mode(False)  # what is made here is trained
     def take_shape(self, shape: Sequence[int], like: Tensor) -> bool:
         """Gives the weight this shape [outputs, features] unless it has one; whether it had none.
 

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -441,7 +441,8 @@ def torchs_own(function: Any) -> Any:
     name that both go by."""
     if function.__globals__ is vars(F):
         return function
-    return next((own for name, (home, own) in _CALLED.items() if home[name] is function), function)
+    called = (entry for entries in CALLED_FUNCTIONS.values() for entry in entries)
+    return next((own for home, name, own in called if home[name] is function), function)
 
 
 def _by_rule(
@@ -630,14 +631,16 @@ def _called_by(kind: type[nn.Module]) -> list[tuple[dict[str, Any], str, Any]]:
         for function in (getattr(kind, name, None) for name in FORWARD_NAMES)
         for name in getattr(function, "__code__", _NO_CODE).co_names
     ]
-    homes = {name: vars(F) for name in names if name in vars(F)}
-    homes |= {name: vars(torch) for name in names if name in ("sigmoid", "tanh")}
-    return [(home, name, home[name]) for name, home in homes.items() if name[0] != "_"]
+    called = {(n, "F") for n in names if n[0] != "_" and callable(vars(F).get(n))}
+    # Those of torch that it calls, or that the functions of torch.nn.functional call in their turn.
+    names += [n for name, _ in called for n in getattr(vars(F)[name], "__code__", _NO_CODE).co_names]
+    called |= {(n, "torch") for n in names if isinstance(vars(torch).get(n), BuiltinFunctionType)}
+    homes = {"F": vars(F), "torch": vars(torch)}
+    return [(homes[home], name, homes[home][name]) for name, home in sorted(called)]
 
 
 # By class, the functions that its own calls.
 CALLED_FUNCTIONS = {kind: _called_by(kind) for kind in MODULE_RULES}
-_CALLED = {name: (home, own) for called in CALLED_FUNCTIONS.values() for home, name, own in called}
 
 
 # By class, the attributes that decide between rules and between fused operators. Each call reads all

@@ -56,7 +56,7 @@ class Block:
 
     def traced_call(self, own: BlockPass) -> Call:
         """The same for a compiler, which sees for itself when a module changes."""
-        return own.call
+        return self.plan(own)
 
     def __prepare_scriptable__(self) -> "Block":
         raise RuntimeError(NOT_SCRIPTABLE)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._ops import fused
@@ -21,7 +22,7 @@ from fdfa_ext.autograd import attach, attach_fused, attach_weights, check_blocks
 from fdfa_ext.duals import forward_mode
 from fdfa_ext.jvp import function_rules
 from fdfa_ext.noise import perturbation
-from fdfa_ext.step import TrainingStep, check_output, no_tangent
+from fdfa_ext.step import TrainingStep, check_output
 
 TANGENTS = ("none", "network", "block")
 FEEDBACK = ("none", "fixed", "learned")
@@ -69,6 +70,12 @@ class WeightPerturbation(Method):
         named = [(name, p) for name, p in step.module.named_parameters() if p.requires_grad]
         if not named:
             raise RuntimeError("FDFA: fg-w perturbs parameters, but all of the module's are frozen")
+        lazy = [name for name, parameter in named if is_lazy(parameter)]
+        if lazy:
+            raise RuntimeError(
+                f"FDFA: fg-w perturbs parameters, but '{lazy[0]}' has no shape yet; run the module on "
+                "an input first"
+            )
         inputs = tree_leaves((step.args, step.kwargs))
         if any(isinstance(t, Tensor) and t.grad_fn is not None for t in inputs):
             raise RuntimeError(
@@ -90,7 +97,10 @@ class WeightPerturbation(Method):
             output = functional_call(step.module, duals, step.args, step.kwargs)
             output, tangent = traced_unpack_dual(output)
             if tangent is None:
-                raise no_tangent([])
+                raise RuntimeError(
+                    "FDFA: the output has no tangent: a module detached it or is not differentiable in "
+                    "torch's forward mode"
+                )
             check_output(output)
             output, tangent = output.detach(), tangent.detach()
         if not compiling:

@@ -312,8 +312,11 @@ class FDFA(nn.Module):
                 )
         if isinstance(self.method, BlockMethod):
             self._prepare_blocks(self.method, self._step(self.module, args, kwargs))
-        for tensors in (self.feedback, self.exp_avg, self.exp_avg_sq):
-            tensors.keep(self.network.blocks)
+        for key in self.feedback.keep(self.network.blocks):
+            if self.feedback_update is not None:
+                self.feedback_update.drop(key)
+        for moments in (self.exp_avg, self.exp_avg_sq):
+            moments.keep(self.network.blocks)
         self.network.checked = True
         self._share()
 

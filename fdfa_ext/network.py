@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import GLOBAL_HOOKS, traced_unpack_dual
@@ -128,10 +128,10 @@ class Network:
         self, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         for value in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(value, Tensor) and value.requires_grad:
-                args = tuple(map(_without_grad, args))
-                kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
+            if not isinstance(value, Tensor) or value.requires_grad:
+                args, kwargs = tree_map(_without_grad, (args, kwargs))
                 break
+        outer = self.passes[0].dual  # of a pass that computes itself again within, as a checkpoint does
         for block, own in zip(self.blocks.values(), self.passes, strict=True):
             own.dual = dual
             if block.block_pass is not own:
@@ -165,7 +165,7 @@ class Network:
             return result
         finally:
             for own in self.passes:
-                own.dual = None
+                own.dual = outer
             for inner, _ in ruled:
                 del inner.__dict__["forward"]
 

@@ -139,7 +139,12 @@ _EXPOSED_NODE = backward_node_of(_Exposed)
 
 
 def leaves_behind(x: Tensor) -> list[Tensor]:
-    """The leaves that the graph of x leads to, without those behind what blocks expose."""
+    """The leaves that the graph of x leads to, without those behind what blocks expose.
+
+    x requires a gradient: one without a graph is a leaf itself.
+    """
+    if x.grad_fn is None:
+        return [x]
     return [node.variable for node in nodes_behind(x) if hasattr(node, "variable")]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fdfa_ext._ops import extension
 from fdfa_ext._torch_internals import (
@@ -155,7 +156,7 @@ class Plan:
             (entries, name, buffer, buffer.clone())
             for entries in self.buffers
             for name, buffer in entries.items()
-            if buffer is not None
+            if buffer is not None and not is_lazy(buffer)
         ]
 
     @staticmethod

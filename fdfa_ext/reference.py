@@ -475,6 +475,14 @@ def feedback_gradient(
     return deltas, gradients
 
 
+def refuse_second_derivative() -> None:
+    """In the backward of a node that hands δ to blocks."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "FDFA: the feedback step has no derivative, so create_graph=True is not possible"
+        )
+
+
 class _FeedbackNode(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -503,6 +511,7 @@ class _FeedbackNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative()
         (error,) = grads
         tangent, noise_state, *saved = ctx.saved_tensors
         (rule, decay, lr, beta1, beta2, eps), noise, updates, blocks, activations, biased = ctx.options

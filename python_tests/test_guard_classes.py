@@ -94,6 +94,7 @@ FUNCTIONS = [
     (F, "layer_norm"),
     (F, "max_pool2d"),
     (torch, "tanh"),
+    (torch, "relu"),
 ]
 
 

@@ -381,3 +381,28 @@ def test_a_compiled_step_refuses_kept_activations_rather_than_lose_them() -> Non
     torch.compiler.reset()
     with pytest.raises(RuntimeError, match="keeps hidden activations"):
         torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+class OfParameter(nn.Module):
+    """A block that is given a parameter, and one that is given x; their outputs are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(5, 6))
+        self.of_query, self.of_x = FDFALinear(6, 8), FDFALinear(6, 8, activation="relu")
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.of_x(x) + self.of_query(self.query))
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a"])
+def test_a_parameter_that_a_block_is_given_is_refused_whenever_it_learns(method: str) -> None:
+    net = OfParameter()
+    net.query.requires_grad_(False)
+    x = torch.randn(5, 6)
+    model = FDFA(net, method=method, example_input=x)
+    model(x).sum().backward()
+    net.query.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="the input of block 'of_query' depends on parameters"):
+        model(x)

@@ -507,16 +507,20 @@ def test_a_checkpointed_weight_perturbation_is_along_its_own_directions() -> Non
         assert directional > 0
 
 
-def test_a_step_has_no_second_derivative() -> None:
-    for method in ("fdfa", "dfa", "dkp"):
-        model, x, y = make("mlp", method)
-        before = {name: b.clone() for name, b in model.feedback.items()}
-        with pytest.raises(RuntimeError, match="create_graph=True is not possible"):
-            torch.autograd.grad(
-                loss_of(model, x, y), list(model.module.parameters()), create_graph=True
-            )
-        for name, b in model.feedback.items():
-            assert torch.equal(b, before[name])
+class OwnRule(ForwardFeedback):
+    """FDFA by the autograd node of own rules."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a", "lg-fg-a", "fg-w", OwnRule()])
+def test_a_step_has_no_second_derivative(method: Any, backend: str) -> None:
+    model, x, y = make("mlp", method, backend=backend)
+    before = {name: b.clone() for name, b in model.feedback.items()}
+    with pytest.raises(RuntimeError, match="create_graph=True is not possible"):
+        loss_of(model, x, y).backward(create_graph=True)
+    for name, b in model.feedback.items():
+        assert torch.equal(b, before[name])
+        assert not b.requires_grad
 
 
 def test_fg_w_finds_a_graph_within_a_nested_input() -> None:

@@ -78,7 +78,10 @@ def test_what_cannot_be_trained_is_refused_by_name(net: nn.Module, error: type, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"feedback": "sgd"}, "FDFA: feedback must be one of ema, adam, grad; got 'sgd'"),
+        (
+            {"feedback": "sgd"},
+            "FDFA: feedback must be one of ema, adam, grad, or a FeedbackUpdate, not its class; got 'sgd'",
+        ),
         ({"noise": "cauchy"}, "FDFA: noise must be one of gaussian, rademacher; got 'cauchy'"),
         ({"backend": "triton"}, "FDFA: backend must be one of fused, reference; got 'triton'"),
         ({"feedback": "ema", "feedback_lr": 1.5}, r"FDFA: feedback_lr must be in \(0, 1\)"),

@@ -1,6 +1,8 @@
 """State: saved and loaded in any form, shared with optimizers and copies made before it exists."""
 
 import copy
+import io
+import pickle
 import subprocess
 import sys
 from collections import OrderedDict
@@ -16,7 +18,7 @@ from nets import NETS, batch, block_net, conv_net, make, mlp, step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fdfa_ext import FDFA, FDFABlock, FDFALinear
+from fdfa_ext import FDFA, FDFABlock, FDFALinear, FeedbackUpdate
 
 KEPT = ("feedback.", "exp_avg.", "exp_avg_sq.")  # in float32, whatever the weights are
 
@@ -325,6 +327,71 @@ def test_lazy_modules_get_their_shapes_in_the_first_pass() -> None:
     model = FDFA(nn.Sequential(FDFABlock(nn.LazyLinear(5), nn.ReLU()), nn.LazyLinear(3)))
     losses(model, x, y).backward()
     assert model.feedback["0"].any()
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a", "lg-fg-a"])
+def test_a_lazy_norm_is_trained_as_another(method: str) -> None:
+    x, y = batch("mlp")
+    models = []
+    for norm in (nn.LazyBatchNorm1d(), nn.BatchNorm1d(5)):
+        torch.manual_seed(0)
+        net = nn.Sequential(FDFABlock(nn.Linear(6, 5), norm, nn.ReLU()), nn.Linear(5, 3))
+        models.append(FDFA(net, method=method, example_input=x, feedback_lr=0.1))
+    models[1].load_state_dict(models[0].state_dict())
+    for _ in range(2):
+        for model in models:
+            step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y)
+    same_state(*models)
+
+
+def test_weight_perturbation_wants_shapes() -> None:
+    model = FDFA(nn.Sequential(FDFABlock(nn.LazyLinear(5)), nn.Linear(5, 3)), method="fg-w")
+    with pytest.raises(RuntimeError, match=r"'0.0.weight' has no shape yet; run the module"):
+        model(torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("copied", ["pickle", "torch.save", "deepcopy"])
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "lg-fg-a", "fg-w", "bp"])
+@pytest.mark.parametrize("name", ["mlp", "block_net"])
+def test_a_model_saved_whole_trains_on(name: str, method: str, copied: str) -> None:
+    """And so does its net alone, which a wrapper may have had before."""
+    x, y = batch(name)
+    model = make(name, method=method, feedback_lr=0.1)
+    train(model, name, 2)
+    file = io.BytesIO()
+    if copied == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif copied == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    for each in (model, twin):
+        train(each, name, 2)
+    same_state(model, twin)
+    net = pickle.loads(pickle.dumps(model.module))
+    again = FDFA(net, method=method, example_input=x)
+    losses(again, x, y).backward()
+    assert all(p.grad is not None for p in again.forward_parameters())
+
+
+def test_an_own_update_forgets_a_block_that_leaves() -> None:
+    class Momentum(FeedbackUpdate):
+        def create(self, name: str, feedback: Tensor) -> None:
+            self.register_buffer(name, torch.zeros_like(feedback))
+
+        def step(self, name: str, feedback: Tensor, gradient: Tensor) -> None:
+            feedback.sub_(self.get_buffer(name).mul_(0.9).add_(gradient))
+
+    x, y = batch("mlp")
+    model = FDFA(mlp(), feedback=Momentum(), example_input=x)
+    losses(model, x, y).backward()
+    model.module[1] = nn.Sequential(nn.Tanh(), nn.Identity())
+    model.module[2] = nn.Linear(8, 3)
+    losses(model, x, y).backward()
+    fresh = FDFA(copy.deepcopy(model.module), feedback=Momentum(), example_input=x)
+    fresh.load_state_dict(model.state_dict())
 
 
 def test_a_rate_of_an_average_is_at_most_one() -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from nets import NETS, batch, conv_net, mlp, step
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdfa_ext import FDFA, FDFABlock, FDFALinear
@@ -92,6 +93,55 @@ def test_a_state_loaded_in_inference_mode_can_be_trained() -> None:
     step(model, torch.optim.SGD(model.parameters(), lr=0.1), x, y)
 
 
+def test_heads_loaded_in_inference_mode_learn() -> None:
+    x, y = batch("mlp")
+    saved = FDFA(mlp(), method="lg-fg-a", example_input=x).state_dict()
+    model = FDFA(mlp(), method="lg-fg-a")
+    with torch.inference_mode():
+        model.load_state_dict(saved)
+    output = model(x)
+    sum(F.cross_entropy(o, y) for o in (output, *model.local_outputs)).backward()
+    assert model.heads["0"].weight.grad.any()
+
+
+class _Frozen(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.inner(x)
+
+
+@pytest.mark.parametrize("block", [FDFALinear(6, 8), FDFABlock(nn.Linear(6, 8), nn.ReLU())])
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "fg-a"])
+def test_a_block_that_runs_without_gradients_has_none(method: str, block: nn.Module) -> None:
+    net = nn.Sequential(_Frozen(copy.deepcopy(block)), FDFALinear(8, 8), nn.Linear(8, 3))
+    model = FDFA(net, method=method, example_input=torch.randn(5, 6))
+    model(torch.randn(5, 6)).sum().backward()
+    assert all(p.grad is None for p in net[0].parameters())
+    assert net[1].weight.grad is not None
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "fg-a"])
+def test_a_checkpoint_of_a_model_with_norms_trains_it(method: str) -> None:
+    """A batch norm's tangent takes autograd within the forward, which computes the checkpoint again."""
+    torch.manual_seed(0)
+    norm = FDFABlock(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    net = nn.Sequential(FDFALinear(6, 8), norm, FDFALinear(8, 7), nn.Linear(7, 3))
+    x = torch.randn(16, 6)
+    models = [FDFA(copy.deepcopy(net), method=method, example_input=x) for _ in range(2)]
+    models[0].load_state_dict(models[1].state_dict())
+    checkpoint(models[0], x, use_reentrant=False).square().sum().backward()
+    models[1](x).square().sum().backward()
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert p.grad is not None
+        if method == "dfa":  # has no noise, which is drawn anew
+            torch.testing.assert_close(p.grad, q.grad)
+    step(models[0], torch.optim.SGD(models[0].parameters(), lr=0.1), x, torch.zeros(16).long())
+
+
 def test_a_net_made_in_inference_mode_is_refused_by_name() -> None:
     with torch.inference_mode():
         net = mlp()
@@ -123,6 +173,15 @@ def test_an_example_may_be_a_dict(net: Any) -> None:
     assert list(model.feedback) == ["hidden"]
     output = model(pixels=x, scale=2.0) if net is _ByName else model({"pixels": x})
     output.sum().backward()
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "fg-a"])
+def test_an_input_within_a_dict_may_want_a_gradient(method: str) -> None:
+    """And gets none, as one that is given by itself."""
+    x = torch.randn(5, 6, requires_grad=True)
+    model = FDFA(_OneDict(), method=method, example_input={"pixels": x})
+    model({"pixels": x}).sum().backward()
+    assert x.grad is None
 
 
 class _Returns(nn.Module):
