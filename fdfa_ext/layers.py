@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fdfa_ext import reference
 from fdfa_ext.dual_pass import BlockPass
 from fdfa_ext.fusion import Chain
-from fdfa_ext.jvp import Call, forward_dual, forward_mode_call, is_patched
+from fdfa_ext.jvp import FORWARD_NAMES, Call, forward_dual, forward_mode_call, is_patched
 
 ACTIVATIONS = {name: function for name, (function, _) in reference.ACTIVATIONS.items()}
 
@@ -28,6 +28,10 @@ NOT_SCRIPTABLE = (
     "FDFA: torch.jit.script cannot compile a model that FDFA trains; use "
     "torch.jit.trace(model.eval(), example_input) or torch.export"
 )
+
+
+# The functions by which an instance or a subclass of a block may compute something else.
+OVERRIDABLE = (*FORWARD_NAMES, "plain")
 
 
 class Block:
@@ -65,12 +69,12 @@ class Block:
         raise NotImplementedError
 
     def _is_torchs(self) -> bool:
-        """Whether the torch module in it computes what that does in torch."""
-        own = "_conv_forward" in vars(self) or (
-            getattr(type(self), "_conv_forward", None)
-            is not getattr(self.torch_type, "_conv_forward", None)
-        )
-        return not own and not is_patched(self.torch_type)
+        """Whether it computes what its class and the torch module in it do."""
+        kind = type(self)
+        own = any([name in vars(self) for name in ("_conv_forward", "plain")])
+        convolution = getattr(kind, "_conv_forward", None)
+        own = own or convolution is not getattr(self.torch_type, "_conv_forward", None)
+        return not own and kind.plain.__module__ == __name__ and not is_patched(self.torch_type)
 
     def _whole(self) -> Chain:
         """The block as one call, in forward mode."""
@@ -166,6 +170,8 @@ class FDFABlock(Block, nn.Sequential):
         return nn.Sequential.forward(self, x)
 
     def traced_call(self, own: BlockPass) -> Call:
+        if not self._is_torchs():
+            return partial(own.chain, self._whole())
         calls = [partial(forward_dual, module) for module in self]
         return partial(own.chain, Chain(calls, [type(module).__name__ for module in self]))
 

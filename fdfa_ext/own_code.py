@@ -30,6 +30,10 @@ class OutputLayer:
     input: Tensor | None = None  # [N, in_features], where its result is computed already
 
 
+# Of nn.Module itself, but for buffers, which user code assigns as it does attributes.
+_NO_ATTRIBUTES = vars(nn.Module()).keys() - {"_buffers"}
+
+
 class OwnCodeRules(FunctionRules):
     """FunctionRules that remember what the code of one pass made.
 
@@ -94,10 +98,11 @@ class OwnCodeRules(FunctionRules):
     def watch_attributes(self, modules: Iterable[nn.Module]) -> None:
         """Adds what these modules hold, which functions that no mode sees may have made."""
         for module in modules:
-            for name, value in module.__dict__.items():
+            attributes = module.__dict__
+            for name in attributes.keys() - _NO_ATTRIBUTES:
+                value = attributes[name]
                 if isinstance(value, dict):
-                    if name == "_buffers" or not name.startswith("_"):
-                        self.watch([*value.values()])
+                    self.watch([*value.values()])
                 elif isinstance(value, (Tensor, list, tuple)):
                     self.watch(value)
 

@@ -44,7 +44,7 @@ from fdfa_ext.jvp import (
     registered_rule,
     rule_call,
 )
-from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
+from fdfa_ext.layers import OVERRIDABLE, Block, FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.own_code import OwnCodeRules
 
 BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
@@ -178,13 +178,14 @@ class Plan:
             for name in MODULE_CONTENTS:
                 guard.watch_entry(attributes, name)
                 guard.watch_contents(attributes[name])
-            for name in (*FORWARD_NAMES, COMPILED_CALL, *OPTIONS.get(type(member), ())):
+            overridable = OVERRIDABLE if isinstance(member, Block) else FORWARD_NAMES
+            for name in (*overridable, COMPILED_CALL, *OPTIONS.get(type(member), ())):
                 guard.watch_entry(attributes, name)
         for hooks in (*GLOBAL_HOOKS, MODULE_RULES):
             guard.watch_contents(hooks)
         for kind in {kind for member in members for kind in type(member).__mro__}:
             if kind in FORWARD_FUNCTIONS or issubclass(kind, BLOCKS):
-                for name in (*FORWARD_NAMES, CALL_NAMES[0]):
+                for name in (*OVERRIDABLE, CALL_NAMES[0]):
                     if hasattr(kind, name):
                         guard.watch_attribute(kind, name)
             for home, name, _ in CALLED_FUNCTIONS.get(kind, ()):

@@ -85,6 +85,37 @@ def test_a_function_of_a_class_put_in_the_place_of_its_own_is_called(
         assert all(actual[key].any() for key in actual if key.startswith("gradient"))
 
 
+class Halved(FDFALinear):
+    """Computes by a function that its forward calls."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        return super().plain(x) / 2
+
+
+class Last(FDFABlock):
+    def plain(self, x: Tensor) -> Tensor:
+        return super().plain(x) + 1
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("method", ["fdfa", "dfa"])
+def test_a_block_that_computes_by_a_plain_of_its_own_trains_as_it_evaluates(
+    method: str, is_compiled: bool
+) -> None:
+    net = nn.Sequential(
+        Halved(6, 8), Last(nn.Linear(8, 8), nn.Tanh()), FDFALinear(8, 8), nn.Linear(8, 3)
+    )
+    x = torch.randn(5, 6)
+    model = FDFA(net, method=method, example_input=x)
+    forward = torch.compile(model, dynamic=False, backend="aot_eager") if is_compiled else model
+    torch.testing.assert_close(forward(x).detach(), net(x).detach())
+    if not is_compiled:
+        net[2].plain = lambda x: 3 * FDFALinear.plain(net[2], x)
+        torch.testing.assert_close(model(x).detach(), net(x).detach())
+    forward(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
 FUNCTIONS = [
     (F, "linear"),
     (F, "conv2d"),
