@@ -96,6 +96,12 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, OptimizedModule) or getattr(module, COMPILED_CALL) is not None
 
 
+def is_in_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint, which is not reentrant, will compute what runs now again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook")
+
+
 def has_kernel(operator: str, device: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper())
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
-from fdfa_ext._torch_internals import traced_make_dual, traced_unpack_dual
+from fdfa_ext._torch_internals import is_in_checkpoint, traced_make_dual, traced_unpack_dual
 from fdfa_ext.duals import make_dual, refuse_unknown, unpack_dual
 from fdfa_ext.fusion import Chain, FusedTail, norm_arguments
 from fdfa_ext.jvp import (
@@ -97,6 +97,7 @@ class DualPass:
     biases: list[Tensor] = field(default_factory=list)  # those that were left to it
     biased: list[int] = field(default_factory=list)  # their blocks' places in records
     rules: OwnCodeRules | None = None  # where user code runs
+    in_checkpoint: bool = False  # whether all of it is
     exposes: bool = False  # whether blocks hand out activations with a graph
     exposed: list[Tensor] = field(default_factory=list)  # those
 
@@ -173,6 +174,12 @@ class BlockPass:
                 y, ty = call(*traced_unpack_dual(x))
                 assert ty is not None
                 return traced_make_dual(y, ty)
+            if is_in_checkpoint() and not dual.in_checkpoint:
+                raise RuntimeError(
+                    f"FDFA: block '{self.name}' is called within torch.utils.checkpoint, which would "
+                    "compute it again outside the step; put the checkpoint into an FDFABlock or around "
+                    "the whole model"
+                )
             tangent = None
             if dual.perturbs:
                 x, tangent = unpack_dual(x)
@@ -383,7 +390,8 @@ class BlockPass:
         if x.requires_grad:
             raise RuntimeError(
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
-                "that is no block: they would get no gradient. Put that module into an FDFABlock"
+                "that is no block: they would get no gradient. Put that module into an FDFABlock, and "
+                "detach an input that wants a gradient"
             )
         return dual
 

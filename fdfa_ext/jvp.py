@@ -66,6 +66,9 @@ ACTIVATION_NAMES: dict[Any, str] = {  # of the operators
     nn.SiLU: "silu",
 }
 aten = torch.ops.aten
+# As torch has them, whatever a user puts in their place, which is what calls the rules.
+_GROUP_NORM, _MAX_POOL2D, _RELU = F.group_norm, F.max_pool2d, F.relu
+_OWN = {name: function for name, function in vars(F).items() if type(function) is FunctionType}
 
 
 def forward_dual(module: nn.Module, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
@@ -184,7 +187,7 @@ def _convolution(
     *geometry: Any,
     **named: Any,
 ) -> tuple[Tensor, Tensor]:
-    convolve = reference.convolve if function is F.conv2d else function
+    convolve = _STAND_INS.get(function, function)
     y = convolve(x, weight, bias, *geometry, **named)
     return y, convolve(tangent, weight.detach(), None, *geometry, **named)
 
@@ -326,9 +329,9 @@ def _max_pool2d(
     size, step, pad = _pair(kernel_size), _pair(stride or kernel_size), _pair(padding)
     if not ceil_mode and dilation in (1, (1, 1)) and _takes_pool(x):
         pooled, ty = fused.max_pool2d(x.detach(), tangent, size, step, pad)
-        return F.max_pool2d(x, size, step, pad) if x.requires_grad else pooled, ty
+        return _MAX_POOL2D(x, size, step, pad) if x.requires_grad else pooled, ty
     geometry = (size, step, pad, dilation, ceil_mode)
-    pooled, winners = F.max_pool2d(x, *geometry, return_indices=True)
+    pooled, winners = _MAX_POOL2D(x, *geometry, return_indices=True)
     return pooled, reference.gather_winners(tangent, winners)
 
 
@@ -375,10 +378,6 @@ _FUNCTION_RULES: dict[Any, FunctionRule] = {
     F.group_norm: _group_norm,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool2d),
 }
-
-
-# As torch has them, whatever a user puts in their place, which is what calls the stand-ins.
-_GROUP_NORM, _RELU = F.group_norm, F.relu
 
 
 def _contiguous_group_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -441,8 +440,7 @@ def torchs_own(function: Any) -> Any:
     name that both go by."""
     if function.__globals__ is vars(F):
         return function
-    called = (entry for entries in CALLED_FUNCTIONS.values() for entry in entries)
-    return next((own for home, name, own in called if home[name] is function), function)
+    return next((own for name, own in _OWN.items() if vars(F).get(name) is function), function)
 
 
 def _by_rule(

@@ -70,12 +70,6 @@ class WeightPerturbation(Method):
         named = [(name, p) for name, p in step.module.named_parameters() if p.requires_grad]
         if not named:
             raise RuntimeError("FDFA: fg-w perturbs parameters, but all of the module's are frozen")
-        lazy = [name for name, parameter in named if is_lazy(parameter)]
-        if lazy:
-            raise RuntimeError(
-                f"FDFA: fg-w perturbs parameters, but '{lazy[0]}' has no shape yet; run the module on "
-                "an input first"
-            )
         inputs = tree_leaves((step.args, step.kwargs))
         if any(isinstance(t, Tensor) and t.grad_fn is not None for t in inputs):
             raise RuntimeError(
@@ -85,6 +79,12 @@ class WeightPerturbation(Method):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             step.network.refuse_backward_hooks()
+            for name, parameter in named:
+                if is_lazy(parameter):
+                    raise RuntimeError(
+                        f"FDFA: fg-w perturbs parameters, but '{name}' has no shape yet; run the "
+                        "module on an input first"
+                    )
         # A compiler may read the state again in the backward, so there it moves first.
         state = fused.next_noise(step.noise_state) if compiling else step.noise_state
         used = F.pad(state[:2], (0, 1))  # V is one for the batch, whichever sample is its first

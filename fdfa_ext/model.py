@@ -312,11 +312,7 @@ class FDFA(nn.Module):
                 )
         if isinstance(self.method, BlockMethod):
             self._prepare_blocks(self.method, self._step(self.module, args, kwargs))
-        for key in self.feedback.keep(self.network.blocks):
-            if self.feedback_update is not None:
-                self.feedback_update.drop(key)
-        for moments in (self.exp_avg, self.exp_avg_sq):
-            moments.keep(self.network.blocks)
+        self._keep_blocks()
         self.network.checked = True
         self._share()
 
@@ -374,6 +370,14 @@ class FDFA(nn.Module):
                 bank.put(record.name, matrix)
                 self._keep_for(bank, record.name)
 
+    def _keep_blocks(self) -> None:
+        """Drops what belongs to blocks that have left."""
+        for key in self.feedback.keep(self.network.blocks):
+            if self.feedback_update is not None:
+                self.feedback_update.drop(key)
+        for moments in (self.exp_avg, self.exp_avg_sq):
+            moments.keep(self.network.blocks)
+
     def _keep_for(self, bank: FeedbackBank, name: str) -> None:
         """Has an own FeedbackUpdate make what it keeps for a new B."""
         if bank is self.feedback and self.feedback_update is not None:
@@ -405,13 +409,13 @@ class FDFA(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback and heads that a saved model has and this one has not yet."""
         self.network.look_at(self.module)
+        self._keep_blocks()
         blocks = self.network.blocks
         for tensors, name in (
             (self.feedback, "feedback"),
             (self.exp_avg, "exp_avg"),
             (self.exp_avg_sq, "exp_avg_sq"),
         ):
-            tensors.keep(blocks)
             for block in blocks:
                 saved = state_dict.get(f"{prefix}{name}.{FeedbackBank.key(block)}")
                 if saved is not None and block not in tensors:

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fdfa_ext._ops import fused
-from fdfa_ext._torch_internals import GLOBAL_HOOKS, traced_unpack_dual
+from fdfa_ext._torch_internals import GLOBAL_HOOKS, is_in_checkpoint, traced_unpack_dual
 from fdfa_ext.dual_pass import BlockPass, DualPass
 from fdfa_ext.duals import forward_mode, has_tangent, refuse_unknown, slow_attention, unpack_dual
 from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, nodes_behind
@@ -129,7 +129,8 @@ class Network:
     ) -> tuple[Tensor, Tensor | None]:
         for value in (*args, *kwargs.values()) if kwargs else args:
             if not isinstance(value, Tensor) or value.requires_grad:
-                args, kwargs = tree_map(_without_grad, (args, kwargs))
+                args = tuple(map(_without_grad, args))
+                kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
                 break
         outer = self.passes[0].dual  # of a pass that computes itself again within, as a checkpoint does
         for block, own in zip(self.blocks.values(), self.passes, strict=True):
@@ -151,6 +152,8 @@ class Network:
                     if dual.perturbs or any(GLOBAL_HOOKS[2:]):
                         self.refuse_backward_hooks()
                     self.refuse_backward_hooks(self.blocks)
+                if calls is None or plan.own_code:
+                    dual.in_checkpoint = is_in_checkpoint()
                 if calls is not None:
                     result = dual.run(calls, plan.output_layer, args[0])
                     if dual.rules is not None:
@@ -309,11 +312,18 @@ def _check_type(output: Any) -> Tensor:
 
 
 def _without_grad(value: Any) -> Any:
-    """An input of the whole model gets no gradient; a parameter, which would want one, is refused by
-    the block that it reaches."""
-    if isinstance(value, Tensor) and value.requires_grad and value.is_leaf:
-        return value if isinstance(value, nn.Parameter) else value.detach()
+    """An input of the whole model, which gets no gradient. Others are the caller's own, untouched."""
+    if isinstance(value, Tensor):
+        return value.detach() if _wants_gradient(value) else value
+    if any(map(_wants_gradient, tree_leaves(value))):
+        return tree_map(lambda t: t.detach() if _wants_gradient(t) else t, value)
     return value
+
+
+def _wants_gradient(value: Any) -> bool:
+    """Whether it is a leaf that does. A parameter is refused by the block that it reaches."""
+    is_tensor = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    return is_tensor and value.requires_grad and value.is_leaf
 
 
 def _any_tangent(value: Any) -> bool:

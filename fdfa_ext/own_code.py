@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fdfa_ext._ops import extension
 from fdfa_ext._torch_internals import backward_node_of
 from fdfa_ext.jvp import FunctionRules, torchs_own
-from fdfa_ext.reference import through_activation
+from fdfa_ext.reference import refuse_second_derivative, through_activation
 
 
 @dataclass(slots=True)
@@ -136,6 +136,7 @@ class _Exposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         (saved_activation,) = ctx.saved_tensors
         return None, through_activation(ctx.activation, saved_activation, grads[0]), None, None
 

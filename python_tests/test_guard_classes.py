@@ -85,6 +85,19 @@ def test_a_function_of_a_class_put_in_the_place_of_its_own_is_called(
         assert all(actual[key].any() for key in actual if key.startswith("gradient"))
 
 
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "bp"])
+def test_a_function_of_torchs_that_no_rule_knows_is_called_once(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(5, 6)
+    model = FDFA(nn.Sequential(FDFALinear(6, 8), nn.Softmax(1), nn.Linear(8, 3)), method=method)
+    model(x)
+    own, calls = F.softmax, []
+    monkeypatch.setattr(F, "softmax", lambda *args, **named: calls.append(1) or own(*args, **named))
+    model(x)
+    assert calls == [1]
+
+
 class Halved(FDFALinear):
     """Computes by a function that its forward calls."""
 
@@ -136,7 +149,7 @@ def test_a_function_of_torchs_that_is_replaced_for_all_is_called(
 ) -> None:
     """By modules and layers, in blocks and between, from the next step on, and no longer than it stands."""
     net = nn.Sequential(
-        FDFAConv2d(2, 4, 3),
+        FDFAConv2d(2, 4, 3, activation="tanh"),
         nn.MaxPool2d(2),
         FDFABlock(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4, momentum=0.0), nn.ReLU()),
         nn.Flatten(),

@@ -406,3 +406,21 @@ def test_a_parameter_that_a_block_is_given_is_refused_whenever_it_learns(method:
     net.query.requires_grad_(True)
     with pytest.raises(RuntimeError, match="the input of block 'of_query' depends on parameters"):
         model(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_kept_activation_has_no_second_derivative(method: str) -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.out = FDFALinear(6, 8, activation="tanh"), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = self.hidden(x)
+            return self.out(self.kept)
+
+    net = Keeps()
+    model = FDFA(net, method=method, example_input=torch.randn(5, 6))
+    model(torch.randn(5, 6))
+    with pytest.raises(RuntimeError, match="create_graph=True is not possible"):
+        torch.autograd.grad(net.kept.square().mean(), net.hidden.weight, create_graph=True)

@@ -392,6 +392,9 @@ def test_an_own_update_forgets_a_block_that_leaves() -> None:
     losses(model, x, y).backward()
     fresh = FDFA(copy.deepcopy(model.module), feedback=Momentum(), example_input=x)
     fresh.load_state_dict(model.state_dict())
+    other = FDFA(mlp(), feedback=Momentum(), example_input=x)
+    other.module = copy.deepcopy(model.module)
+    other.load_state_dict(model.state_dict())
 
 
 def test_a_rate_of_an_average_is_at_most_one() -> None:

@@ -184,6 +184,52 @@ def test_an_input_within_a_dict_may_want_a_gradient(method: str) -> None:
     assert x.grad is None
 
 
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "bp"])
+def test_containers_among_the_inputs_are_the_callers_own(method: str) -> None:
+    class Recorded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor, seen: list[int], also: dict[str, Any]) -> Tensor:
+            seen.append(1)
+            also["shape"] = x.shape
+            return self.net(x)
+
+    x, seen, also = torch.randn(5, 6, requires_grad=True), [], {}
+    model = FDFA(Recorded(), method=method, example_input=(x, [], {}))
+    model(x, seen, also).sum().backward()
+    assert seen == [1]
+    assert also == {"shape": (5, 6)}
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp"])
+def test_a_checkpoint_stands_in_a_block_and_not_around_one(method: str) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU())
+    x = torch.randn(5, 6)
+    with pytest.raises(RuntimeError, match=r"block '0.inner' is called within torch.utils.checkpoint"):
+        FDFA(nn.Sequential(Checkpointed(FDFABlock(*layers)), nn.Linear(8, 3)), method=method)(x)
+    nets = [nn.Sequential(FDFABlock(f(layers)), nn.Linear(8, 3)) for f in (Checkpointed, nn.Sequential)]
+    nets[1].load_state_dict(
+        {name.replace("inner.", "0."): value for name, value in nets[0].state_dict().items()}
+    )
+    gradients = []
+    for net in map(copy.deepcopy, nets):
+        torch.manual_seed(0)
+        model = FDFA(net, method=method, example_input=x)
+        model(x).square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 class _Returns(nn.Module):
     def __init__(self, make: Any) -> None:
         super().__init__()
