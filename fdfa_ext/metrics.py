@@ -210,11 +210,13 @@ def _held_feedback(model: FDFA) -> Iterator[None]:
     update, learning_rate = model.feedback_update, model.learning_rate
     model.learning_rate = torch.zeros_like(learning_rate)
     if update is not None:
-        model.feedback_update = _NoUpdate()
+        model._modules["feedback_update"] = _NoUpdate()
     try:
         yield
     finally:
-        model.feedback_update, model.learning_rate = update, learning_rate
+        model.learning_rate = learning_rate
+        if update is not None:
+            model._modules["feedback_update"] = update
 
 
 @contextmanager

@@ -168,7 +168,8 @@ class FDFA(nn.Module):
             self._prepare(example_input if isinstance(example_input, tuple) else (example_input,), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("method", "rule") and name in self.__dict__:
+        kept = ("method", "rule", "feedback_update")
+        if name in kept and (name in self.__dict__ or name in self._modules):
             raise AttributeError(
                 f"FDFA: {name} cannot be changed, since what the model keeps was made for it; wrap the "
                 "module again"

@@ -149,9 +149,7 @@ class Network:
                 calls = None if dual.exposes or kwargs or len(args) != 1 else plan.calls
                 if plan.backward_hooked or plan.has_global_hooks:
                     calls = None
-                    if dual.perturbs or any(GLOBAL_HOOKS[2:]):
-                        self.refuse_backward_hooks()
-                    self.refuse_backward_hooks(self.blocks)
+                    self.refuse_backward_hooks(None if dual.perturbs else self.blocks)
                 if calls is None or plan.own_code:
                     dual.in_checkpoint = is_in_checkpoint()
                 if calls is not None:
@@ -198,9 +196,9 @@ class Network:
                 )
 
     def refuse_backward_hooks(self, of: Container[str] | None = None) -> None:
-        """Those of these modules, or of all for a method without a backward through the module."""
+        """Those for all modules, and of these modules; of any, where no backward runs through them."""
         hooked = [] if self.plan is None else self.plan.backward_hooked
-        if of is None and any(GLOBAL_HOOKS[2:]):
+        if any(GLOBAL_HOOKS[2:]):
             raise _uncalled_hook("there is a global backward hook")
         for name in hooked:
             if of is None or name in of:

@@ -343,6 +343,9 @@ def test_the_rate_of_an_own_update_is_its_own() -> None:
     with pytest.raises(ValueError, match="feedback_lr has no effect on Still"):
         model.feedback_lr = 0.1
     assert "feedback=Still" in repr(model)
+    for update in (None, Still()):
+        with pytest.raises(AttributeError, match="feedback_update cannot be changed"):
+            model.feedback_update = update
 
 
 def test_a_jvp_rule_returns_a_pair() -> None:
