@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fdfa_ext._ops import fused
+from fdfa_ext.patches import patch_shape
 from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 
 
@@ -86,6 +87,7 @@ def _(
     activation: str,
     noise: str,
     pool: list[int] | None = None,
+    patch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = [
         (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
@@ -120,6 +122,7 @@ def _(
     activation: str,
     noise: str,
     pool: list[int] | None = None,
+    patch: int = 1,
 ) -> tuple[Tensor, ...]:
     mean = x.new_empty([x.shape[1]])
     y, _, pre = _dual_outputs(torch.empty_like(x), activation)
@@ -158,6 +161,7 @@ def _(
     noise_state: Tensor,
     block: int,
     noise: str,
+    patch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = [(x.shape[i + 2] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in range(2)]
     y, ty, pre = _dual_outputs(_images(x, size), "identity", tangent is None and noise == "none")
@@ -177,20 +181,22 @@ def _(
 
 
 @torch.library.register_fake("fdfa::perturb")
-def _(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:
+def _(
+    y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str, patch: int = 1
+) -> Tensor:
     order = torch.channels_last if y.dim() == 4 else torch.contiguous_format
     return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=order)
 
 
-def _delta(op: str, feedback: Tensor, error: Tensor, saved: Tensor) -> Tensor:
+def _delta(op: str, feedback: Tensor, error: Tensor, saved: Tensor, patch: int) -> Tensor:
+    expected = [error.shape[1], *patch_shape(saved.shape, patch)[1:]]
     torch._check(
-        feedback.shape[0] == error.shape[1] and feedback.shape[1:] == saved.shape[1:],
-        lambda: (
-            f"fdfa::{op}: feedback must be [K, *features] = {[error.shape[1], *saved.shape[1:]]}, "
-            f"got {list(feedback.shape)}"
-        ),
+        list(feedback.shape) == expected,
+        lambda: f"fdfa::{op}: feedback must be [K, *features] = {expected}, got {list(feedback.shape)}",
     )
-    order = torch.contiguous_format if feedback.is_contiguous() else torch.channels_last
+    in_patches = patch > 1 and saved.dim() == 4
+    row_major = feedback.is_contiguous() and not in_patches
+    order = torch.contiguous_format if row_major else torch.channels_last
     return torch.empty(
         saved.shape,
         dtype=saved.dtype,
@@ -216,9 +222,10 @@ def _(
     activations: list[str],
     noise: str,
     decay: float,
+    patch: int = 1,
 ) -> tuple[list[Tensor], list[Tensor]]:
     deltas = [
-        _delta("feedback_gradient", matrix, error, saved)
+        _delta("feedback_gradient", matrix, error, saved, patch)
         for matrix, saved in zip(feedback, saved_activations, strict=True)
     ]
     return deltas, [torch.empty_like(matrix) for matrix in feedback]

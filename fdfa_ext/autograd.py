@@ -1,6 +1,7 @@
 """The autograd nodes that stand between the loss and what a method trains. No path leads from block to
 block."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from fdfa_ext._ops import fused
 from fdfa_ext.dual_pass import BlockRecord, DualPass
 from fdfa_ext.feedback import FeedbackBank, FeedbackStep
 from fdfa_ext.noise import flatten_features, perturbation, unflatten_features
+from fdfa_ext.patches import patch_means, patch_pixels, patch_shape, spread
 from fdfa_ext.reference import refuse_second_derivative, through_activation
 
 _Given = TypeVar("_Given")
@@ -20,7 +22,11 @@ _Given = TypeVar("_Given")
 
 @dataclass
 class BlockStep:
-    """A block in the backward of one step. D features, in the memory order of the block's output."""
+    """A block in the backward of one step. D features, in the memory order of the block's output.
+
+    Of images in patches these are their patches, channel by channel: an error is every pixel's of its
+    patch, and an output the pixels' mean.
+    """
 
     name: str
     """Of the block within the model's module."""
@@ -48,7 +54,8 @@ class BlockStep:
 
     @property
     def perturbation(self) -> Tensor:
-        """u [N, D], made again from the noise state at each access: yours to change."""
+        """u [N, D], made again from the noise state at each access: yours to change. That of a patch is
+        divided by its pixels, so that dᵀu / N estimates the mean of their Jacobians."""
         return self._given(self._make_perturbation, "perturbation", 'tangents = "network"')()
 
     def _given(self, value: _Given | None, what: str, attribute: str) -> _Given:
@@ -82,7 +89,7 @@ def attach(
     feedback: FeedbackStep,
 ) -> Tensor:
     """The output, whose backward gives each of these blocks its δ by the rule's equations."""
-    backward = _BlockBackward(rule, feedback, dual.backend, dual.noise, records)
+    backward = _BlockBackward(rule, feedback, dual, records)
     matrices = [] if rule.feedback == "none" else feedback.select(backward.names)[0]
     result: Tensor = _BlockNode.apply(
         backward,
@@ -104,11 +111,11 @@ class _BlockBackward:
         self,
         rule: BlockRule,
         feedback: FeedbackStep,
-        operators: Any,
-        noise: str,
+        dual: DualPass,
         records: Sequence[BlockRecord],
     ) -> None:
-        self.rule, self.feedback, self.operators, self.noise = rule, feedback, operators, noise
+        self.rule, self.feedback = rule, feedback
+        self.operators, self.noise, self.patch = dual.backend, dual.noise, dual.patch
         self.names = [r.name for r in records]
         self.indices = [r.index for r in records]
         self.activations = [r.activation for r in records]
@@ -128,7 +135,7 @@ class _BlockBackward:
                 error,
                 tangent,
                 flatten_features(matrices[i].detach()) if matrices else None,
-                flatten_features(outputs[i]).float() if outputs else None,
+                flatten_features(patch_means(outputs[i].float(), self.patch)) if outputs else None,
                 None
                 if noise_state is None
                 else partial(self._perturbation, saved_activations[i], noise_state, self.indices[i]),
@@ -136,25 +143,33 @@ class _BlockBackward:
             for i, name in enumerate(self.names)
         ]
 
-    def checked(self, function: str, found: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-        """What a function of the rule has returned, [N, D] or [K, D] each, in the shapes of `like`."""
+    def checked(
+        self, function: str, found: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """What a function of the rule has returned, [N, D] or [K, D] each, in these shapes."""
         method = type(self.rule).__name__
-        if len(found) != len(like):
+        if len(found) != len(shapes):
             raise ValueError(
-                f"FDFA: {function}s of {method} must return one tensor a block; expected {len(like)}, "
-                f"got {len(found)}"
+                f"FDFA: {function}s of {method} must return one tensor a block; expected "
+                f"{len(shapes)}, got {len(found)}"
             )
-        for name, matrix, t in zip(self.names, found, like, strict=True):
-            shape = [t.shape[0], t.shape[1:].numel()]
+        for name, matrix, (rows, *features) in zip(self.names, found, shapes, strict=True):
+            shape = [rows, math.prod(features)]
             if not isinstance(matrix, Tensor) or list(matrix.shape) != shape:
                 got = list(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
                 raise ValueError(
                     f"FDFA: {function} of {method} must return {shape} for block '{name}'; got {got}"
                 )
-        return [unflatten_features(m, t.shape) for m, t in zip(found, like, strict=True)]
+        return [unflatten_features(m, shape) for m, shape in zip(found, shapes, strict=True)]
 
     def _perturbation(self, like: Tensor, noise_state: Tensor, index: int) -> Tensor:
-        return flatten_features(perturbation(self.operators, like, noise_state, index, self.noise))
+        if self.patch == 1 or like.dim() != 4:
+            u = perturbation(self.operators, like, noise_state, index, self.noise)
+        else:
+            patches = like.new_empty(patch_shape(like.shape, self.patch))
+            u = perturbation(self.operators, patches, noise_state, index, self.noise)
+            u /= patch_pixels(like.shape, self.patch, u.device)
+        return flatten_features(u)
 
 
 class _BlockNode(torch.autograd.Function):
@@ -196,14 +211,16 @@ class _BlockNode(torch.autograd.Function):
         )
         gradients: list[Tensor | None] = [None] * len(matrices)
         if what.rule.feedback == "learned" and len(error) > 0:
-            found = what.checked("feedback_gradient", what.rule.feedback_gradients(blocks), matrices)
+            gradient = what.rule.feedback_gradients(blocks)
+            found = what.checked("feedback_gradient", gradient, [m.shape for m in matrices])
             if what.feedback.rule == "grad":
                 gradients[:] = found
             else:
                 what.feedback.move(what.names, found)
-        errors = what.checked("delta", what.rule.deltas(blocks), saved_activations)
+        shapes = [patch_shape(saved.shape, what.patch) for saved in saved_activations]
+        errors = what.checked("delta", what.rule.deltas(blocks), shapes)
         deltas = [
-            through_activation(activation, like, delta)
+            through_activation(activation, like, spread(delta, like.shape, what.patch))
             for activation, like, delta in zip(what.activations, saved_activations, errors, strict=True)
         ]
         return (None, grads[0], None, None, *deltas, *gradients, *[None] * len(saved))
@@ -254,6 +271,7 @@ def attach_fused(
             beta2=feedback.betas[1],
             eps=feedback.eps,
             input=None if layer is None else layer.input,
+            patch=dual.patch,
         )
     except (RuntimeError, TypeError, ValueError):
         check_blocks(rule, dual, feedback.matrices, *shape)  # it calls blocks by their names
@@ -280,10 +298,11 @@ def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int
         if rule.feedback == "none":
             continue
         matrix = matrices[record.name]
-        if matrix.shape != (outputs, *shape[1:]):
+        if list(matrix.shape) != [outputs, *patch_shape(shape, dual.patch)[1:]]:
+            patches = f" in patches of {dual.patch}" if dual.patch > 1 and len(shape) == 4 else ""
             raise ValueError(
                 f"FDFA: block '{record.name}': its feedback has shape {list(matrix.shape)}, but "
-                f"{outputs} outputs and features {list(shape[1:])} came; both are fixed, "
+                f"{outputs} outputs and features {list(shape[1:])}{patches} came; both are fixed, "
                 "so wrap the module again after changing them"
             )
         if not matrix.is_contiguous(memory_format=record.memory_format):

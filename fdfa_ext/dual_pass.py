@@ -85,6 +85,7 @@ class DualPass:
 
     noise_state: Tensor  # int64 [3]: seed, step, index of the batch's first sample
     noise: str  # or "none", where nothing is perturbed and there are no tangents
+    patch: int  # side of an image's patches that have noise and feedback in common
     backend: Any
     compiling: bool  # by torch.compile
     tangents: str  # "network", "block": they end at the next block, or "none"
@@ -254,6 +255,7 @@ class BlockPass:
             layer.groups,
             **self._options(dual, activation),
             pool=fused_pool,
+            patch=dual.patch,
         )
         own_output = fused_pool is not None
         self._record(dual, y, pre, activation, torch.channels_last, own_output)
@@ -296,7 +298,8 @@ class BlockPass:
             y = y.contiguous()
         output = y.detach()
         if dual.perturbs:
-            ty = dual.backend.perturb(output, ty, dual.noise_state, self.index, dual.noise)
+            noise = dual.noise_state, self.index, dual.noise, dual.patch
+            ty = dual.backend.perturb(output, ty, *noise)
         self._record(dual, output, y, "identity", memory_format_of(y.dim()))
         return _behind(pool, None, output, ty)
 
@@ -325,7 +328,13 @@ class BlockPass:
                 donated = torch.empty_like(x, memory_format=memory_format)
             x = x.contiguous(memory_format=memory_format)
             y, pre, _, _, pooled, pooled_tangent = fused.batch_norm(
-                x, tangent, donated, **norm_arguments(module), **options, pool=fused_pool
+                x,
+                tangent,
+                donated,
+                **norm_arguments(module),
+                **options,
+                pool=fused_pool,
+                patch=dual.patch,
             )
             ty = donated if fused_pool is None else pooled_tangent
         elif isinstance(module, nn.Linear):
@@ -343,6 +352,7 @@ class BlockPass:
                 module.groups,
                 **options,
                 pool=fused_pool,
+                patch=dual.patch,
             )
         if tail.pool is not None:
             y, ty, pre, _ = fused.max_pool2d_end(
@@ -353,6 +363,7 @@ class BlockPass:
                 dual.noise_state,
                 self.index,
                 dual.noise,
+                dual.patch,
             )
         own_output = fused_pool is not None
         self._record(dual, y, pre, tail.activation, memory_format, own_output, taken_bias=taken)

@@ -4,6 +4,7 @@ Every function puts back what its passes change: feedback and its moments, noise
 the gradients that the parameters have and torch's random generators.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fdfa_ext.feedback import FeedbackUpdate
 from fdfa_ext.model import FDFA
+from fdfa_ext.patches import patch_means, spread
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor]  # input, target
@@ -102,7 +104,7 @@ def estimator_variance(
 def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
     """Angle in degrees between B and the mean Jacobian ∂output/∂block over a batch  (eq. 12).
 
-    The Jacobian is exact, of the module in eval mode, where no sample depends on another.
+    The Jacobian is that of `mean_jacobian`. B of patches is compared with it pixel by pixel.
 
     Args:
         model: an FDFA of a method with feedback.
@@ -119,6 +121,27 @@ def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
             "feedback_alignment: the model has no feedback matrices; use a method that has, and pass "
             "example_input or run one training forward"
         )
+    return {
+        name: _angle(spread(model.feedback[name], jacobian.shape, model.patch), jacobian)
+        for name, jacobian in mean_jacobian(model, input).items()
+    }
+
+
+def mean_jacobian(model: FDFA, input: Tensor) -> dict[str, Tensor]:
+    """The mean Jacobian ∂output/∂block over a batch, exact: what B of "fdfa" estimates  (eq. 12).
+
+    It is that of the module in eval mode, where no sample depends on another.
+
+    Args:
+        model: an FDFA of any method.
+        input: the module's input, of N samples.
+
+    Returns:
+        block → [K, *features].
+
+    Raises:
+        ValueError: the model has not seen an input yet.
+    """
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., Tensor]:
@@ -130,7 +153,7 @@ def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
         return hook
 
     hooks = [
-        model.module.get_submodule(name).register_forward_hook(keep(name)) for name in model.feedback
+        model.module.get_submodule(name).register_forward_hook(keep(name)) for name in model.block_names
     ]
     try:
         with _untouched(model), torch.enable_grad():
@@ -143,8 +166,44 @@ def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
     finally:
         for hook in hooks:
             hook.remove()
-    jacobians = {name: torch.stack([r[i].sum(0) for r in found]) for i, name in enumerate(outputs)}
-    return {name: _angle(model.feedback[name], j) for name, j in jacobians.items()}
+    return {
+        name: torch.stack([gradients[i].sum(0) for gradients in found]) / len(y)
+        for i, name in enumerate(outputs)
+    }
+
+
+def feedback_ceiling(
+    model: FDFA, batch: Batch, loss_fn: Loss = F.cross_entropy, patch: int = 1
+) -> dict[str, float]:
+    """`gradient_alignment` with the exact mean Jacobian as B: what a perfect estimate would reach.
+
+    Args:
+        model: an FDFA of any method; its own feedback plays no part.
+        batch: (input, target).
+        loss_fn: loss_fn(output, target), a scalar.
+        patch: side of the patches of images over whose pixels the Jacobian is averaged.
+
+    Returns:
+        name within the module → angle from 0 to 180.
+
+    Raises:
+        ValueError: the model has not seen an input yet.
+    """
+    jacobians = mean_jacobian(model, batch[0])
+    with _own_randomness(model):
+        twin = FDFA(
+            copy.deepcopy(model.module),
+            method="dfa",
+            patch=patch,
+            backend=model.backend,
+            example_input=batch[0],
+        )
+        twin.train(model.training)
+        for module, own in zip(twin.module.modules(), model.module.modules(), strict=True):
+            module.training = own.training
+        for name, jacobian in jacobians.items():
+            twin.feedback[name].copy_(patch_means(jacobian, patch))
+        return gradient_alignment(twin, batch, loss_fn)
 
 
 def _estimates(

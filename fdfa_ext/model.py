@@ -21,6 +21,7 @@ from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, BlockMethod, Method
 from fdfa_ext.network import Network
 from fdfa_ext.noise import NOISES, new_state
+from fdfa_ext.patches import patch_shape
 from fdfa_ext.step import TrainingStep, check_output, no_tangent
 
 
@@ -57,6 +58,10 @@ class FDFA(nn.Module):
         betas: Adam's, for feedback="adam".
         eps: Adam's.
         noise: "gaussian" or "rademacher" perturbations, of unit variance.
+        patch: side in pixels of the patches in which blocks of images [N, C, H, W] are perturbed and
+            get their error: one u and one column of B for each channel of a patch, so that B is [K, C,
+            ⌈H/patch⌉, ⌈W/patch⌉] and the estimate of it far less noisy. 1 is the paper's; a patch as
+            large as the image leaves one for each channel.
         backend: "fused" (float32, bfloat16, float16) or "reference", plain torch in any dtype.
         example_input: an input of any batch size, a tuple of inputs, or a dict of keyword inputs (one
             input, where the module's forward has no such arguments). With it the feedback exists
@@ -65,7 +70,8 @@ class FDFA(nn.Module):
             optimizer may have them already.
 
     Attributes:
-        feedback: mapping from a block's name within `module` to its B, [K, *feature_shape], float32.
+        feedback: mapping from a block's name within `module` to its B, [K, *feature_shape] or in
+            patches, float32.
         noise_state: int64 [3]: seed (drawn from torch's generator), step, and the global index of the
             batch's first sample: set it to rank * batch size, with equal seeds, to make several
             processes perturb as one. DistributedDataParallel then needs broadcast_buffers=False, or it
@@ -96,6 +102,7 @@ class FDFA(nn.Module):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         noise: str = "gaussian",
+        patch: int = 1,
         backend: str = "fused",
         example_input: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
     ) -> None:
@@ -120,6 +127,8 @@ class FDFA(nn.Module):
             raise ValueError(f"FDFA: betas must be two numbers in [0, 1); got {betas}")
         if not 0 <= eps < math.inf:
             raise ValueError(f"FDFA: eps must be finite and not negative; got {eps}")
+        if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1:
+            raise ValueError(f"FDFA: patch must be a whole number of pixels, 1 or more; got {patch!r}")
         if isinstance(method, str):
             if method not in METHODS:
                 raise ValueError(
@@ -143,6 +152,7 @@ class FDFA(nn.Module):
         self.betas = betas
         self.eps = eps
         self.noise = noise
+        self.patch = patch
         self.backend = backend
         self.feedback = FeedbackBank(as_parameters=feedback == "grad" and method.feedback == "learned")
         self.exp_avg = FeedbackBank()
@@ -168,7 +178,7 @@ class FDFA(nn.Module):
             self._prepare(example_input if isinstance(example_input, tuple) else (example_input,), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        kept = ("method", "rule", "feedback_update")
+        kept = ("method", "rule", "feedback_update", "patch")
         if name in kept and (name in self.__dict__ or name in self._modules):
             raise AttributeError(
                 f"FDFA: {name} cannot be changed, since what the model keeps was made for it; wrap the "
@@ -236,6 +246,7 @@ class FDFA(nn.Module):
             BACKENDS[self.backend],
             self.method.tangents,
             self.noise,
+            self.patch,
             buffers["noise_state"],
             FeedbackStep(
                 rule,
@@ -267,6 +278,7 @@ class FDFA(nn.Module):
             "feedback": type(self.feedback_update).__name__ if self.rule == "own" else self.rule,
             **({} if self.rule == "own" else {"feedback_lr": self.feedback_lr}),
             "noise": self.noise,
+            **({} if self.patch == 1 else {"patch": self.patch}),
             "backend": self.backend,
         }
         return ", ".join(f"{key}={value}" for key, value in options.items())
@@ -359,7 +371,7 @@ class FDFA(nn.Module):
 
     def _create(self, record: BlockRecord, outputs: int) -> None:
         """Makes B and its moments, where a block has none yet."""
-        shape = [outputs, *record.output.shape[1:]]
+        shape = [outputs, *patch_shape(record.output.shape, self.patch)[1:]]
         banks = [self.feedback]
         if self.method.feedback == "learned" and self.rule == "adam":
             banks += [self.exp_avg, self.exp_avg_sq]

@@ -15,11 +15,14 @@ def new_state(device: torch.device) -> Tensor:
     return torch.tensor([seed, 0, 0], device=device)
 
 
-def perturbation(operators: Any, like: Tensor, state: Tensor, block: int, kind: str) -> Tensor:
-    """u [N, *features] of a block, of which `like` has the shape; float32 whatever its dtype."""
+def perturbation(
+    operators: Any, like: Tensor, state: Tensor, block: int, kind: str, patch: int = 1
+) -> Tensor:
+    """u [N, *features] in the shape of `like`; float32 whatever its dtype. Of images the pixels of a
+    patch have one value a channel."""
     # The operator reads no more than a shape.
     like = like if like.dtype == torch.float32 else like.float()
-    u: Tensor = operators.perturb(like, None, state, block, kind)
+    u: Tensor = operators.perturb(like, None, state, block, kind, patch)
     return u
 
 

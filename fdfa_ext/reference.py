@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdfa_ext._ops import fused
+from fdfa_ext.patches import patch_means, patch_pixels, patch_shape, spread
 
 _WORD = 0xFFFFFFFF
 _CONV2D = F.conv2d  # as torch has it, whatever a user puts in its place
@@ -133,6 +134,14 @@ def next_noise(state: Tensor) -> Tensor:
     return snapshot
 
 
+def _perturbation_like(
+    y: Tensor, noise_state: Tensor, block: int, noise: str, patch: int, channels_last: bool
+) -> Tensor:
+    """u in the shape of y; of images one value a channel for the pixels of a patch."""
+    shape = patch_shape(y.shape, patch)
+    return spread(perturbation(noise_state, block, noise, shape, channels_last), y.shape, patch)
+
+
 def _dual(
     pre: Tensor,
     tangent: Tensor | None,
@@ -140,14 +149,14 @@ def _dual(
     block: int,
     activation: str,
     noise: str,
+    patch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(f(a), f'(a) ⊙ tangent + u, a); only a keeps its autograd graph."""
     function, derivative = ACTIVATIONS[activation]
     a = pre.detach()
     y = function(a)
-    u = perturbation(
-        noise_state, block, noise, y.shape, channels_last=y.dim() == 4 and not y.is_contiguous()
-    )
+    images = y.dim() == 4 and not (y.is_contiguous() and patch == 1)
+    u = _perturbation_like(y, noise_state, block, noise, patch, channels_last=images)
     if tangent is None:
         return y, u.to(y.dtype), pre
     saved = a if activation in NEEDS_PRE_ACTIVATION else y
@@ -221,6 +230,7 @@ def conv2d(
     activation: str,
     noise: str,
     pool: Sequence[int] | None = None,
+    patch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     order = torch.channels_last
@@ -230,7 +240,7 @@ def conv2d(
     tz = None
     if tangent is not None:
         tz = convolve(tangent.contiguous(memory_format=order), weight.detach(), None, *geometry)
-    y, ty, pre = _dual(pre, tz, noise_state, block, activation, noise)
+    y, ty, pre = _dual(pre, tz, noise_state, block, activation, noise, patch)
     if pool is None:
         return y, ty, pre, y.new_empty(0)
     pooled, ty = max_pool2d(y, ty, pool[:2], pool[2:4], pool[4:])
@@ -270,6 +280,7 @@ def batch_norm(
     activation: str,
     noise: str,
     pool: Sequence[int] | None = None,
+    patch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, pre, pooled, pooled_tangent); the fused operator also returns the statistics."""
     if num_batches_tracked is not None and training:
@@ -279,7 +290,7 @@ def batch_norm(
         fixed = None if training else running_var
         tz = batch_norm_tangent(x.detach(), tangent, weight, fixed, eps)
     pre = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    y, tangent, pre = _dual(pre, tz, noise_state, block, activation, noise)
+    y, tangent, pre = _dual(pre, tz, noise_state, block, activation, noise, patch)
     if pool is not None:
         return y, pre, *max_pool2d(y, tangent, pool[:2], pool[2:4], pool[4:])
     if ty is not None:
@@ -333,6 +344,7 @@ def max_pool2d_end(
     noise_state: Tensor,
     block: int,
     noise: str,
+    patch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """anchor is only looked at for its winners' places; autograd goes on from pre to it."""
     y, indices = F.max_pool2d(x, tuple(kernel_size), tuple(stride), tuple(padding), return_indices=True)
@@ -340,7 +352,8 @@ def max_pool2d_end(
     first_row, first_column = _window_corners(y, stride, padding)
     row, column = indices // x.shape[3] - first_row, indices % x.shape[3] - first_column
     winners = (row * kernel_size[1] + column).to(torch.uint8)
-    return y, perturb(y, ty, noise_state, block, noise), gather_winners(anchor, indices), winners
+    ty = perturb(y, ty, noise_state, block, noise, patch)
+    return y, ty, gather_winners(anchor, indices), winners
 
 
 def _window_corners(y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -366,8 +379,15 @@ def max_pool2d_backward(
     return dx.scatter_add_(2, indices, delta.flatten(2)).unflatten(2, tuple(input_size))
 
 
-def perturb(y: Tensor, tangent: Tensor | None, noise_state: Tensor, block: int, noise: str) -> Tensor:
-    u = perturbation(noise_state, block, noise, y.shape, channels_last=y.dim() == 4)
+def perturb(
+    y: Tensor,
+    tangent: Tensor | None,
+    noise_state: Tensor,
+    block: int,
+    noise: str,
+    patch: int = 1,
+) -> Tensor:
+    u = _perturbation_like(y, noise_state, block, noise, patch, channels_last=y.dim() == 4)
     return (u if tangent is None else tangent + u).to(y.dtype)
 
 
@@ -380,10 +400,12 @@ def _targets(
     noise_state: Tensor | None,
     blocks: list[int],
     noise: str,
+    patch: int,
 ) -> list[Tensor | None]:
     """G of each block, in feedback's shape; None for an empty batch, or where B stays.
 
-    dᵀu / N, an estimate of the mean of ∂output/∂y over the batch; or, by the outputs, -eᵀy.
+    dᵀu / N, an estimate of the mean of ∂output/∂y over the batch; or, by the outputs, -eᵀy. In patches
+    the mean over their pixels.
     """
     targets: list[Tensor | None] = [None] * len(feedback)
     for i, (matrix, saved) in enumerate(zip(feedback, saved_activations, strict=True)):
@@ -391,17 +413,23 @@ def _targets(
             continue
         if tangent is not None:
             assert noise_state is not None
-            last = not matrix.is_contiguous()
-            u = perturbation(noise_state, blocks[i], noise, saved.shape, channels_last=last)
-            targets[i] = (tangent.float().t() @ u.flatten(1) / len(saved)).view_as(matrix)
+            shape = patch_shape(saved.shape, patch)
+            last = not matrix.is_contiguous() or (patch > 1 and saved.dim() == 4)
+            u = perturbation(noise_state, blocks[i], noise, shape, channels_last=last)
+            target = (tangent.float().t() @ u.flatten(1) / len(saved)).view_as(matrix)
+            if patch > 1 and saved.dim() == 4:
+                target = target / patch_pixels(saved.shape, patch, target.device)
+            targets[i] = target
         elif outputs:
-            targets[i] = -(error.float().t() @ outputs[i].float().flatten(1)).view_as(matrix)
+            means = patch_means(outputs[i].float(), patch)
+            targets[i] = -(error.float().t() @ means.flatten(1)).view_as(matrix)
     return targets
 
 
-def _project(feedback: Tensor, error: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """δ = (e B) ⊙ f'."""
-    projected = (error.float() @ feedback.flatten(1)).view_as(saved)
+def _project(feedback: Tensor, error: Tensor, saved: Tensor, activation: str, patch: int) -> Tensor:
+    """δ = (e B) ⊙ f', the same e B for the pixels of a patch."""
+    projected = (error.float() @ feedback.flatten(1)).view(len(saved), *feedback.shape[1:])
+    projected = spread(projected, saved.shape, patch).view_as(saved)
     return (projected * ACTIVATIONS[activation][1](saved.float())).to(saved.dtype)
 
 
@@ -426,10 +454,13 @@ def feedback_step(
     deltas: list[Tensor],
     bias_grads: list[Tensor],
     output_bias_grad: Tensor | None = None,
+    patch: int = 1,
 ) -> None:
     if updates is not None:
         updates.add_(1)
-    targets = _targets(feedback, error, tangent, saved_activations, outputs, noise_state, blocks, noise)
+    targets = _targets(
+        feedback, error, tangent, saved_activations, outputs, noise_state, blocks, noise, patch
+    )
     for i, (matrix, saved, target) in enumerate(zip(feedback, saved_activations, targets, strict=True)):
         if target is not None:
             # Nothing moves where the target is not finite: one batch that overflowed must not spoil B.
@@ -445,7 +476,7 @@ def feedback_step(
                 correction = (1 - beta2**t).sqrt().float()
                 step = step_size * m / (v.sqrt() / correction + eps)
             matrix -= torch.where(finite, step, 0)
-        deltas[i].copy_(_project(matrix, error, saved, activations[i]))
+        deltas[i].copy_(_project(matrix, error, saved, activations[i], patch))
         if bias_grads and bias_grads[i].numel() > 0:
             bias_grads[i].copy_(deltas[i].float().sum(0))
     if output_bias_grad is not None:
@@ -463,14 +494,17 @@ def feedback_gradient(
     activations: list[str],
     noise: str,
     decay: float,
+    patch: int = 1,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    targets = _targets(feedback, error, tangent, saved_activations, outputs, noise_state, blocks, noise)
+    targets = _targets(
+        feedback, error, tangent, saved_activations, outputs, noise_state, blocks, noise, patch
+    )
     gradients = [
         torch.zeros_like(matrix) if target is None else decay * matrix - target
         for matrix, target in zip(feedback, targets, strict=True)
     ]
     deltas = [
-        _project(matrix, error, saved, activation)
+        _project(matrix, error, saved, activation, patch)
         for matrix, saved, activation in zip(feedback, saved_activations, activations, strict=True)
     ]
     return deltas, gradients
@@ -498,6 +532,7 @@ class _FeedbackNode(torch.autograd.Function):
         activations: list[str],
         biased: list[int],
         n_outputs: int,
+        patch: int,
         *tensors: Tensor,
     ) -> Tensor:
         """tensors: each block's anchor, the biases, saved activations, outputs if any, B, and for Adam
@@ -507,7 +542,7 @@ class _FeedbackNode(torch.autograd.Function):
         ctx.save_for_backward(tangent, noise_state, *tensors[first : first + n + n_outputs])
         # B and its moments move in place from step to step, so autograd must not watch their versions.
         ctx.matrices = list(tensors[first + n + n_outputs :])
-        ctx.options = rule, noise, updates, blocks, activations, biased
+        ctx.options = rule, noise, updates, blocks, activations, biased, patch
         return output.clone()
 
     @staticmethod
@@ -515,23 +550,24 @@ class _FeedbackNode(torch.autograd.Function):
         refuse_second_derivative()
         (error,) = grads
         tangent, noise_state, *saved = ctx.saved_tensors
-        (rule, decay, lr, beta1, beta2, eps), noise, updates, blocks, activations, biased = ctx.options
+        options, noise, updates, blocks, activations, biased, patch = ctx.options
+        rule, decay, lr, beta1, beta2, eps = options
         n = len(blocks)
         saved_activations, outputs = saved[:n], saved[n:]
         feedback, exp_avg, exp_avg_sq = (ctx.matrices[i * n : (i + 1) * n] for i in range(3))
         common = (error, tangent, saved_activations, outputs, noise_state, blocks, activations, noise)
         gradients: list[Tensor | None] = [None] * n
         if rule == "grad":
-            deltas, gradients[:] = feedback_gradient(feedback, *common, decay)
+            deltas, gradients[:] = feedback_gradient(feedback, *common, decay, patch)
         else:
             steps = updates if rule == "adam" else None
             deltas = [torch.empty_like(saved_activation) for saved_activation in saved_activations]
-            numbers = (decay, lr, beta1, beta2, eps)
-            feedback_step(feedback, exp_avg, exp_avg_sq, steps, *common, *numbers, deltas, [])
+            rest: Any = (*common, decay, lr, beta1, beta2, eps, deltas, [], None, patch)
+            feedback_step(feedback, exp_avg, exp_avg_sq, steps, *rest)
         nothing = [None] * len(saved)
         moments = [None] * (len(ctx.matrices) - n)
         bias_grads = [deltas[i].sum(0) for i in biased]
-        return (error, *[None] * 9, *deltas, *bias_grads, *nothing, *gradients, *moments)
+        return (error, *[None] * 10, *deltas, *bias_grads, *nothing, *gradients, *moments)
 
 
 def feedback_node(
@@ -560,6 +596,7 @@ def feedback_node(
     beta2: float,
     eps: float,
     input: Tensor | None = None,
+    patch: int = 1,
 ) -> Tensor:
     if weight is not None:
         x = F.linear(x if input is None else input, weight, bias)
@@ -569,7 +606,6 @@ def feedback_node(
     used = None if tangent is None else fused.next_noise(noise_state)
     tensors = (*anchors, *biases, *saved_activations, *outputs, *feedback, *exp_avg, *exp_avg_sq)
     options = (rule, decay, lr, beta1, beta2, eps)
-    result: Tensor = _FeedbackNode.apply(
-        x, tangent, used, options, noise, updates, blocks, activations, biased, len(outputs), *tensors
-    )
+    common = options, noise, updates, blocks, activations, biased, len(outputs), patch
+    result: Tensor = _FeedbackNode.apply(x, tangent, used, *common, *tensors)
     return result

@@ -24,6 +24,7 @@ class TrainingStep:
         operators: of the backend.
         tangents: where they run, as the method has it.
         noise: "gaussian" or "rademacher".
+        patch: side, in pixels, of an image's patches that have noise and feedback in common.
         noise_state: int64 [3]: seed, step, index of the batch's first sample.
         feedback: B, and how it moves.
         heads: local heads, for a method that has them; their outputs go to `local_outputs`.
@@ -36,6 +37,7 @@ class TrainingStep:
     operators: Any
     tangents: str
     noise: str
+    patch: int
     noise_state: Tensor
     feedback: FeedbackStep
     heads: LocalHeads
@@ -74,8 +76,8 @@ class TrainingStep:
         return droppers
 
     def perturbation(self, like: Tensor, state: Tensor, index: int) -> Tensor:
-        """u of the block or parameter that has this place in the noise, in the shape of `like`."""
-        return perturbation(self.operators, like, state, index, self.noise)
+        """u of the block that has this place in the noise, in the shape of its output `like`."""
+        return perturbation(self.operators, like, state, index, self.noise, self.patch)
 
     def _new_pass(self, noise_state: Tensor) -> DualPass:
         perturbs = self.tangents != "none"
@@ -84,7 +86,9 @@ class TrainingStep:
             # A compiler may put off what only the backward needs, and perturb once the state has moved.
             noise_state = fused.next_noise(noise_state)
         noise = self.noise if perturbs else "none"
-        return DualPass(noise_state, noise, self.operators, compiling, self.tangents, perturbs)
+        return DualPass(
+            noise_state, noise, self.patch, self.operators, compiling, self.tangents, perturbs
+        )
 
 
 def no_tangent(droppers: list[str]) -> RuntimeError:

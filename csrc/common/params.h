@@ -18,6 +18,29 @@ constexpr int kNoiseCount = 3;
 
 enum class Rule : int { ema, adam, gradient, fixed };
 
+// Images [height, width, channels] in square patches of `size` pixels a side, less at the far edges.
+// What they have in common per channel is [rows, columns, channels]: its features.
+struct Patches {
+  int32_t size, height, width, channels;  // size 0: none
+
+  FDFA_HD int32_t rows() const { return (height + size - 1) / size; }
+  FDFA_HD int32_t columns() const { return (width + size - 1) / size; }
+  FDFA_HD int64_t features() const { return int64_t{rows()} * columns() * channels; }
+  FDFA_HD int64_t image() const { return int64_t{height} * width * channels; }
+  // Of a feature of the image, that of its patch.
+  FDFA_HD int64_t feature_of(int64_t image_feature) const {
+    const int64_t pixel = image_feature / channels;
+    const int64_t row = pixel / width / size, column = pixel % width / size;
+    return (row * columns() + column) * channels + image_feature % channels;
+  }
+  // Pixels of the patch that a feature belongs to.
+  FDFA_HD int32_t pixels(int64_t feature) const {
+    const auto patch = static_cast<int32_t>(feature / channels);
+    const int32_t below = height - patch / columns() * size, right = width - patch % columns() * size;
+    return (below < size ? below : size) * (right < size ? right : size);
+  }
+};
+
 // [3] in device memory: seed, step, global index of the first sample. snapshot = state, then the step
 // is counted up.
 struct NextNoiseParams {
@@ -26,9 +49,12 @@ struct NextNoiseParams {
 };
 
 struct NoiseParams {
-  const int64_t* state;  // [3], as NextNoiseParams has it
-  int64_t block;         // which block of the network
-  Noise kind;
+  const int64_t* state;          // [3], as NextNoiseParams has it
+  int64_t block;                 // which block of the network
+  Noise kind;                    // none where the noise is given, one value for each patch and channel:
+  const float* given = nullptr;  // [samples, patches.features()]
+  Patches patches = {};
+  FDFA_HD bool is_none() const { return kind == Noise::none && given == nullptr; }
 };
 constexpr NoiseParams kNoNoise{nullptr, 0, Noise::none};
 
@@ -170,6 +196,7 @@ struct MaxPoolBackwardParams {
 //   adam      one Adam step on ∇B, delta from the new B
 //   gradient  gradient ← ∇B, delta from the unchanged B
 //   fixed     B stays, there is no G
+// With patches a feature is one of them, whose G is divided by its pixels: the mean of theirs.
 // ema and adam leave an element alone where G is not finite: a batch that overflowed must not spoil B.
 // FDFA: s = u, the factor is the output's tangent, scale 1 / samples, decay 1 (eq. 8, 10; Algorithm 1,
 // lines 22, 23). Kolen-Pollack: s = y, the factor is the error, scale -1. Fixed: direct feedback
@@ -192,9 +219,21 @@ struct FeedbackParams {
   Rule rule;
   float scale, decay;
   float lr, beta1, beta2, eps;
-  bool tf32;         // the products may round their factors to tf32; for CUDA alone
-  bool transposed;   // delta is [features, samples] instead, for the CPU alone
-  float* bias_grad;  // [features] sum over the samples of delta as it is stored; null: not wanted
+  bool tf32;             // the products may round their factors to tf32; for CUDA alone
+  bool transposed;       // delta is [features, samples] instead, for the CPU alone
+  float* bias_grad;      // [features] sum over the samples of delta as it is stored; null: not wanted
+  Patches patches = {};  // whose features these are
+};
+
+// delta = projected ⊙ f', of images whose patches have the projected errors.
+template <class T>
+struct SpreadParams {
+  const float* projected;     // [samples, patches.features()]
+  const T* saved_activation;  // [samples, height, width, channels]; null: f' = 1
+  T* delta;                   // the same; may be the same memory
+  int64_t samples;
+  Patches patches;
+  Activation activation;
 };
 
 template <class F>

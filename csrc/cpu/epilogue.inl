@@ -60,21 +60,45 @@ class EpilogueRuns {
         scale_(repeated(p.map.scale, mapped_ ? p.channels : 0, run)),
         slope_(repeated(p.map.slope, mapped_ ? p.channels : 0, run)),
         offset_(repeated(p.map.offset, mapped_ ? p.channels : 0, run)),
-        keys_(p.noise) {}
+        keys_(p.noise),
+        given_(p.noise.patches) {}
 
   // `count` features of a sample from `first` on; the pointers are those of its first one.
   void operator()(int64_t sample, int64_t first, int64_t count, const T* z, const T* tz, T* y, T* ty,
                   T* pre) {
-    if constexpr (kNoise != Noise::none) {
+    if constexpr (kNoise == Noise::none) {
+      if (p_.noise.given) return run_given(sample, first, count, z, tz, y, ty, pre);
+    } else {
       fill_noise<kNoise>(keys_, noise_stream(p_.noise.state, p_.noise.block, sample), first / 4,
                          (count + 3) / 4, noise_);
     }
-    if (z == nullptr) return perturb_run(count, tz, noise_, ty);
+    run(first, count, z, tz, noise_, y, ty, pre);
+  }
+
+ private:
+  // With the noise of the patches, row of pixels by row.
+  void run_given(int64_t sample, int64_t first, int64_t count, const T* z, const T* tz, T* y, T* ty,
+                 T* pre) {
+    const Patches& patches = p_.noise.patches;
+    const int64_t row_size = int64_t{patches.width} * patches.channels;
+    for (int64_t done = 0; done < count;) {
+      const int64_t row = (first + done) / row_size, skipped = (first + done) % row_size;
+      const int64_t part = std::min(count - done, row_size - skipped);
+      const float* noise = given_(p_.noise.given + sample * patches.features(), row) + skipped;
+      run(first + done, part, at_or_null(z, done), at_or_null(tz, done), noise, at_or_null(y, done),
+          ty + done, at_or_null(pre, done));
+      done += part;
+    }
+  }
+
+  void run(int64_t first, int64_t count, const T* z, const T* tz, const float* noise, T* y, T* ty,
+           T* pre) {
+    if (z == nullptr) return perturb_run(count, tz, noise, ty);
     const int64_t c = first % p_.channels;
     RunMap map{bias_.data() + c, nullptr, nullptr, nullptr};
     if (mapped_) map = {map.bias, scale_.data() + c, slope_.data() + c, offset_.data() + c};
     const auto run_with = [&](auto has_tangent, auto is_mapped) {
-      epilogue_run<T, kActivation, has_tangent(), is_mapped()>(count, z, tz, map, noise_, y, ty, pre);
+      epilogue_run<T, kActivation, has_tangent(), is_mapped()>(count, z, tz, map, noise, y, ty, pre);
     };
     if (mapped_) {
       tz ? run_with(std::true_type{}, std::true_type{}) : run_with(std::false_type{}, std::true_type{});
@@ -84,11 +108,11 @@ class EpilogueRuns {
     }
   }
 
- private:
   const EpilogueParams<T>& p_;
   const bool mapped_;
   const std::vector<float> bias_, scale_, slope_, offset_;
   const RoundKeys keys_;
+  PatchRows given_;
   alignas(64) float noise_[kEpilogueRun] = {};
 };
 

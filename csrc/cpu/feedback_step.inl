@@ -80,6 +80,13 @@ void prefetch_row(const T* row, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(row + i, kWrite, 2);
 }
 
+// Of G [outputs, kTileColumns], whose columns are the features of patches from `first` on.
+void divide_by_pixels(const Patches& patches, int64_t first, int64_t count, std::vector<float>& g) {
+  float share[kTileColumns] = {};
+  for (int64_t i = 0; i < count; ++i) share[i] = 1.0f / static_cast<float>(patches.pixels(first + i));
+  for (size_t i = 0; i < g.size(); ++i) g[i] *= share[i % kTileColumns];
+}
+
 template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   if (p.samples == 0) return;
@@ -116,6 +123,7 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
       multiply<true>(p.outputs, samples, p.factor + n0 * p.outputs, p.outputs, 1, s, g.data());
     }
     for (float& value : g) value *= p.scale;
+    if (p.patches.size > 0) divide_by_pixels(p.patches, first, count, g);
 
     for (int64_t k = 0; k < p.outputs; ++k) {
       const int64_t offset = k * p.features + first;

@@ -17,6 +17,7 @@ template <class T>
 struct KernelTable {
   void (*epilogue)(const EpilogueParams<T>&, int64_t begin, int64_t end);
   void (*feedback_step)(const FeedbackParams<T>&, int64_t begin, int64_t end);
+  void (*spread)(const SpreadParams<T>&, int64_t begin, int64_t end);
 };
 
 struct IsaKernels {

@@ -110,6 +110,16 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   table(T{}).feedback_step(p, begin, end);
 }
 
+template <class T>
+int64_t spread_units(const SpreadParams<T>& p) {
+  return p.samples * p.patches.rows();
+}
+
+template <class T>
+void spread(const SpreadParams<T>& p, int64_t begin, int64_t end) {
+  table(T{}).spread(p, begin, end);
+}
+
 int64_t max_pool_units(const MaxPoolParams& p) { return p.shape.samples * p.shape.out_height; }
 void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
   write_zeros(p.zeros, begin, end);
@@ -146,11 +156,13 @@ void combine(const CombineParams& p, int64_t begin, int64_t end) {
   current().load()->kernels->combine(p, begin, end);
 }
 
-#define FDFA_INSTANTIATE(T)                                              \
-  template int64_t epilogue_units<T>(const EpilogueParams<T>&);          \
-  template void epilogue<T>(const EpilogueParams<T>&, int64_t, int64_t); \
-  template int64_t feedback_units<T>(const FeedbackParams<T>&);          \
-  template void feedback_step<T>(const FeedbackParams<T>&, int64_t, int64_t);
+#define FDFA_INSTANTIATE(T)                                                   \
+  template int64_t epilogue_units<T>(const EpilogueParams<T>&);               \
+  template void epilogue<T>(const EpilogueParams<T>&, int64_t, int64_t);      \
+  template int64_t feedback_units<T>(const FeedbackParams<T>&);               \
+  template void feedback_step<T>(const FeedbackParams<T>&, int64_t, int64_t); \
+  template int64_t spread_units<T>(const SpreadParams<T>&);                   \
+  template void spread<T>(const SpreadParams<T>&, int64_t, int64_t);
 FDFA_INSTANTIATE(float)
 FDFA_INSTANTIATE(bfloat16)
 FDFA_INSTANTIATE(float16)

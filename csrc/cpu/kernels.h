@@ -22,6 +22,12 @@ int64_t feedback_units(const FeedbackParams<T>& p);
 template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end);
 
+// A unit is a row of patches.
+template <class T>
+int64_t spread_units(const SpreadParams<T>& p);
+template <class T>
+void spread(const SpreadParams<T>& p, int64_t begin, int64_t end);
+
 // A unit is one row of windows.
 int64_t max_pool_units(const MaxPoolParams& p);
 void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end);

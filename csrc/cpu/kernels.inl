@@ -7,6 +7,7 @@
 // clang-format off: each needs those before it
 #include "cpu/vectors.inl"
 #include "cpu/noise.inl"
+#include "cpu/patches.inl"
 #include "cpu/epilogue.inl"
 #include "cpu/feedback_step.inl"
 #include "cpu/batch_norm.inl"
@@ -18,7 +19,7 @@ namespace {
 
 template <class T>
 constexpr KernelTable<T> table() {
-  return {epilogue<T>, feedback_step<T>};
+  return {epilogue<T>, feedback_step<T>, spread<T>};
 }
 
 }  // namespace

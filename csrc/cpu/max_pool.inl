@@ -75,14 +75,20 @@ class PoolNoise {
       : p_(p),
         row_size_(int64_t{p.shape.out_width} * p.shape.channels),
         keys_(p.noise),
-        noise_(kNoise == Noise::none ? 0 : kQuad - 1 + row_size_ + kQuad * kQuadGroup) {}
+        noise_(kNoise == Noise::none ? 0 : kQuad - 1 + row_size_ + kQuad * kQuadGroup),
+        given_(p.noise.patches) {}
 
   void operator()(int64_t sample, int32_t row) {
-    const int64_t first = row * row_size_, skipped = first % kQuad;
-    const int64_t quads = (skipped + row_size_ + kQuad - 1) / kQuad;
-    const NoiseStream stream = noise_stream(p_.noise.state, p_.noise.block, sample);
-    fill_noise<kNoise>(keys_, stream, first / kQuad, quads, noise_.data());
-    const float* u = noise_.data() + skipped;
+    const int64_t first = row * row_size_;
+    const float* u;
+    if constexpr (kNoise == Noise::none) {
+      u = given_(p_.noise.given + sample * p_.noise.patches.features(), row);
+    } else {
+      const int64_t skipped = first % kQuad, quads = (skipped + row_size_ + kQuad - 1) / kQuad;
+      const NoiseStream stream = noise_stream(p_.noise.state, p_.noise.block, sample);
+      fill_noise<kNoise>(keys_, stream, first / kQuad, quads, noise_.data());
+      u = noise_.data() + skipped;
+    }
     float* ty = p_.ty + sample * p_.shape.out_image() + first;
     for (int64_t i = 0; i < row_size_; ++i) ty[i] = (p_.tx ? ty[i] : 0.0f) + u[i];
   }
@@ -93,6 +99,7 @@ class PoolNoise {
   const int64_t row_size_;
   const RoundKeys keys_;
   std::vector<float> noise_;
+  PatchRows given_;
 };
 
 // A unit is one row of windows.
@@ -109,7 +116,7 @@ void max_pool(const MaxPoolParams& p, int64_t begin, int64_t end) {
                {p.x + from, at_or_null(p.tx, from), p.y + to, at_or_null(p.ty, to),
                 p.winners ? winners.data() : nullptr});
       if (p.winners) store_bytes(row_size, winners.data(), p.winners + to);
-      if constexpr (kind() != Noise::none) add_noise(sample, row);
+      if (!p.noise.is_none()) add_noise(sample, row);
     }
   });
 }

@@ -74,6 +74,13 @@ __device__ void pass_over_samples(const EpilogueParams<T>& p, int feature) {
   constexpr bool kSlopeFromPre = derivative_needs_pre_activation(kActivation);
   const Channels own = own_channels(p, feature);
   const int count = static_cast<int>(p.features) - feature;
+  int64_t given[4] = {};  // whose noise the features take, where it is given
+  if (kNoise == Noise::none && p.noise.given != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      given[i] = p.noise.patches.feature_of(feature + (i < count ? i : 0));
+    }
+  }
   NoiseStream stream{};
   if constexpr (kNoise != Noise::none) stream = noise_stream(p.noise.state, p.noise.block, 0);
   const uint32_t first_sample = stream.sample;
@@ -93,6 +100,11 @@ __device__ void pass_over_samples(const EpilogueParams<T>& p, int feature) {
     // Ahead of what needs the loads, so that it hides them.
     stream.sample = first_sample + static_cast<uint32_t>(sample);
     noise4<kNoise>(stream, static_cast<uint32_t>(feature) / 4, u[0], u[1], u[2], u[3]);
+    if (kNoise == Noise::none && p.noise.given != nullptr) {
+      const float* own_noise = p.noise.given + sample * p.noise.patches.features();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) u[i] = own_noise[given[i]];
+    }
     if (p.z != nullptr) {
       float y[4];
 #pragma unroll

@@ -389,9 +389,13 @@ __device__ void move_by_rule(const Columns<T, kTiles>& columns, const AdamStep& 
     load_quad<kWhole>(columns, p.exp_avg_sq, output, quad, v);
   }
   if (kRule == Rule::gradient && !all_finite(g)) multiply_plainly<kNoise>(columns, output, quad, g);
+  float scale[4] = {p.scale, p.scale, p.scale, p.scale};
+  if (p.patches.size > 0) {
+    for (int j = 0; j < 4; ++j) scale[j] /= p.patches.pixels(columns.first + 4 * quad + j);
+  }
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float scaled = p.scale * g[j];
+    const float scaled = scale[j] * g[j];
     gradient[j] = p.decay * b[j] - scaled;
     if (kRule == Rule::gradient || !is_finite(scaled)) continue;  // B outlives a batch that overflowed
     b[j] = kRule == Rule::ema ? b[j] - p.lr * gradient[j]

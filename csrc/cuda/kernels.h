@@ -20,6 +20,9 @@ template <class T>
 cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count, int64_t* counter,
                                  float* output_bias_grad, cudaStream_t stream);
 
+template <class T>
+cudaError_t launch_spread(const SpreadParams<T>& params, cudaStream_t stream);
+
 cudaError_t launch_next_noise(const NextNoiseParams& params, cudaStream_t stream);
 // Adds one.
 cudaError_t launch_count(int64_t* counter, cudaStream_t stream);

@@ -103,6 +103,9 @@ __device__ void pool_features(const MaxPoolParams& p, const Layout& pooled, int6
   }
   if constexpr (kNoise != Noise::none) {
     for (int i = 0; i < kCount; ++i) ty[i] += u[i];
+  } else if (p.noise.given != nullptr) {
+    const float* given = p.noise.given + sample * p.noise.patches.features();
+    for (int i = 0; i < kCount; ++i) ty[i] += given[p.noise.patches.feature_of(feature + i)];
   }
   store(p.y + to, y);
   if (p.ty != nullptr) store(p.ty + to, ty);

@@ -31,11 +31,11 @@ struct Autocast {
                           const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                           at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state,
                           int64_t block, c10::string_view activation, c10::string_view noise,
-                          at::OptionalIntArrayRef pool) {
+                          at::OptionalIntArrayRef pool, int64_t patch) {
     static const auto op = find<decltype(fdfa::conv2d)>("fdfa::conv2d");
     const c10::impl::ExcludeDispatchKeyGuard guard(kKey);
     return op.call(cast(x), cast(tangent), cast(weight), cast(bias), stride, padding, dilation, groups,
-                   noise_state, block, activation, noise, pool);
+                   noise_state, block, activation, noise, pool, patch);
   }
 };
 

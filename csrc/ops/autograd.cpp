@@ -50,11 +50,11 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
                                const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
                                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                                const Tensor& noise_state, int64_t block, c10::string_view activation,
-                               c10::string_view noise, at::OptionalIntArrayRef pool) {
+                               c10::string_view noise, at::OptionalIntArrayRef pool, int64_t patch) {
     static const auto op = find<decltype(fdfa::conv2d)>("fdfa::conv2d");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, ty, pre, pooled] = op.call(x, tangent, weight, bias, stride, padding, dilation, groups,
-                                        noise_state, block, activation, noise, pool);
+                                        noise_state, block, activation, noise, pool, patch);
     ctx->save_for_backward({x, weight});
     ctx->saved_data["wants_weight"] = weight.requires_grad();
     ctx->saved_data["wants_bias"] = bias && bias->requires_grad();
@@ -68,7 +68,7 @@ struct Conv2d : torch::autograd::Function<Conv2d> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(13);
+    variable_list result(14);
     const Tensor& delta = grads[2];
     if (!delta.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
@@ -97,12 +97,12 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                                const OptionalTensor& num_batches_tracked, bool training,
                                double momentum, double eps, const Tensor& noise_state, int64_t block,
                                c10::string_view activation, c10::string_view noise,
-                               at::OptionalIntArrayRef pool) {
+                               at::OptionalIntArrayRef pool, int64_t patch) {
     static const auto op = find<decltype(fdfa::batch_norm)>("fdfa::batch_norm");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, pre, mean, inverse_std, pooled, pooled_tangent] =
         op.call(x, tangent, ty, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                momentum, eps, noise_state, block, activation, noise, pool);
+                momentum, eps, noise_state, block, activation, noise, pool, patch);
     ctx->save_for_backward({x, weight.value_or(Tensor()), mean, inverse_std});
     ctx->saved_data["training"] = training;
     ctx->saved_data["has_bias"] = bias.has_value();
@@ -113,7 +113,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find<decltype(fdfa::batch_norm_backward)>("fdfa::batch_norm_backward");
-    variable_list result(16);
+    variable_list result(17);
     const Tensor& delta = grads[1];
     if (!delta.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
@@ -131,11 +131,11 @@ struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                                const Tensor& anchor, at::IntArrayRef kernel, at::IntArrayRef stride,
                                at::IntArrayRef padding, const Tensor& noise_state, int64_t block,
-                               c10::string_view noise) {
+                               c10::string_view noise, int64_t patch) {
     static const auto op = find<decltype(fdfa::max_pool2d_end)>("fdfa::max_pool2d_end");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, ty, pre, winners] =
-        op.call(x, tangent, anchor, kernel, stride, padding, noise_state, block, noise);
+        op.call(x, tangent, anchor, kernel, stride, padding, noise_state, block, noise, patch);
     ctx->save_for_backward({winners});
     ctx->saved_data["input_size"] = x.sym_sizes().slice(2);
     ctx->saved_data["kernel"] = kernel.vec();
@@ -150,7 +150,7 @@ struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
     using Op = Tensor(const Tensor&, const Tensor&, c10::SymIntArrayRef, at::IntArrayRef,
                       at::IntArrayRef, at::IntArrayRef);  // a compiler's sizes may be symbols
     static const auto op = find<Op>("fdfa::max_pool2d_backward");
-    variable_list result(9);
+    variable_list result(10);
     if (const Tensor& delta = grads[2]; delta.defined()) {
       result[2] =
           op.call(delta, ctx->get_saved_variables()[0], ctx->saved_data["input_size"].toSymIntVector(),
@@ -163,9 +163,10 @@ struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
 
 PoolEnd max_pool2d_end_autograd(const Tensor& x, const OptionalTensor& tangent, const Tensor& anchor,
                                 at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                                const Tensor& noise_state, int64_t block, c10::string_view noise) {
+                                const Tensor& noise_state, int64_t block, c10::string_view noise,
+                                int64_t patch) {
   const auto out =
-      MaxPoolEnd::apply(x, tangent, anchor, kernel, stride, padding, noise_state, block, noise);
+      MaxPoolEnd::apply(x, tangent, anchor, kernel, stride, padding, noise_state, block, noise, patch);
   return {out[0], out[1], out[2], out[3]};
 }
 
@@ -184,11 +185,11 @@ Normalized batch_norm_autograd(const Tensor& x, const OptionalTensor& tangent, c
                                const OptionalTensor& num_batches_tracked, bool training,
                                double momentum, double eps, const Tensor& noise_state, int64_t block,
                                c10::string_view activation, c10::string_view noise,
-                               at::OptionalIntArrayRef pool) {
+                               at::OptionalIntArrayRef pool, int64_t patch) {
   check_no_dual("batch_norm", x);
   const auto out =
       BatchNorm::apply(x, tangent, ty, weight, bias, running_mean, running_var, num_batches_tracked,
-                       training, momentum, eps, noise_state, block, activation, noise, pool);
+                       training, momentum, eps, noise_state, block, activation, noise, pool, patch);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
@@ -204,10 +205,10 @@ Convolved conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const 
                           const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                           at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state,
                           int64_t block, c10::string_view activation, c10::string_view noise,
-                          at::OptionalIntArrayRef pool) {
+                          at::OptionalIntArrayRef pool, int64_t patch) {
   check_no_dual("conv2d", x);
   const auto out = Conv2d::apply(x, tangent, weight, bias, stride, padding, dilation, groups,
-                                 noise_state, block, activation, noise, pool);
+                                 noise_state, block, activation, noise, pool, patch);
   return {out[0], out[1], out[2], out[3]};
 }
 

@@ -57,6 +57,7 @@ struct Arguments {
   const Tensor& noise_state;
   int64_t block;
   c10::string_view activation, noise;
+  int64_t patch;
 };
 
 void check_arguments(const Arguments& a) {
@@ -88,7 +89,7 @@ void check_arguments(const Arguments& a) {
 struct Prepared {
   Tensor mean, inverse_std, y, pre;
   EpilogueParams<float> epilogue;
-  Tensor kept[2];  // memory that the epilogue reads
+  Tensor kept[3];  // memory that the epilogue reads
 };
 
 Prepared prepare(const Arguments& a) {
@@ -134,9 +135,10 @@ Prepared prepare(const Arguments& a) {
   p.features = x.size(0) == 0 ? 0 : x.numel() / x.size(0);
   p.channels = channels;
   p.activation = f;
-  p.noise = NoiseParams{a.noise_state.const_data_ptr<int64_t>(), a.block, kind};
+  const BlockNoise u = block_noise(a.op, x.sizes(), a.noise_state, a.block, kind, a.patch);
+  p.noise = u.params;
   p.map = n.map.channel_map();
-  return {mean, inverse_std, y, pre, p, {maps, tx}};
+  return {mean, inverse_std, y, pre, p, {maps, tx, u.given}};
 }
 
 }  // namespace
@@ -146,7 +148,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& num_batches_tracked, bool training, double momentum,
                       double eps, const Tensor& noise_state, int64_t block, c10::string_view activation,
-                      c10::string_view noise, at::OptionalIntArrayRef pool) {
+                      c10::string_view noise, at::OptionalIntArrayRef pool, int64_t patch) {
   const Arguments a{"batch_norm", x,
                     tangent,      weight,
                     bias,         running_mean,
@@ -154,7 +156,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
                     training,     momentum,
                     eps,          noise_state,
                     block,        activation,
-                    noise};
+                    noise,        patch};
   check_arguments(a);
   if (pool) {
     TORCH_CHECK(!ty, "fdfa::batch_norm: ty must be none where a pool follows, which has the tangent");

@@ -1,4 +1,5 @@
 #include <ATen/Context.h>
+#include <ATen/ops/avg_pool2d.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
@@ -33,9 +34,29 @@ void check_matrix(const Network& net, const char* argument, const Tensor& t, siz
                    " must be float32; got ", t.scalar_type());
   std::vector<int64_t> expected = saved_activation.sizes().vec();
   expected[0] = net.error.size(1);
+  if (const Patches patches = check_patch(net.op, saved_activation.sizes(), net.patch);
+      patches.size > 0) {
+    expected[2] = patches.rows();
+    expected[3] = patches.columns();
+  }
   check_shape(net.op, argument, t, expected);
   TORCH_CHECK(t.device() == saved_activation.device(), "fdfa::", net.op, ": ", argument, " must be on ",
               saved_activation.device(), "; got ", t.device());
+}
+
+// In which a block's features are counted: B's, which images in patches must have in channels_last,
+// whatever else describes the same memory.
+at::MemoryFormat block_order(const char* op, const Tensor& feedback, const Tensor& saved_activation,
+                             int64_t patch) {
+  if (check_patch(op, saved_activation.sizes(), patch).size == 0) return feature_order(op, feedback);
+  constexpr auto kOrder = at::MemoryFormat::ChannelsLast;
+  TORCH_CHECK(feedback.is_contiguous(kOrder), "fdfa::", op,
+              ": feedback of images in patches must be channels_last; got strides ",
+              feedback.strides());
+  return kOrder;
+}
+at::MemoryFormat block_order(const Network& net, size_t block) {
+  return block_order(net.op, net.feedback[block], net.saved_activations[block], net.patch);
 }
 
 void check_moments(const Network& net, const Motion& motion) {
@@ -74,8 +95,7 @@ void check_deltas(const Network& net, at::TensorList deltas) {
   for (size_t i = 0; i < deltas.size(); ++i) {
     check_like(net.op, "delta", deltas[i], "saved_activation", net.saved_activations[i]);
     check_shape(net.op, "delta", deltas[i], net.saved_activations[i].sizes());
-    TORCH_CHECK(deltas[i].is_contiguous(feature_order(net.op, net.feedback[i])) || is_turned(deltas[i]),
-                "fdfa::", net.op,
+    TORCH_CHECK(deltas[i].is_contiguous(block_order(net, i)) || is_turned(deltas[i]), "fdfa::", net.op,
                 ": delta must have the memory order of feedback, or for [N, D] on the CPU that of its "
                 "transpose; got strides ",
                 deltas[i].strides());
@@ -123,8 +143,42 @@ bool allows_tf32() {
          at::Float32Precision::TF32;
 }
 
-// The blocks whose saved activations are of this dtype, in one launch. counter and output_bias_grad: as
-// `launch` has them.
+// The mean over each patch's pixels of images [N, C, H, W]: [N, C, rows, columns] in channels_last.
+Tensor patch_means(const Tensor& images, const Patches& patches) {
+  const std::vector<int64_t> size(2, patches.size);
+  return at::avg_pool2d(images.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast), size, size,
+                        /*padding=*/0, /*ceil_mode=*/true, /*count_include_pad=*/false);
+}
+
+// The errors of patches on their way to their pixels.
+struct Spreading {
+  size_t block;
+  Patches patches;
+  Tensor projected;  // [N, patches.features()]
+};
+
+// That of the saved activations, or float for blocks in patches, which have few features.
+at::ScalarType kernel_dtype(const Network& net, size_t block) {
+  const Tensor& saved_activation = net.saved_activations[block];
+  return check_patch(net.op, saved_activation.sizes(), net.patch).size > 0
+             ? at::kFloat
+             : saved_activation.scalar_type();
+}
+
+void spread(const Network& net, const Spreading& spreading, at::TensorList deltas) {
+  const size_t i = spreading.block;
+  const Activation f = parse_activation(net.op, net.activations.get(i));
+  const Tensor saved_activation = net.saved_activations[i].contiguous(at::MemoryFormat::ChannelsLast);
+  with_storage(saved_activation.scalar_type(), [&](auto storage) {
+    using T = decltype(storage);
+    launch(SpreadParams<T>{pointer<float>(spreading.projected),
+                           f == Activation::identity ? nullptr : pointer<T>(saved_activation),
+                           pointer<T>(deltas[i]), saved_activation.size(0), spreading.patches, f},
+           saved_activation.device());
+  });
+}
+
+// The blocks that run in this dtype, in one launch. counter and output_bias_grad: as `launch` has them.
 void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion, const Tensor& error,
                  const OptionalTensor& tangent, const Results& results, int64_t* counter,
                  float* output_bias_grad) {
@@ -133,16 +187,19 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
   };
   const bool tf32 = error.is_cuda() && allows_tf32();
   std::vector<Tensor> kept;  // until the launch
+  std::vector<Spreading> spreadings;
   with_storage(dtype, [&](auto storage) {
     using T = decltype(storage);
     std::vector<FeedbackParams<T>> launched;
     const auto features = [&](const Tensor& t, size_t i) {
-      kept.push_back(t.contiguous(feature_order(net.op, net.feedback[i])));
+      kept.push_back(t.contiguous(block_order(net, i)));
       return pointer<T>(kept.back());
     };
     for (size_t i = 0; i < net.feedback.size(); ++i) {
       const Tensor &feedback = net.feedback[i], &saved_activation = net.saved_activations[i];
-      if (saved_activation.scalar_type() != dtype) continue;
+      if (kernel_dtype(net, i) != dtype) continue;
+      const Patches patches = check_patch(net.op, saved_activation.sizes(), net.patch);
+      const bool in_patches = patches.size > 0;
       const Activation f = parse_activation(net.op, net.activations.get(i));
       FeedbackParams<T> p{};
       p.feedback = pointer<float>(feedback);
@@ -156,11 +213,18 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
         p.scale = 1.0f / static_cast<float>(saved_activation.size(0));
       } else if (!net.outputs.empty()) {
         p.factor = p.error;
-        p.source = features(net.outputs[i], i);
+        p.source = features(in_patches ? patch_means(net.outputs[i], patches) : net.outputs[i], i);
         p.scale = -1.0f;
       }
-      if (f != Activation::identity) p.saved_activation = features(saved_activation, i);
-      p.delta = pointer<T>(results.deltas[i]);
+      if (in_patches) {
+        spreadings.push_back(
+            {i, patches, at::empty({saved_activation.size(0), patches.features()}, error.options())});
+        p.delta = pointer<T>(spreadings.back().projected);
+        if (tangent) p.patches = patches;
+      } else {
+        if (f != Activation::identity) p.saved_activation = features(saved_activation, i);
+        p.delta = pointer<T>(results.deltas[i]);
+      }
       p.transposed = is_turned(results.deltas[i]);
       const bool wants_bias = !results.bias_grads.empty() && results.bias_grads[i].numel() > 0;
       p.bias_grad = wants_bias ? pointer<float>(results.bias_grads[i]) : nullptr;
@@ -181,6 +245,7 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
     }
     launch(launched, counter, output_bias_grad, error.device());
   });
+  for (const Spreading& spreading : spreadings) spread(net, spreading, results.deltas);
 }
 
 void step(const Network& net, const Motion& motion, const Results& results) {
@@ -188,10 +253,10 @@ void step(const Network& net, const Motion& motion, const Results& results) {
   const Tensor error = net.error.to(at::kFloat).contiguous();
   const auto tangent =
       net.tangent ? OptionalTensor(net.tangent->to(at::kFloat).contiguous()) : std::nullopt;
-  std::vector<at::ScalarType> dtypes;  // of the saved activations, each once
-  for (const Tensor& saved_activation : net.saved_activations) {
-    const auto found = std::find(dtypes.begin(), dtypes.end(), saved_activation.scalar_type());
-    if (found == dtypes.end()) dtypes.push_back(saved_activation.scalar_type());
+  std::vector<at::ScalarType> dtypes;  // that the blocks run in, each once
+  for (size_t i = 0; i < net.feedback.size(); ++i) {
+    const at::ScalarType dtype = kernel_dtype(net, i);
+    if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) dtypes.push_back(dtype);
   }
   // A kernel is launched for blocks that have elements.
   const bool sums_error = results.output_bias_grad && error.is_cuda() &&
@@ -247,14 +312,14 @@ void check_network(const Network& net) {
       check_shape(op, "output", net.outputs[i], saved_activation.sizes());
     }
     check_matrix(net, "feedback", net.feedback[i], i);
-    feature_order(op, net.feedback[i]);
+    block_order(net, i);
     parse_activation(op, net.activations.get(i));
   }
   parse_noise(op, net.noise, !net.tangent);
 }
 
-Tensor empty_delta(const Tensor& saved_activation, const Tensor& feedback) {
-  const auto order = feature_order("feedback_step", feedback);
+Tensor empty_delta(const Tensor& saved_activation, const Tensor& feedback, int64_t patch) {
+  const auto order = block_order("feedback_step", feedback, saved_activation, patch);
   // As oneDNN wants it for the weight gradient δᵀx. Its own copy took a seventh of that for [64, 800].
   if (saved_activation.is_cpu() && saved_activation.dim() == 2 &&
       saved_activation.scalar_type() == at::kFloat && saved_activation.numel() >= 1 << 14) {
@@ -270,9 +335,9 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
                    const OptionalTensor& noise_state, at::IntArrayRef blocks, const Names& activations,
                    c10::string_view noise, double decay, const Tensor& lr, double beta1, double beta2,
                    double eps, at::TensorList deltas, at::TensorList bias_grads,
-                   const OptionalTensor& output_bias_grad) {
-  const Network net{"feedback_step",   error,   tangent, noise_state, feedback,
-                    saved_activations, outputs, blocks,  activations, noise};
+                   const OptionalTensor& output_bias_grad, int64_t patch) {
+  const Network net{"feedback_step", error,  tangent,     noise_state, feedback, saved_activations,
+                    outputs,         blocks, activations, noise,       patch};
   const bool learns = tangent || !outputs.empty();
   const Rule rule = !learns ? Rule::fixed : updates ? Rule::adam : Rule::ema;
   const Motion motion{rule, exp_avg, exp_avg_sq, {}, updates, decay, check_lr(lr), beta1, beta2, eps};
@@ -290,15 +355,17 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
     at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent,
     at::TensorList saved_activations, at::TensorList outputs, const OptionalTensor& noise_state,
-    at::IntArrayRef blocks, const Names& activations, c10::string_view noise, double decay) {
-  const Network net{"feedback_gradient", error,   tangent, noise_state, feedback,
-                    saved_activations,   outputs, blocks,  activations, noise};
+    at::IntArrayRef blocks, const Names& activations, c10::string_view noise, double decay,
+    int64_t patch) {
+  const Network net{
+      "feedback_gradient", error, tangent, noise_state, feedback, saved_activations, outputs, blocks,
+      activations,         noise, patch};
   check_network(net);
   TORCH_CHECK(tangent || !outputs.empty(),
               "fdfa::feedback_gradient: give the tangent or the outputs that the feedback follows");
   std::vector<Tensor> deltas, gradients;
   for (size_t i = 0; i < feedback.size(); ++i) {
-    deltas.push_back(empty_delta(saved_activations[i], feedback[i]));
+    deltas.push_back(empty_delta(saved_activations[i], feedback[i], patch));
     // An empty batch teaches nothing, and reaches no kernel.
     gradients.push_back(saved_activations[i].size(0) == 0 ? at::zeros_like(feedback[i])
                                                           : at::empty_like(feedback[i]));

@@ -28,6 +28,7 @@ struct Options : torch::CustomClassHolder {
   c10::List<bool> donated;
   Names activations;
   std::string noise, rule;
+  int64_t patch;
   double decay, beta1, beta2, eps;
   bool wants_weight = false, wants_bias = false;
 };
@@ -44,7 +45,7 @@ struct FeedbackNode : torch::autograd::Function<FeedbackNode> {
                                         ? output_layer(x, tangent, *weight, bias)
                                         : std::tuple<Tensor, OptionalTensor>(x.clone(), tangent);
     check_network({"feedback_node", output, output_tangent, noise_state, feedback, saved_activations,
-                   outputs, options->blocks, options->activations, options->noise});
+                   outputs, options->blocks, options->activations, options->noise, options->patch});
     for (size_t i = 0; i < saved_activations.size(); ++i)
       check_order(feedback[i], saved_activations[i]);
     check_biases(biases, options->biased, saved_activations);
@@ -83,7 +84,7 @@ struct FeedbackNode : torch::autograd::Function<FeedbackNode> {
     if (o.rule == "grad") {
       std::tie(deltas, gradients) =
           feedback_gradient.call(o.feedback, error, tangent, saved_activations, outputs, noise_state,
-                                 o.blocks, o.activations, o.noise, o.decay);
+                                 o.blocks, o.activations, o.noise, o.decay, o.patch);
       for (const int64_t i : o.biased) bias_grads.push_back(deltas[i].sum(0));
       if (o.wants_bias) output_bias_grad = error.sum(0);
     } else {
@@ -91,7 +92,7 @@ struct FeedbackNode : torch::autograd::Function<FeedbackNode> {
       for (size_t i = 0; i < o.feedback.size(); ++i) {
         const bool donated = once && o.donated.get(i);
         deltas.push_back(donated ? saved_activations[i]
-                                 : empty_delta(saved_activations[i], o.feedback[i]));
+                                 : empty_delta(saved_activations[i], o.feedback[i], o.patch));
       }
       variable_list sums;
       if (!o.biased.empty()) sums.assign(n, at::empty({0}, error.options()));
@@ -105,7 +106,7 @@ struct FeedbackNode : torch::autograd::Function<FeedbackNode> {
       feedback_step.call(o.feedback, o.exp_avg, o.exp_avg_sq, updates, error, tangent,
                          saved_activations, outputs, noise_state, o.blocks, o.activations, o.noise,
                          o.decay, o.lr, o.beta1, o.beta2, o.eps, deltas, sums,
-                         optional(output_bias_grad));
+                         optional(output_bias_grad), o.patch);
     }
     variable_list result{x.defined() ? Tensor() : error, Tensor(),
                          o.wants_weight ? call_mm(error.t(), x) : Tensor(), output_bias_grad};
@@ -149,7 +150,10 @@ Tensor feedback_node(const Tensor& x, const OptionalTensor& tangent, const Optio
                      at::TensorList exp_avg, at::TensorList exp_avg_sq, const Tensor& updates,
                      at::IntArrayRef blocks, const Names& activations, c10::string_view noise,
                      c10::string_view rule, double decay, const Tensor& lr, double beta1, double beta2,
-                     double eps, const OptionalTensor& input) {
+                     double eps, const OptionalTensor& input, int64_t patch) {
+  TORCH_CHECK_VALUE(rule == "ema" || rule == "adam" || rule == "grad" || rule == "fixed",
+                    "fdfa::feedback_node: rule must be one of ema, adam, grad, fixed; got '", rule,
+                    "'");
   TORCH_CHECK(!weight || !input.value_or(x).requires_grad(),
               "fdfa::feedback_node: ", input ? "input" : "x",
               " must need no gradient where weight is given");
@@ -170,6 +174,7 @@ Tensor feedback_node(const Tensor& x, const OptionalTensor& tangent, const Optio
   options->activations = activations;
   options->noise = noise;
   options->rule = rule;
+  options->patch = patch;
   options->decay = decay;
   options->lr = lr;
   options->beta1 = beta1;

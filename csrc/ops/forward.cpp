@@ -4,6 +4,8 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 
+#include <algorithm>
+
 #include "ops/checks.h"
 #include "ops/convolution.h"
 #include "ops/launch.h"
@@ -33,14 +35,21 @@ struct Finish {
   int64_t block;
   Activation activation;
   Noise noise;
+  const char* op;
+  int64_t patch = 1;
 
   bool keeps_pre() const { return derivative_needs_pre_activation(activation); }
 };
 
+BlockNoise make_noise(const Finish& finish, const Tensor& y) {
+  return block_noise(finish.op, y.sizes(), finish.noise_state, finish.block, finish.noise,
+                     finish.patch);
+}
+
 // ty is left to the caller.
 template <class T>
 EpilogueParams<T> epilogue_params(const Finish& finish, const Products& products, const Tensor& y,
-                                  const Tensor& pre) {
+                                  const Tensor& pre, const NoiseParams& noise) {
   EpilogueParams<T> p{};
   p.z = pointer<T>(products.z);
   p.tz = products.tz.defined() ? pointer<T>(products.tz) : nullptr;
@@ -51,7 +60,7 @@ EpilogueParams<T> epilogue_params(const Finish& finish, const Products& products
   p.features = features_of(y);
   p.channels = finish.channels;
   p.activation = finish.activation;
-  p.noise = NoiseParams{finish.noise_state.const_data_ptr<int64_t>(), finish.block, finish.noise};
+  p.noise = noise;
   p.transposed = products.transposed;
   return p;
 }
@@ -64,7 +73,8 @@ Tensor empty_pre(const Finish& finish, const Tensor& y) {
 Dual run(const Finish& finish, const Products& products) {
   const auto& [z, tz, transposed, donated] = products;
   const Tensor y = transposed ? at::empty({z.size(1), z.size(0)}, z.options()) : z;
-  const bool zero = !tz.defined() && finish.noise == Noise::none;
+  const BlockNoise noise = make_noise(finish, y);
+  const bool zero = !tz.defined() && noise.params.is_none();
   const Tensor ty = zero                          ? empty_placeholder(y)
                     : tz.defined() && !transposed ? tz
                     : donated.defined()           ? donated
@@ -72,7 +82,7 @@ Dual run(const Finish& finish, const Products& products) {
   const Tensor pre = empty_pre(finish, y);
   with_storage(y.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
-    EpilogueParams<T> p = epilogue_params<T>(finish, products, y, pre);
+    EpilogueParams<T> p = epilogue_params<T>(finish, products, y, pre, noise.params);
     (zero ? p.zeros[1] : p.ty) = pointer<T>(ty);
     launch(p, y.device());
   });
@@ -96,13 +106,15 @@ void check_operands(const char* op, const Tensor& x, const OptionalTensor& tange
 
 Finish check_finish(const char* op, const Tensor& weight, const OptionalTensor& bias,
                     const Tensor& noise_state, int64_t block, c10::string_view activation,
-                    c10::string_view noise) {
+                    c10::string_view noise, int64_t patch = 1) {
   return {bias ? OptionalTensor(bias->contiguous()) : std::nullopt,
           weight.size(0),
           noise_state,
           block,
           parse_activation(op, activation),
-          parse_noise(op, noise, /*may_be_none=*/true)};
+          parse_noise(op, noise, /*may_be_none=*/true),
+          op,
+          patch};
 }
 
 // The operands of a convolution and what it does with them; images are taken and made in channels_last.
@@ -144,6 +156,36 @@ void check_images(const Convolution& c, const OptionalTensor& bias, const Tensor
 }
 
 }  // namespace
+
+Patches check_patch(const char* op, at::IntArrayRef sizes, int64_t patch) {
+  TORCH_CHECK_VALUE(patch >= 1, "fdfa::", op, ": patch must be 1 or more; got ", patch);
+  if (patch == 1 || sizes.size() != 4) return {};
+  constexpr int64_t kMost = int64_t{1} << 30;  // int32_t counts, with room for a patch more
+  const int64_t channels = sizes[1], height = sizes[2], width = sizes[3];
+  TORCH_CHECK(channels * height * width < kMost, "fdfa::", op,
+              ": an image in patches must have less than 2^30 elements; got ", sizes);
+  const auto small = [](int64_t size) { return static_cast<int32_t>(size); };
+  return {small(std::clamp<int64_t>(patch, 1, std::max<int64_t>({1, height, width}))), small(height),
+          small(width), small(channels)};
+}
+
+BlockNoise block_noise(const char* op, at::IntArrayRef sizes, const Tensor& noise_state, int64_t block,
+                       Noise kind, int64_t patch) {
+  NoiseParams noise{noise_state.const_data_ptr<int64_t>(), block, kind};
+  noise.patches = check_patch(op, sizes, patch);
+  if (kind == Noise::none || noise.patches.size == 0) return {noise, {}};
+  const int64_t features = noise.patches.features();
+  Tensor given = at::empty({sizes[0], features}, noise_state.options().dtype(at::kFloat));
+  EpilogueParams<float> p{};
+  p.ty = pointer<float>(given);
+  p.samples = sizes[0];
+  p.features = p.channels = features;
+  p.noise = NoiseParams{noise.state, block, kind};
+  launch(p, noise_state.device());
+  noise.kind = Noise::none;
+  noise.given = p.ty;
+  return {noise, given};
+}
 
 Tensor empty_placeholder(const Tensor& y) {
   const std::vector<int64_t> strides(y.dim(), 0);
@@ -193,22 +235,25 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
 Convolved conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
                  const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                  at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
-                 c10::string_view activation, c10::string_view noise, at::OptionalIntArrayRef pool) {
+                 c10::string_view activation, c10::string_view noise, at::OptionalIntArrayRef pool,
+                 int64_t patch) {
   const Convolution c{"conv2d", x, tangent, weight, stride, padding, dilation, groups};
   check_images(c, bias, noise_state);
-  const Finish finish = check_finish(c.op, weight, bias, noise_state, block, activation, noise);
+  const Finish finish = check_finish(c.op, weight, bias, noise_state, block, activation, noise, patch);
   const Products products = convolve(c);
   const Tensor& z = products.z;
   if (!pool) return std::tuple_cat(run(finish, products), std::tuple{at::empty({0}, z.options())});
   const PoolShape shape = check_pool(c.op, z, *pool);
   const Tensor pre = empty_pre(finish, z);
+  const BlockNoise u = make_noise(finish, z);
   const auto [pooled, pooled_tangent] =
-      run_pooled(epilogue_params<float>(finish, products, z, pre), z, shape, /*donated=*/products.tz);
+      run_pooled(epilogue_params<float>(finish, products, z, pre, u.params), z, shape,
+                 /*donated=*/products.tz);
   return {z, pooled_tangent, pre, pooled};
 }
 
 Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,
-               c10::string_view noise) {
+               c10::string_view noise, int64_t patch) {
   const char* op = "perturb";
   TORCH_CHECK(y.dim() >= 2, "fdfa::perturb: y must be [N, *features]; got ", y.sizes());
   check_floating(op, "y", y);
@@ -222,6 +267,7 @@ Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noi
   const auto order = y.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   const Tensor tz = tangent ? tangent->contiguous(order) : Tensor();
   Tensor ty = at::empty(y.sizes(), y.options(), order);
+  const BlockNoise u = block_noise(op, y.sizes(), noise_state, block, kind, patch);
   with_storage(y.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
     EpilogueParams<T> p{};
@@ -229,7 +275,7 @@ Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noi
     p.ty = pointer<T>(ty);
     p.samples = y.size(0);
     p.features = p.channels = features_of(y);
-    p.noise = NoiseParams{noise_state.const_data_ptr<int64_t>(), block, kind};
+    p.noise = u.params;
     launch(p, y.device());
   });
   return ty;

@@ -16,6 +16,7 @@ constexpr int64_t kMaxPoolGrain = 16;
 constexpr int64_t kMaxPoolBackwardGrain = 1;
 constexpr int64_t kMomentGrain = 1;
 constexpr int64_t kCombineGrain = 16;
+constexpr int64_t kSpreadGrain = 16;
 
 int64_t noise_grain(int64_t units, int64_t elements) {
   return std::max<int64_t>(1, kNoiseElements * units / std::max<int64_t>(1, elements));
@@ -71,6 +72,14 @@ void launch(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter, floa
   (void)output_bias_grad;
   feedback_step_cpu(blocks);
   if (counter != nullptr) ++*counter;
+}
+
+template <class T>
+void launch(const SpreadParams<T>& params, const at::Device& device) {
+  on_device(params, device, [&] {
+    at::parallel_for(0, cpu::spread_units(params), kSpreadGrain,
+                     [&](int64_t begin, int64_t end) { cpu::spread(params, begin, end); });
+  });
 }
 
 void launch(const NextNoiseParams& params, const at::Device& device) {
@@ -135,6 +144,9 @@ void launch(const CombineParams& params, const at::Device& device) {
 template void launch<float>(const EpilogueParams<float>&, const at::Device&);
 template void launch<bfloat16>(const EpilogueParams<bfloat16>&, const at::Device&);
 template void launch<float16>(const EpilogueParams<float16>&, const at::Device&);
+template void launch<float>(const SpreadParams<float>&, const at::Device&);
+template void launch<bfloat16>(const SpreadParams<bfloat16>&, const at::Device&);
+template void launch<float16>(const SpreadParams<float16>&, const at::Device&);
 template void launch<float>(const std::vector<FeedbackParams<float>>&, int64_t*, float*,
                             const at::Device&);
 template void launch<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&, int64_t*, float*,

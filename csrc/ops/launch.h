@@ -18,6 +18,8 @@ void launch(const EpilogueParams<T>& params, const at::Device& device);
 template <class T>
 void launch(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter, float* output_bias_grad,
             const at::Device& device);
+template <class T>
+void launch(const SpreadParams<T>& params, const at::Device& device);
 void launch(const NextNoiseParams& params, const at::Device& device);
 void launch(const MaxPoolParams& params, const at::Device& device);
 void launch(const MaxPoolBackwardParams& params, const at::Device& device);
@@ -36,6 +38,8 @@ void launch_cuda(const EpilogueParams<T>& params, const at::Device& device);
 template <class T>
 void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter,
                  float* output_bias_grad, const at::Device& device);
+template <class T>
+void launch_cuda(const SpreadParams<T>& params, const at::Device& device);
 void launch_cuda(const NextNoiseParams& params, const at::Device& device);
 int64_t moment_parts_cuda(const MomentParams& params, const at::Device& device);
 void launch_cuda(const MaxPoolParams& params, const at::Device& device);

@@ -32,6 +32,11 @@ void launch_cuda(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter,
   });
 }
 
+template <class T>
+void launch_cuda(const SpreadParams<T>& params, const at::Device& device) {
+  on_stream(device, [&](cudaStream_t stream) { return cuda::launch_spread(params, stream); });
+}
+
 void launch_cuda(const NextNoiseParams& params, const at::Device& device) {
   on_stream(device, [&](cudaStream_t stream) { return cuda::launch_next_noise(params, stream); });
 }
@@ -83,5 +88,8 @@ template void launch_cuda<bfloat16>(const std::vector<FeedbackParams<bfloat16>>&
                                     const at::Device&);
 template void launch_cuda<float16>(const std::vector<FeedbackParams<float16>>&, int64_t*, float*,
                                    const at::Device&);
+template void launch_cuda<float>(const SpreadParams<float>&, const at::Device&);
+template void launch_cuda<bfloat16>(const SpreadParams<bfloat16>&, const at::Device&);
+template void launch_cuda<float16>(const SpreadParams<float16>&, const at::Device&);
 
 }  // namespace fdfa

@@ -80,7 +80,7 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef pool) {
 
 std::tuple<Tensor, Tensor> run_pooled(EpilogueParams<float> epilogue, const Tensor& y,
                                       const PoolShape& shape, const Tensor& donated) {
-  const bool zero = epilogue.tz == nullptr && epilogue.noise.kind == Noise::none;
+  const bool zero = epilogue.tz == nullptr && epilogue.noise.is_none();
   const Tensor pooled = empty_pooled(shape, y.options());
   const Tensor pooled_tangent = zero ? empty_placeholder(pooled) : at::empty_like(pooled);
   if (zero) epilogue.zeros[1] = pooled_tangent.data_ptr<float>();
@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at
 
 PoolEnd max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& anchor,
                        at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                       const Tensor& noise_state, int64_t block, c10::string_view noise) {
+                       const Tensor& noise_state, int64_t block, c10::string_view noise,
+                       int64_t patch) {
   const char* op = "max_pool2d_end";
   const PoolShape shape = check_pool(op, x, kernel, stride, padding);
   check_window(op, kernel);
@@ -124,13 +125,14 @@ PoolEnd max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Ten
   const Tensor y = empty_pooled(shape, x.options()), pre = empty_placeholder(y);
   const Tensor ty = zero ? empty_placeholder(y) : at::empty_like(y);
   const Tensor winners = empty_pooled(shape, x.options().dtype(at::kByte));
+  const BlockNoise u = block_noise(op, y.sizes(), noise_state, block, kind, patch);
   launch(MaxPoolParams{x_dense.const_data_ptr<float>(),
                        tangent ? tx_dense.const_data_ptr<float>() : nullptr,
                        y.data_ptr<float>(),
                        zero ? nullptr : ty.data_ptr<float>(),
                        winners.data_ptr<uint8_t>(),
                        shape,
-                       NoiseParams{noise_state.const_data_ptr<int64_t>(), block, kind},
+                       u.params,
                        {pre.data_ptr<float>(), zero ? ty.data_ptr<float>() : nullptr}},
          x.device());
   return {y, ty, pre, winners};

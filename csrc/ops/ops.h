@@ -55,16 +55,28 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
             const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
             c10::string_view activation, c10::string_view noise);
 
+// The patches of a block's images of these sizes, [N, C, H, W]; none for other blocks, and for 1.
+Patches check_patch(const char* op, at::IntArrayRef sizes, int64_t patch);
+
+// The noise of a block's result of these sizes, and the memory of what is made of it beforehand.
+struct BlockNoise {
+  NoiseParams params;
+  Tensor given;
+};
+BlockNoise block_noise(const char* op, at::IntArrayRef sizes, const Tensor& noise_state, int64_t block,
+                       Noise kind, int64_t patch);
+
 // y, tangent of what goes on, pre-activation, the pool of y.
 using Convolved = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Convolved conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
                  const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                  at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,
-                 c10::string_view activation, c10::string_view noise, at::OptionalIntArrayRef pool);
+                 c10::string_view activation, c10::string_view noise, at::OptionalIntArrayRef pool,
+                 int64_t patch);
 
 Tensor perturb(const Tensor& y, const OptionalTensor& tangent, const Tensor& noise_state, int64_t block,
-               c10::string_view noise);
+               c10::string_view noise, int64_t patch);
 
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x, const Tensor& tangent, at::IntArrayRef kernel,
                                       at::IntArrayRef stride, at::IntArrayRef padding);
@@ -73,7 +85,7 @@ using PoolEnd = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, its tangent, 
 
 PoolEnd max_pool2d_end(const Tensor& x, const OptionalTensor& tangent, const Tensor& anchor,
                        at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
-                       const Tensor& noise_state, int64_t block, c10::string_view noise);
+                       const Tensor& noise_state, int64_t block, c10::string_view noise, int64_t patch);
 
 // The sizes of a pool of images x [N, C, H, W], float32, once they are found to make sense.
 PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
@@ -96,7 +108,7 @@ Normalized batch_norm(const Tensor& x, const OptionalTensor& tangent, const Opti
                       const OptionalTensor& running_mean, const OptionalTensor& running_var,
                       const OptionalTensor& num_batches_tracked, bool training, double momentum,
                       double eps, const Tensor& noise_state, int64_t block, c10::string_view activation,
-                      c10::string_view noise, at::OptionalIntArrayRef pool);
+                      c10::string_view noise, at::OptionalIntArrayRef pool, int64_t patch);
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(const Tensor& delta, const Tensor& x,
                                                        const OptionalTensor& weight, const Tensor& mean,
@@ -111,11 +123,12 @@ struct Network {
   at::IntArrayRef blocks;
   const Names& activations;
   c10::string_view noise;
+  int64_t patch;
 };
 void check_network(const Network& net);
 
 // Memory for a block's δ.
-Tensor empty_delta(const Tensor& saved_activation, const Tensor& feedback);
+Tensor empty_delta(const Tensor& saved_activation, const Tensor& feedback, int64_t patch);
 
 void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorList exp_avg_sq,
                    const OptionalTensor& updates, const Tensor& error, const OptionalTensor& tangent,
@@ -123,11 +136,12 @@ void feedback_step(at::TensorList feedback, at::TensorList exp_avg, at::TensorLi
                    const OptionalTensor& noise_state, at::IntArrayRef blocks, const Names& activations,
                    c10::string_view noise, double decay, const Tensor& lr, double beta1, double beta2,
                    double eps, at::TensorList deltas, at::TensorList bias_grads,
-                   const OptionalTensor& output_bias_grad);
+                   const OptionalTensor& output_bias_grad, int64_t patch);
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> feedback_gradient(
     at::TensorList feedback, const Tensor& error, const OptionalTensor& tangent,
     at::TensorList saved_activations, at::TensorList outputs, const OptionalTensor& noise_state,
-    at::IntArrayRef blocks, const Names& activations, c10::string_view noise, double decay);
+    at::IntArrayRef blocks, const Names& activations, c10::string_view noise, double decay,
+    int64_t patch);
 
 }  // namespace fdfa

@@ -29,24 +29,25 @@ TORCH_LIBRARY(fdfa, m) {
   // Results are in channels_last. With a pool, (kernel, stride, padding) with two numbers each, a
   // max-pool follows the block and is no part of it: y is what it is without, for f', and what goes on
   // are pooled = max_pool2d(y) and in ty the tangents of its winners, u included. float32. The
-  // unpooled tangent is never written to memory on the CPU. Without a pool, pooled is empty.
+  // unpooled tangent is never written to memory on the CPU. Without a pool, pooled is empty. u has one
+  // value for each channel of a patch of patch x patch pixels, counted in features of such patches.
   m.def(
       "conv2d(Tensor x, Tensor? tangent, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
       "int[2] dilation, int groups, Tensor noise_state, int block, str activation, str noise, "
-      "int[]? pool=None) -> (Tensor y, Tensor ty, Tensor pre, Tensor pooled)");
+      "int[]? pool=None, int patch=1) -> (Tensor y, Tensor ty, Tensor pre, Tensor pooled)");
 
   // The end of a block: a = BatchNorm(x), then as `linear` goes on from its a. x [N, C], or [N, C, H,
   // W] in channels_last; float32. The tangent passes the batch's statistics too. In training
   // they come from x, and move running_mean and running_var, both [C], by `momentum`. ty is written to
   // memory of the caller's, which may be tangent itself; none where it would be zero, or a pool
   // follows. Returns also mean and 1 / σ, [C], for the backward. num_batches_tracked, one int64, is
-  // counted up where the statistics come from x. A pool as in `conv2d`; without, pooled and
-  // pooled_tangent are empty.
+  // counted up where the statistics come from x. A pool and patches as in `conv2d`; without a pool,
+  // pooled and pooled_tangent are empty.
   m.def(
       "batch_norm(Tensor x, Tensor? tangent, Tensor(a!)? ty, Tensor? weight, Tensor? bias, "
       "Tensor(b!)? running_mean, Tensor(c!)? running_var, Tensor(d!)? num_batches_tracked, "
       "bool training, float momentum, float eps, Tensor noise_state, int block, str activation, "
-      "str noise, int[]? pool=None) -> "
+      "str noise, int[]? pool=None, int patch=1) -> "
       "(Tensor y, Tensor pre, Tensor mean, Tensor inverse_std, Tensor pooled, Tensor pooled_tangent)");
 
   // From δ at its output a to the gradients of x, weight and bias.
@@ -74,7 +75,7 @@ TORCH_LIBRARY(fdfa, m) {
   // window's winner within it, counted row by row with the padding, for which a window may have 256.
   m.def(
       "max_pool2d_end(Tensor x, Tensor? tangent, Tensor anchor, int[2] kernel_size, int[2] stride, "
-      "int[2] padding, Tensor noise_state, int block, str noise) -> "
+      "int[2] padding, Tensor noise_state, int block, str noise, int patch=1) -> "
       "(Tensor y, Tensor ty, Tensor pre, Tensor winners)");
 
   // From δ at the windows [N, C, H', W'] to their winners in images of input_size (H, W).
@@ -82,8 +83,11 @@ TORCH_LIBRARY(fdfa, m) {
       "max_pool2d_backward(Tensor delta, Tensor winners, SymInt[2] input_size, int[2] kernel_size, "
       "int[2] stride, int[2] padding) -> Tensor");
 
-  // ty = tangent + u for a block's output y [N, *features], in y's shape; images in channels_last.
-  m.def("perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise) -> Tensor");
+  // ty = tangent + u for a block's output y [N, *features], in y's shape; images in channels_last, and
+  // with patches as in `conv2d`.
+  m.def(
+      "perturb(Tensor y, Tensor? tangent, Tensor noise_state, int block, str noise, int patch=1) -> "
+      "Tensor");
 
   // For each block of the network: moves feedback B [K, *features] along ∇B = decay B - G, with
   //   G = tangentᵀ u / N      where tangent [N, K] is given, FDFA with decay 1, or
@@ -97,20 +101,23 @@ TORCH_LIBRARY(fdfa, m) {
   // no lists from operators that change their arguments. So is each block's sum of δ over the samples
   // to `bias_grads`, [D] in float32, for blocks of [N, D]: the gradient of a bias. Without entries
   // there are none; an empty one is not wanted. `output_bias_grad`, [K] in float32, gets the sum of
-  // error, as the gradient of the output layer's bias.
+  // error, as the gradient of the output layer's bias. With patches B of images is [K, C, rows,
+  // columns] of them, in channels_last, and so is all that has its shape; u is theirs, G the mean over
+  // a patch's pixels, tangentᵀ u / (N pixels) or -errorᵀ of the outputs' mean, and each pixel gets its
+  // patch's error B.
   m.def(
       "feedback_step(Tensor(a!)[] feedback, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
       "Tensor(d!)? updates, Tensor error, Tensor? tangent, Tensor[] saved_activations, "
       "Tensor[] outputs, Tensor? noise_state, int[] blocks, str[] activations, str noise, float decay, "
       "Tensor lr, "
       "float beta1, float beta2, float eps, Tensor(e!)[] deltas, Tensor(f!)[] bias_grads, "
-      "Tensor(g!)? output_bias_grad=None) -> ()");
+      "Tensor(g!)? output_bias_grad=None, int patch=1) -> ()");
 
   // (δ from the feedback as it is, ∇B) for each block, for a torch optimizer to move B (eq. 10).
   m.def(
       "feedback_gradient(Tensor[] feedback, Tensor error, Tensor? tangent, Tensor[] saved_activations, "
       "Tensor[] outputs, Tensor? noise_state, int[] blocks, str[] activations, str noise, "
-      "float decay) -> (Tensor[] deltas, Tensor[] gradients)");
+      "float decay, int patch=1) -> (Tensor[] deltas, Tensor[] gradients)");
 
   // The network's output [N, K], tied to its blocks: the backward of the result hands each anchor its δ
   // by a feedback step (rule "ema", "adam" or, with neither tangent nor outputs, "fixed") or by
@@ -128,7 +135,7 @@ TORCH_LIBRARY(fdfa, m) {
       "Tensor[] outputs, Tensor[] feedback, Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor updates, "
       "int[] blocks, str[] activations, "
       "str noise, str rule, float decay, Tensor lr, float beta1, float beta2, float eps, "
-      "Tensor? input=None) -> Tensor");
+      "Tensor? input=None, int patch=1) -> Tensor");
 }
 
 #define FDFA_IMPLEMENT(key)                                   \

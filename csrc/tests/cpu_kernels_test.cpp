@@ -17,6 +17,13 @@ struct Cpu {
   }
 
   template <class T>
+  static void spread(const SpreadParams<T>& p) {
+    const int64_t units = cpu::spread_units(p);
+    cpu::spread(p, 0, units / 2);
+    cpu::spread(p, units / 2, units);
+  }
+
+  template <class T>
   static void feedback_step(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter) {
     for (const auto& p : blocks) {
       const int64_t units = cpu::feedback_units(p);

@@ -19,6 +19,11 @@ struct EmulatedCuda {
   }
 
   template <class T>
+  static void spread(const SpreadParams<T>& p) {
+    CHECK(cuda::launch_spread(p, nullptr) == cudaSuccess);
+  }
+
+  template <class T>
   static void feedback_step(const std::vector<FeedbackParams<T>>& blocks, int64_t* counter) {
     const auto count = static_cast<int64_t>(blocks.size());
     CHECK(cuda::launch_feedback_step(blocks.data(), count, counter, nullptr, nullptr) == cudaSuccess);

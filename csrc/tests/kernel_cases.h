@@ -11,6 +11,7 @@
 //   template <class T> static void epilogue(const EpilogueParams<T>&);
 //   template <class T> static void feedback_step(const std::vector<FeedbackParams<T>>& blocks,
 //                                                int64_t* counter);
+//   template <class T> static void spread(const SpreadParams<T>&);
 
 namespace fdfa::test {
 
@@ -377,6 +378,93 @@ void test_feedback_of_many_blocks() {
   }
 }
 
+// Patches that fit, that do not, that are all of the image and that are a pixel.
+inline std::vector<Patches> all_patches() {
+  return {{2, 6, 4, 8}, {4, 7, 9, 3}, {3, 5, 1, 1}, {9, 9, 2, 5}, {1, 3, 3, 4}, {2, 33, 2, 36}};
+}
+
+// Noise that is given for patches, added by an epilogue.
+template <class Backend, class T>
+void test_epilogue_in_patches() {
+  for (const Patches& patches : all_patches())
+    for (int flags = 0; flags < 16; ++flags) {
+      const EpilogueCase c{3,
+                           image_features(patches),
+                           patches.channels,
+                           flags & 1,
+                           Activation::gelu,
+                           Noise::none,
+                           (flags & 2) == 0,
+                           (flags & 4) == 0,
+                           true,
+                           (flags & 8) != 0,
+                           false,
+                           (flags & 2) == 0 && (flags & 1) != 0};
+      EpilogueArrays<T> actual(c), expected(c);
+      Array<float> given(c.samples * patches.features(), 11);
+      EpilogueParams<T> a = actual.params(c), e = expected.params(c);
+      a.noise.given = e.noise.given = given.data();
+      a.noise.patches = e.noise.patches = patches;
+      Backend::template epilogue<T>(a);
+      epilogue<T>(e);
+      actual.ty.check_close_to(expected.ty, kTolerance<T>, "ty in patches");
+      actual.tz.check_close_to(expected.tz, kTolerance<T>, "tz or ty in patches");
+      actual.y.check_close_to(expected.y, kTolerance<T>, "y");
+    }
+}
+
+template <class Backend, class T>
+void test_spread() {
+  for (const Patches& patches : all_patches())
+    for (int f = 0; f < kActivationCount; ++f)
+      for (int flags = 0; flags < 8; ++flags) {
+        const int64_t samples = (flags & 4) ? 0 : 5, size = samples * image_features(patches);
+        Array<float> projected(samples * patches.features(), 1);
+        Array<T> saved(size, 2, flags & 1), saved2(size, 2, flags & 1), delta(size, 3, flags & 1),
+            delta2(size, 3, flags & 1);
+        const auto params = [&](Array<T>& saved_activation, Array<T>& result) {
+          const bool in_place = (flags & 2) != 0;
+          return SpreadParams<T>{projected.data(),
+                                 f == 0 ? nullptr : saved_activation.data(),
+                                 (in_place ? saved_activation : result).data(),
+                                 samples,
+                                 patches,
+                                 static_cast<Activation>(f)};
+        };
+        Backend::template spread<T>(params(saved, delta));
+        spread<T>(params(saved2, delta2));
+        delta.check_close_to(delta2, kTolerance<T>, "delta");
+        saved.check_close_to(saved2, kTolerance<T>, "delta in place");
+      }
+}
+
+// G of each patch is the mean over its pixels.
+template <class Backend>
+void test_feedback_in_patches() {
+  for (const Patches& patches : all_patches())
+    for (const int64_t outputs : {3, 10})
+      for (const Rule rule : {Rule::ema, Rule::adam, Rule::gradient}) {
+        const FeedbackCase c{7,
+                             patches.features(),
+                             outputs,
+                             2,
+                             Activation::identity,
+                             Noise::gaussian,
+                             rule,
+                             false,
+                             false,
+                             false};
+        FeedbackArrays<float> actual(c), expected(c);
+        FeedbackParams<float> a = actual.params(c), e = expected.params(c);
+        a.patches = e.patches = patches;
+        Backend::template feedback_step<float>({a}, rule == Rule::adam ? &actual.updates : nullptr);
+        feedback_step<float>(e);
+        actual.feedback.check_close_to(expected.feedback, 1e-5, "feedback in patches");
+        actual.gradient.check_close_to(expected.gradient, 1e-5, "gradient in patches");
+        actual.delta.check_close_to(expected.delta, 1e-4, "delta of patches");
+      }
+}
+
 template <class Backend>
 void test_kernels(const Sizes& sizes, int epilogue_stride, int feedback_stride) {
   test_epilogue<Backend, float>(sizes, epilogue_stride);
@@ -389,6 +477,11 @@ void test_kernels(const Sizes& sizes, int epilogue_stride, int feedback_stride) 
   test_epilogue_of_many_samples<Backend>();
   test_overflow<Backend, float>(sizes);
   test_feedback_in_tf32<Backend>(sizes);
+  test_epilogue_in_patches<Backend, float>();
+  test_epilogue_in_patches<Backend, bfloat16>();
+  test_spread<Backend, float>();
+  test_spread<Backend, float16>();
+  test_feedback_in_patches<Backend>();
 }
 
 }  // namespace fdfa::test

@@ -118,7 +118,7 @@ Pooled pool_by(const PoolShape& s, const Images& images, bool has_tangent, const
   const size_t size = images.delta.size() + shift;
   Pooled out{std::vector<float>(size, -99), std::vector<float>(size, -99),
              std::vector<uint8_t>(size, 99)};
-  const bool has_ty = has_tangent || noise.kind != Noise::none;
+  const bool has_ty = has_tangent || !noise.is_none();
   run(MaxPoolParams{x.data() + shift, has_tangent ? tx.data() + shift : nullptr, out.y.data() + shift,
                     has_ty ? out.ty.data() + shift : nullptr,
                     wants_winners ? out.winners.data() + shift : nullptr, s, noise});
@@ -156,7 +156,7 @@ struct EmulatedCuda {
 template <class Device>
 void test_forward(const PoolShape& s, const Images& images, bool has_tangent, const NoiseParams& noise,
                   bool wants_winners, int shift, Pooled expected) {
-  if (noise.kind != Noise::none) {
+  if (!noise.is_none()) {
     EpilogueParams<float> perturbation{};
     const std::vector<float> tangent = expected.ty;
     perturbation.tz = has_tangent ? tangent.data() : nullptr;
@@ -182,9 +182,17 @@ void test_backward(const PoolShape& s, const Images& images, const std::vector<u
   CHECK(same({dx.begin() + shift, dx.end()}, expected));
 }
 
-void test_case(const Case& c, bool has_tangent, Noise kind) {
+// patch: of the noise, which is made for each of them beforehand; 0: for each feature.
+void test_case(const Case& c, bool has_tangent, Noise kind, int32_t patch = 0) {
   const PoolShape s = shape_of(c);
-  const NoiseParams noise{kState, 4, kind};
+  NoiseParams noise{kState, 4, patch > 0 ? Noise::none : kind};
+  std::vector<float> given;
+  if (patch > 0) {
+    noise.patches = {patch, s.out_height, s.out_width, s.channels};
+    given.resize(s.samples * noise.patches.features());
+    for (size_t i = 0; i < given.size(); ++i) given[i] = static_cast<float>(i % 29) / 8;
+    noise.given = given.data();
+  }
   const Images images = make_images(s);
   std::vector<float> dx;
   const Pooled expected = search(s, images, has_tangent, dx);
@@ -268,6 +276,7 @@ void test_channels(int32_t channels) {
   for (int i = 0; i < 4; ++i) {
     test_case(cases[i], true, static_cast<Noise>(i % kNoiseCount));
     test_case(cases[i], false, static_cast<Noise>((i + 1) % kNoiseCount));
+    test_case(cases[i], i % 2 == 0, Noise::gaussian, /*patch=*/1 + i);
   }
 }
 

@@ -62,7 +62,17 @@ inline double slope(Activation f, double a) {
   return slope_at(f, derivative_needs_pre_activation(f) ? a : activate(f, a));
 }
 
+// Of a feature of an image [height, width, channels], that of its patch in [rows, columns, channels].
+inline int64_t patch_feature(const Patches& p, int64_t feature) {
+  const int64_t channel = feature % p.channels, pixel = feature / p.channels;
+  const int64_t columns = (p.width + p.size - 1) / p.size;
+  return (pixel / p.width / p.size * columns + pixel % p.width / p.size) * p.channels + channel;
+}
+
+inline int64_t image_features(const Patches& p) { return int64_t{p.height} * p.width * p.channels; }
+
 inline double noise(const NoiseParams& p, int64_t sample, int64_t feature) {
+  if (p.given) return p.given[sample * p.patches.features() + patch_feature(p.patches, feature)];
   if (p.kind == Noise::none) return 0.0;
   const NoiseStream stream = noise_stream(p.state, p.block, sample);
   const uint32_t quad = static_cast<uint32_t>(feature / 4);
@@ -125,7 +135,12 @@ void feedback_step(const FeedbackParams<T>& p) {
   if (p.samples == 0) return;
   std::vector<double> s(p.samples);
   for (int64_t i = 0; i < p.features; ++i) {
-    double delta_sum = 0;
+    double delta_sum = 0, pixels = 1;
+    if (p.patches.size > 0) {
+      pixels = 0;
+      for (int64_t j = 0; j < image_features(p.patches); ++j)
+        pixels += patch_feature(p.patches, j) == i;
+    }
     for (int64_t n = 0; n < p.samples; ++n) {
       s[n] = p.source ? to_float(p.source[n * p.features + i]) : noise(p.noise, n, i);
     }
@@ -133,7 +148,7 @@ void feedback_step(const FeedbackParams<T>& p) {
       double g = 0;
       for (int64_t n = 0; n < p.samples; ++n) g += p.factor[n * p.outputs + k] * s[n];
       const int64_t at = k * p.features + i;
-      p.feedback[at] = static_cast<float>(moved(p, at, p.scale * g));
+      p.feedback[at] = static_cast<float>(moved(p, at, p.scale * g / pixels));
     }
     for (int64_t n = 0; n < p.samples; ++n) {
       double sum = 0;
@@ -147,6 +162,19 @@ void feedback_step(const FeedbackParams<T>& p) {
       delta_sum += to_float(p.delta[to]);
     }
     if (p.bias_grad) p.bias_grad[i] = static_cast<float>(delta_sum);
+  }
+}
+
+template <class T>
+void spread(const SpreadParams<T>& p) {
+  for (int64_t n = 0; n < p.samples; ++n) {
+    for (int64_t i = 0; i < image_features(p.patches); ++i) {
+      const int64_t at = n * image_features(p.patches) + i;
+      const double f =
+          p.saved_activation ? slope_at(p.activation, to_float(p.saved_activation[at])) : 1.0;
+      const double projected = p.projected[n * p.patches.features() + patch_feature(p.patches, i)];
+      p.delta[at] = from_float<T>(static_cast<float>(projected * f));
+    }
   }
 }
 

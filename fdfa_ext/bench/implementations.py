@@ -20,9 +20,11 @@ INPUTS = ("digits", "mnist", "cifar10")  # that one may ask for
 _WIDTHS = {"digits": 128, "mnist": 800, "cifar10": 1000}
 DTYPES = ("float32", "tf32", "bfloat16")
 GRAPHED = ("fdfa-graphed", "bp-graphed", "bp-channels-last-graphed")
+IN_PATCHES = "fdfa-patches"  # of PATCH pixels a side
+PATCH = 4
 RELATIVES = ("dfa", "dkp", "fg-a", "lg-fg-a", "fg-w")
 DEFAULT = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled", *GRAPHED)
-METHODS = (*DEFAULT, *RELATIVES)
+METHODS = (*DEFAULT, IN_PATCHES, *RELATIVES)
 
 _N_BATCHES = 16  # enough that none is learnt by heart, after which zeros would be computed with
 _BATCH_BYTES = 2**28  # of them all at most
@@ -84,10 +86,10 @@ def _other_ends(shape: tuple[int, int, int], outputs: int) -> nn.Sequential:
 def methods_for(case: Case, methods: list[str], dtype: str, device: torch.device) -> list[str]:
     """Those that make sense for it.
 
-    Memory order makes no difference to a net without images, torch's autocast does not reach the
-    tangents of the plain forms, and only CUDA has graphs.
+    Memory order and patches make no difference to a net without images, torch's autocast does not
+    reach the tangents of the plain forms, and only CUDA has graphs.
     """
-    out = {"bp-channels-last", "bp-channels-last-graphed"} if case.is_mlp else set()
+    out = {"bp-channels-last", "bp-channels-last-graphed", IN_PATCHES} if case.is_mlp else set()
     if device.type != "cuda":
         out |= {*GRAPHED}
     if dtype == "bfloat16":
@@ -118,8 +120,9 @@ def training_step(case: Case, method: str, device: torch.device, dtype: str) -> 
     example = batches[0][0]
 
     model: nn.Module = net
-    if method in ("fdfa", "fdfa-graphed"):
-        model = FDFA(net, feedback="adam", feedback_lr=1e-4, example_input=example)
+    if method in ("fdfa", "fdfa-graphed", IN_PATCHES):
+        patch = PATCH if method == IN_PATCHES else 1
+        model = FDFA(net, feedback="adam", feedback_lr=1e-4, patch=patch, example_input=example)
     elif method in RELATIVES:
         model = FDFA(net, method=method, example_input=example)
     elif method == "plain":

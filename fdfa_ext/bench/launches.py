@@ -105,11 +105,21 @@ def _operands(a: _Arguments) -> int:
     return 1 if a["tangent"] is None else 2
 
 
+def _patch_noise(a: _Arguments) -> int:
+    return int(a["patch"] > 1 and a["noise"] != "none")
+
+
 def _feedback_step(a: _Arguments) -> int:
-    """Blocks of one dtype: those of wide columns, if these fill the device, and the others."""
+    """Blocks of one dtype: those of wide columns, if these fill the device, and the others. One more
+    for images in patches, and for the means of their outputs where there are any."""
     launches = 0
-    for dtype in {saved.dtype for saved in a["saved_activations"]}:
-        features = [saved[0].numel() for saved in a["saved_activations"] if saved.dtype == dtype]
+    features_of: dict[torch.dtype, list[int]] = {}
+    for matrix, saved in zip(a["feedback"], a["saved_activations"], strict=True):
+        in_patches = a["patch"] > 1 and saved.dim() == 4
+        launches += in_patches * (2 if a["outputs"] else 1)
+        dtype = torch.float32 if in_patches else saved.dtype
+        features_of.setdefault(dtype, []).append(matrix[0].numel())
+    for features in features_of.values():
         wide = [n for n in features if n % _WIDE_COLUMNS == 0]
         if sum(wide) < _MULTIPROCESSORS * _WIDE_COLUMNS:
             wide = []
@@ -135,15 +145,16 @@ def _fused_adam(a: _Arguments) -> int:
 _LAUNCHES: dict[str, _Count] = {
     # This package's. An epilogue also writes the zero of a placeholder.
     "fdfa::linear": lambda a: _operands(a) + 1,  # products, epilogue
-    "fdfa::conv2d": lambda a: _operands(a) + 1 + (a["pool"] is not None),
+    "fdfa::conv2d": lambda a: _operands(a) + 1 + (a["pool"] is not None) + _patch_noise(a),
     "fdfa::batch_norm": lambda a: (  # moments, statistics, epilogue, pool
-        2 + a["training"] + (a["pool"] is not None)
+        2 + a["training"] + (a["pool"] is not None) + _patch_noise(a)
     ),
     "fdfa::batch_norm_backward": 3,  # moments, maps, their use
     "fdfa::max_pool2d": 1,
-    "fdfa::max_pool2d_end": 1,  # which adds the noise and writes the zeros of placeholders
+    # It adds the noise and writes the zeros of placeholders.
+    "fdfa::max_pool2d_end": lambda a: 1 + _patch_noise(a),
     "fdfa::max_pool2d_backward": 1,
-    "fdfa::perturb": 1,
+    "fdfa::perturb": lambda a: 1 + _patch_noise(a) * (a["y"].dim() == 4),
     "fdfa::mm": 1,
     "fdfa::next_noise": 1,  # the copy and the step counted up
     "fdfa::feedback_step": _feedback_step,  # which counts its step up, and sums δ and e for biases

@@ -68,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--noise", str, f"perturbation (default {default.noise})", choices=NOISES)
     add(
+        "--patch",
+        whole,
+        f"side of the patches of images that are perturbed as one (default {default.patch})",
+        metavar="PIXELS",
+    )
+    add(
         "--backend",
         str,
         f"compiled ops or their definition in plain torch (default {default.backend})",

@@ -26,8 +26,9 @@ class Config:
     """What decides a run's numbers. The defaults are the paper's Appendix A on the small data set.
 
     ``hidden`` and ``width`` are for the mlp alone, where None means 1 and 800 (1000 for cifar10).
-    ``method``, ``feedback``, ``feedback_lr``, ``noise`` and ``backend`` are FDFA's arguments, of which
-    each method takes what it has a use for. ``weights`` are those at the start, "random" or "zero".
+    ``method``, ``feedback``, ``feedback_lr``, ``noise``, ``patch`` and ``backend`` are FDFA's
+    arguments, of which each method takes what it has a use for. ``weights`` are those at the start,
+    "random" or "zero".
     """
 
     model: str = "mlp"
@@ -38,6 +39,7 @@ class Config:
     feedback: str = "adam"
     feedback_lr: float = 1e-4
     noise: str = "gaussian"
+    patch: int = 1
     backend: str = "fused"
     weights: str = "random"
     epochs: int = 100
@@ -115,6 +117,7 @@ class Run:
             feedback=config.feedback,
             feedback_lr=config.feedback_lr,
             noise=config.noise,
+            patch=config.patch,
             backend=config.backend,
             example_input=self._prepared(self.data.train_images[: config.batch_size]),
         )
