@@ -4,13 +4,14 @@ Every function puts back what its passes change: feedback and its moments, noise
 the gradients that the parameters have and torch's random generators.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fdfa_ext.feedback import FeedbackUpdate
 from fdfa_ext.model import FDFA
@@ -41,7 +42,7 @@ def gradient_alignment(
         ValueError: draws is below 1, or the model has not seen an input yet.
     """
     with _untouched(model):
-        with _own_randomness(model):
+        with _own_randomness(model), _images_in_channels_last(model):
             exact = _gradients(model, loss_fn(model.module(batch[0]), batch[1]))
         with _held_feedback(model):
             estimates = _estimates(model, batch, loss_fn, draws, one_mask=True)
@@ -144,30 +145,24 @@ def mean_jacobian(model: FDFA, input: Tensor) -> dict[str, Tensor]:
     """
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., Tensor]:
-        def hook(_: object, __: object, output: Tensor) -> Tensor:
-            # Whatever the block's parameters want. A copy goes on, which may be changed in place.
-            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
-            return outputs[name].clone()
+    def keep(name: str, output: Tensor) -> Tensor:
+        # Whatever the block's parameters want. A copy goes on, which may be changed in place.
+        outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+        return outputs[name].clone()
 
-        return hook
-
-    hooks = [
-        model.module.get_submodule(name).register_forward_hook(keep(name)) for name in model.block_names
-    ]
-    try:
-        with _untouched(model), torch.enable_grad():
-            model.module.eval()
-            y = model.module(input)
-            found = [
-                torch.autograd.grad(y[:, k].sum(), list(outputs.values()), retain_graph=True)
-                for k in range(y.shape[1])
-            ]
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _untouched(model), _at_blocks(model, keep):
+        model.module.eval()
+        y = model.module(input)
+        kept = list(outputs.values())
+        found = [
+            # Zero, not None, for a block that the output does not depend on.
+            torch.autograd.grad(
+                y[:, k].sum(), kept, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for k in range(y.shape[1])
+        ]
     return {
-        name: torch.stack([gradients[i].sum(0) for gradients in found]) / len(y)
+        name: torch.stack([gradients[i].sum(0) for gradients in found]) / max(len(y), 1)
         for i, name in enumerate(outputs)
     }
 
@@ -190,20 +185,76 @@ def feedback_ceiling(
         ValueError: the model has not seen an input yet.
     """
     jacobians = mean_jacobian(model, batch[0])
-    with _own_randomness(model):
-        twin = FDFA(
-            copy.deepcopy(model.module),
-            method="dfa",
-            patch=patch,
-            backend=model.backend,
-            example_input=batch[0],
-        )
-        twin.train(model.training)
-        for module, own in zip(twin.module.modules(), model.module.modules(), strict=True):
-            module.training = own.training
-        for name, jacobian in jacobians.items():
-            twin.feedback[name].copy_(patch_means(jacobian, patch))
-        return gradient_alignment(twin, batch, loss_fn)
+    outputs: dict[str, Tensor] = {}
+
+    def cut(name: str, output: Tensor) -> Tensor:
+        outputs[name] = output
+        return output.detach().clone()
+
+    with _untouched(model):
+        with _own_randomness(model):
+            exact = _gradients(model, loss_fn(model.module(batch[0]), batch[1]))
+        with _own_randomness(model), _at_blocks(model, cut):
+            y = model.module(batch[0])
+        error = y.detach().requires_grad_()
+        loss = loss_fn(error, batch[1])
+        (error,) = torch.autograd.grad(loss, error)
+        ends = [(y, error)]
+        for name, output in outputs.items():
+            jacobian = patch_means(jacobians[name], patch)
+            projected = (error @ jacobian.flatten(1)).view(len(error), *jacobian.shape[1:])
+            ends.append((output, spread(projected, output.shape, patch).view_as(output)))
+        model.zero_grad(set_to_none=True)
+        for output, delta in ends:
+            if output.requires_grad:
+                output.backward(delta)
+        found = _collected(model)
+        return {name: _angle(found[name], value) for name, value in exact.items()}
+
+
+@contextmanager
+def _images_in_channels_last(model: FDFA) -> Iterator[None]:
+    """Within it blocks take and make images as in training: dropout draws in memory order."""
+
+    def before(_: object, args: Any) -> Any:
+        return tree_map(_in_channels_last, args)
+
+    hooks = [
+        model.module.get_submodule(name).register_forward_pre_hook(before) for name in model.block_names
+    ]
+    try:
+        with _at_blocks(model, lambda _, output: _in_channels_last(output)):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_channels_last(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return value
+    value = value.contiguous(memory_format=torch.channels_last)
+    # With one channel or pixel torch keeps row-major strides, and makes more of them.
+    _, c, h, w = value.shape
+    return value.as_strided(value.shape, (h * w * c, 1, w * c, c))
+
+
+@contextmanager
+def _at_blocks(model: FDFA, function: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Within it each block hands out what function(name, output) returns."""
+
+    def hook_of(name: str) -> Callable[..., Tensor]:
+        return lambda _, __, output: function(name, output)
+
+    hooks = [
+        model.module.get_submodule(name).register_forward_hook(hook_of(name))
+        for name in model.block_names
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _estimates(
@@ -228,6 +279,10 @@ def _estimates(
 def _gradients(model: FDFA, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss.backward()
+    return _collected(model)
+
+
+def _collected(model: FDFA) -> dict[str, Tensor]:
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.module.named_parameters()

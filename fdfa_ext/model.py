@@ -60,8 +60,8 @@ class FDFA(nn.Module):
         noise: "gaussian" or "rademacher" perturbations, of unit variance.
         patch: side in pixels of the patches in which blocks of images [N, C, H, W] are perturbed and
             get their error: one u and one column of B for each channel of a patch, so that B is [K, C,
-            ⌈H/patch⌉, ⌈W/patch⌉] and the estimate of it far less noisy. 1 is the paper's; a patch as
-            large as the image leaves one for each channel.
+            ⌈H/patch⌉, ⌈W/patch⌉] and the estimate of it far less noisy. 1 is the paper's; a patch no
+            smaller than the image leaves one for each channel.
         backend: "fused" (float32, bfloat16, float16) or "reference", plain torch in any dtype.
         example_input: an input of any batch size, a tuple of inputs, or a dict of keyword inputs (one
             input, where the module's forward has no such arguments). With it the feedback exists
@@ -127,7 +127,7 @@ class FDFA(nn.Module):
             raise ValueError(f"FDFA: betas must be two numbers in [0, 1); got {betas}")
         if not 0 <= eps < math.inf:
             raise ValueError(f"FDFA: eps must be finite and not negative; got {eps}")
-        if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1:
+        if not isinstance(patch, int) or isinstance(patch, bool) or not 1 <= patch < 2**63:
             raise ValueError(f"FDFA: patch must be a whole number of pixels, 1 or more; got {patch!r}")
         if isinstance(method, str):
             if method not in METHODS:

@@ -15,7 +15,7 @@ from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, reference
 from fdfa_ext._ops import fused
 from fdfa_ext.dual_pass import BACKENDS
 from fdfa_ext.methods import DirectFeedback, ForwardFeedback, KolenPollack
-from fdfa_ext.metrics import feedback_ceiling, mean_jacobian
+from fdfa_ext.metrics import feedback_ceiling, gradient_alignment, mean_jacobian
 
 METHODS = ("fdfa", "dfa", "dkp", "fg-a", "lg-fg-a")
 IMAGE_NETS = [name for name, (_, shape) in NETS.items() if len(shape) == 3]
@@ -264,7 +264,7 @@ def test_feedback_of_other_patches_is_refused() -> None:
         model.patch = 3
 
 
-@pytest.mark.parametrize("patch", [0, -1, 2.0, True, "2", None])
+@pytest.mark.parametrize("patch", [0, -1, 2**63, 2.0, True, "2", None])
 def test_patch_must_be_a_whole_number_of_pixels(patch: Any) -> None:
     with pytest.raises(ValueError, match="patch must be a whole number"):
         make("conv_net", patch=patch)
@@ -331,3 +331,31 @@ def test_the_ceiling_is_what_the_exact_mean_jacobian_reaches(size: int) -> None:
         net.zero_grad()
     for key, value in model.state_dict().items():
         assert torch.equal(before[key], value), key
+
+
+def test_the_ceiling_is_that_of_any_model() -> None:
+    class Own(nn.Module):
+        """It keeps a tensor with a graph, and has a block whose way to the output is cut."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = FDFAConv2d(1, 4, 3, activation="relu")
+            self.dropped = FDFAConv2d(4, 2, 1, activation="tanh")
+            self.output = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.dropout(self.hidden(x), 0.5, self.training)
+            self.penalty = h.abs().mean()
+            lost = self.dropped(h).argmax(1, keepdim=True)
+            return self.output(h.mean((2, 3)) + 0 * lost.mean(dtype=h.dtype))
+
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 1, 7, 5), torch.randint(3, (8,))
+    model = FDFA(Own(), patch=2, example_input=x)
+    assert not mean_jacobian(model, x)["dropped"].any()
+    angles = feedback_ceiling(model, (x, y), patch=2)
+    assert angles["output.weight"] < 1e-3  # exact, by the same mask
+    assert angles["dropped.weight"] == 90.0
+    assert 0 < angles["hidden.weight"] < 60
+    assert gradient_alignment(model, (x, y))["output.weight"] < 1e-3
+    assert not mean_jacobian(model, x[:0])["hidden"].any()

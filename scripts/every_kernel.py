@@ -6,6 +6,7 @@ are the tests' business. The argument is a device (default cuda).
 
 import sys
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def images(outputs: int) -> nn.Sequential:
     )
 
 
-def train(net: nn.Module, x: Tensor, outputs: int, **options: str) -> None:
+def train(net: nn.Module, x: Tensor, outputs: int, **options: Any) -> None:
     net(x)  # which gives lazy modules their shapes
     model = FDFA(net, example_input=x, **options)
     y = torch.randint(outputs, (len(x),), device=DEVICE)
@@ -66,13 +67,18 @@ def main() -> None:
             options = {"feedback": RULES[(i + j) % len(RULES)], "noise": NOISES[(i + j) % len(NOISES)]}
             train(net, x, outputs, **options)
     x = torch.randn(4, 1, 19, 19, device=DEVICE)
-    for method, noise in (
-        ("fdfa", "gaussian"),
-        ("fdfa", "rademacher"),
-        ("dfa", "gaussian"),
-        ("dkp", "gaussian"),
+    for method, noise, patch in (
+        ("fdfa", "gaussian", 1),
+        ("fdfa", "rademacher", 3),
+        ("dfa", "gaussian", 1),
+        ("dkp", "gaussian", 2),
     ):
-        train(images(MANY).to(DEVICE), x, MANY, method=method, noise=noise)
+        train(images(MANY).to(DEVICE), x, MANY, method=method, noise=noise, patch=patch)
+    for dtype in DTYPES:
+        net = nn.Sequential(
+            FDFAConv2d(1, 6, 3, activation="tanh"), nn.Flatten(), nn.Linear(6 * 17 * 17, FEW)
+        )
+        train(net.to(DEVICE, dtype), x.to(dtype), FEW, patch=4)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     print("every kernel has run")

@@ -19,23 +19,24 @@ constexpr int kNoiseCount = 3;
 enum class Rule : int { ema, adam, gradient, fixed };
 
 // Images [height, width, channels] in square patches of `size` pixels a side, less at the far edges.
-// What they have in common per channel is [rows, columns, channels]: its features.
+// What they have in common per channel is [rows, columns, channels]: its features. An image has less
+// than 2^30 elements, so that 32 bits count them, with room for a patch more.
 struct Patches {
   int32_t size, height, width, channels;  // size 0: none
 
   FDFA_HD int32_t rows() const { return (height + size - 1) / size; }
   FDFA_HD int32_t columns() const { return (width + size - 1) / size; }
-  FDFA_HD int64_t features() const { return int64_t{rows()} * columns() * channels; }
-  FDFA_HD int64_t image() const { return int64_t{height} * width * channels; }
+  FDFA_HD int32_t features() const { return rows() * columns() * channels; }
+  FDFA_HD int32_t image() const { return height * width * channels; }
   // Of a feature of the image, that of its patch.
-  FDFA_HD int64_t feature_of(int64_t image_feature) const {
-    const int64_t pixel = image_feature / channels;
-    const int64_t row = pixel / width / size, column = pixel % width / size;
+  FDFA_HD int32_t feature_of(int32_t image_feature) const {
+    const int32_t pixel = image_feature / channels;
+    const int32_t row = pixel / width / size, column = pixel % width / size;
     return (row * columns() + column) * channels + image_feature % channels;
   }
   // Pixels of the patch that a feature belongs to.
-  FDFA_HD int32_t pixels(int64_t feature) const {
-    const auto patch = static_cast<int32_t>(feature / channels);
+  FDFA_HD int32_t pixels(int32_t feature) const {
+    const int32_t patch = feature / channels;
     const int32_t below = height - patch / columns() * size, right = width - patch % columns() * size;
     return (below < size ? below : size) * (right < size ? right : size);
   }

@@ -74,7 +74,7 @@ __device__ void pass_over_samples(const EpilogueParams<T>& p, int feature) {
   constexpr bool kSlopeFromPre = derivative_needs_pre_activation(kActivation);
   const Channels own = own_channels(p, feature);
   const int count = static_cast<int>(p.features) - feature;
-  int64_t given[4] = {};  // whose noise the features take, where it is given
+  int given[4] = {};  // whose noise the features take, where it is given
   if (kNoise == Noise::none && p.noise.given != nullptr) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

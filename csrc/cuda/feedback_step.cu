@@ -263,6 +263,14 @@ __device__ void hand_out(const Sums<kTiles>& sums, Exchange<kTiles>& exchange, i
   } while (first < rows);
 }
 
+// Of each narrow column of the thread block what its noise is multiplied by: one over the pixels of its
+// patch. Wide ones, which have no registers left for it, take no patches: these have few features. By a
+// function, since a pointer would cost registers.
+__device__ inline float* own_shares() {
+  __shared__ float shares[kColumns<kNarrowTiles>];
+  return shares;
+}
+
 // A block of the network and the thread block's columns of it.
 template <class T, int kTiles>
 struct Columns {
@@ -321,6 +329,9 @@ __device__ void make_quad(const Columns<T, kTiles>& columns, int sample, int qua
     noise4<kNoise>(stream, place, s[0], s[1], s[2], s[3]);
     if (sample >= p.samples) {
       for (float& value : s) value = 0.0f;
+    }
+    if constexpr (kTiles == kNarrowTiles) {
+      for (int j = 0; j < 4; ++j) s[j] *= own_shares()[4 * quad + j];
     }
   } else {
     load_quad_of(p.samples, columns, p.source, sample, quad, s);
@@ -389,13 +400,9 @@ __device__ void move_by_rule(const Columns<T, kTiles>& columns, const AdamStep& 
     load_quad<kWhole>(columns, p.exp_avg_sq, output, quad, v);
   }
   if (kRule == Rule::gradient && !all_finite(g)) multiply_plainly<kNoise>(columns, output, quad, g);
-  float scale[4] = {p.scale, p.scale, p.scale, p.scale};
-  if (p.patches.size > 0) {
-    for (int j = 0; j < 4; ++j) scale[j] /= p.patches.pixels(columns.first + 4 * quad + j);
-  }
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const float scaled = scale[j] * g[j];
+    const float scaled = p.scale * g[j];
     gradient[j] = p.decay * b[j] - scaled;
     if (kRule == Rule::gradient || !is_finite(scaled)) continue;  // B outlives a batch that overflowed
     b[j] = kRule == Rule::ema ? b[j] - p.lr * gradient[j]
@@ -542,6 +549,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int first_column = blocks.own_place(member) * kColumns<kTiles>;
   const bool whole =
       kTiles == kWideTiles || (blocks.aligned[member] && first_column + kColumns<kTiles> <= p.features);
+  // Ahead of the first barrier, after which it is read.
+  if (kTiles == kNarrowTiles && own_thread() < kColumns<kTiles>) {
+    const int column = first_column + own_thread();
+    const bool in_patch = p.patches.size > 0 && column < p.features;
+    own_shares()[own_thread()] = in_patch ? 1.0f / static_cast<float>(p.patches.pixels(column)) : 1.0f;
+  }
   const Columns<T, kTiles> columns{p, first_column, whole};
   prefetch(columns);
 
@@ -663,7 +676,7 @@ cudaError_t launch_feedback_step(const FeedbackParams<T>* blocks, int64_t count,
       return cudaErrorInvalidValue;
     }
     if (p.samples == 0 || p.features == 0) continue;
-    const bool whole = p.features % kColumns<kWideTiles> == 0 && rows_aligned(p);
+    const bool whole = p.patches.size == 0 && p.features % kColumns<kWideTiles> == 0 && rows_aligned(p);
     (whole ? wide : narrow).push_back(p);
     if (whole) wide_thread_blocks += thread_blocks<kWideTiles>(p);
   }

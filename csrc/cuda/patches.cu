@@ -19,19 +19,18 @@ namespace {
 constexpr int kQuads = 32;
 constexpr int kSamples = 8;
 constexpr int kThreads = kQuads * kSamples;
-constexpr int kBlocksPerSm = 8;             // 32 registers a thread
-constexpr int64_t kMostFeatures = 1 << 30;  // of a sample, which int counts
+constexpr int kBlocksPerSm = 4;  // 64 registers a thread
 
 // kWhole: all four features exist in every row, and every row is aligned for vectors. The activation at
 // run time: the loads are waited for longer than it is asked.
 template <bool kWhole, class T>
 __device__ void spread_quad(const SpreadParams<T>& p, int feature) {
   const int64_t features = p.patches.image(), patch_features = p.patches.features();
-  const int count = static_cast<int>(features) - feature;
+  const int count = p.patches.image() - feature;
   int from[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    from[i] = static_cast<int>(p.patches.feature_of(feature + (i < count ? i : 0)));
+    from[i] = p.patches.feature_of(feature + (i < count ? i : 0));
   }
   const int64_t step = int64_t{gridDim.y} * kSamples;
 #pragma unroll 1
@@ -75,7 +74,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 template <class T>
 cudaError_t launch_spread(const SpreadParams<T>& params, cudaStream_t stream) {
   const int64_t features = params.patches.image();
-  if (features > kMostFeatures) return cudaErrorInvalidValue;
   if (params.samples == 0 || features == 0) return cudaSuccess;
   const int64_t columns = (features + 4 * kQuads - 1) / (4 * kQuads);
   const int64_t rows = (params.samples + kSamples - 1) / kSamples;

@@ -73,9 +73,9 @@ int main(int argc, char** argv) {
   test_next_noise();
   test_output_bias_grad();
   if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
-    test::test_kernels<EmulatedCuda>({{33}, {33, 64}, {65}}, 307, 47);
+    test::test_kernels<EmulatedCuda>({{33}, {33, 64}, {65}}, {{2, 3, 5, 4}}, 307, 47);
   } else {
-    test::test_kernels<EmulatedCuda>(test::all_sizes(), 307, 97);
+    test::test_kernels<EmulatedCuda>(test::all_sizes(), test::all_patches(), 307, 97);
     test::test_feedback_of_long_sums<EmulatedCuda>();
     test::test_feedback_of_many_blocks<EmulatedCuda>();
   }

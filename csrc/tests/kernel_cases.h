@@ -385,8 +385,8 @@ inline std::vector<Patches> all_patches() {
 
 // Noise that is given for patches, added by an epilogue.
 template <class Backend, class T>
-void test_epilogue_in_patches() {
-  for (const Patches& patches : all_patches())
+void test_epilogue_in_patches(const std::vector<Patches>& all) {
+  for (const Patches& patches : all)
     for (int flags = 0; flags < 16; ++flags) {
       const EpilogueCase c{3,
                            image_features(patches),
@@ -414,8 +414,8 @@ void test_epilogue_in_patches() {
 }
 
 template <class Backend, class T>
-void test_spread() {
-  for (const Patches& patches : all_patches())
+void test_spread(const std::vector<Patches>& all) {
+  for (const Patches& patches : all)
     for (int f = 0; f < kActivationCount; ++f)
       for (int flags = 0; flags < 8; ++flags) {
         const int64_t samples = (flags & 4) ? 0 : 5, size = samples * image_features(patches);
@@ -440,8 +440,8 @@ void test_spread() {
 
 // G of each patch is the mean over its pixels.
 template <class Backend>
-void test_feedback_in_patches() {
-  for (const Patches& patches : all_patches())
+void test_feedback_in_patches(const std::vector<Patches>& all) {
+  for (const Patches& patches : all)
     for (const int64_t outputs : {3, 10})
       for (const Rule rule : {Rule::ema, Rule::adam, Rule::gradient}) {
         const FeedbackCase c{7,
@@ -466,7 +466,8 @@ void test_feedback_in_patches() {
 }
 
 template <class Backend>
-void test_kernels(const Sizes& sizes, int epilogue_stride, int feedback_stride) {
+void test_kernels(const Sizes& sizes, const std::vector<Patches>& patches, int epilogue_stride,
+                  int feedback_stride) {
   test_epilogue<Backend, float>(sizes, epilogue_stride);
   test_epilogue<Backend, bfloat16>(sizes, epilogue_stride);
   test_epilogue<Backend, float16>(sizes, epilogue_stride);
@@ -477,11 +478,11 @@ void test_kernels(const Sizes& sizes, int epilogue_stride, int feedback_stride) 
   test_epilogue_of_many_samples<Backend>();
   test_overflow<Backend, float>(sizes);
   test_feedback_in_tf32<Backend>(sizes);
-  test_epilogue_in_patches<Backend, float>();
-  test_epilogue_in_patches<Backend, bfloat16>();
-  test_spread<Backend, float>();
-  test_spread<Backend, float16>();
-  test_feedback_in_patches<Backend>();
+  test_epilogue_in_patches<Backend, float>(patches);
+  test_epilogue_in_patches<Backend, bfloat16>(patches);
+  test_spread<Backend, float>(patches);
+  test_spread<Backend, float16>(patches);
+  test_feedback_in_patches<Backend>(patches);
 }
 
 }  // namespace fdfa::test
