@@ -1,12 +1,15 @@
 """What is timed: one whole training step of a net, by each way to make it."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, make_graphed_step
 from fdfa_ext.arguments import UserError
@@ -23,7 +26,8 @@ GRAPHED = ("fdfa-graphed", "bp-graphed", "bp-channels-last-graphed")
 IN_PATCHES = "fdfa-patches"  # of PATCH pixels a side
 PATCH = 4
 RELATIVES = ("dfa", "dkp", "fg-a", "lg-fg-a", "fg-w")
-DEFAULT = ("fdfa", "plain", "published", "bp", "bp-channels-last", "bp-compiled", *GRAPHED)
+BACKPROPAGATION = ("bp", "bp-channels-last", "bp-compiled", "bp-checkpointed")
+DEFAULT = ("fdfa", "plain", "published", *BACKPROPAGATION, *GRAPHED)
 METHODS = (*DEFAULT, IN_PATCHES, *RELATIVES)
 
 _N_BATCHES = 16  # enough that none is learnt by heart, after which zeros would be computed with
@@ -112,7 +116,7 @@ def training_step(case: Case, method: str, device: torch.device, dtype: str) -> 
     """dtype: "float32", "tf32" (which is a setting of torch and up to the caller) or "bfloat16"."""
     net = case.build(device)
     graphed = method in GRAPHED
-    plain_order = case.is_mlp or method in ("bp", "bp-graphed", "published")
+    plain_order = case.is_mlp or method in ("bp", "bp-graphed", "bp-checkpointed", "published")
     order = torch.contiguous_format if plain_order else torch.channels_last
     net = net.to(memory_format=order)  # type: ignore[call-overload]
     batches = list(_batches(case, device, order))
@@ -130,7 +134,12 @@ def training_step(case: Case, method: str, device: torch.device, dtype: str) -> 
     elif method == "published":
         model = PublishedFDFA(net, example)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, capturable=graphed)
-    forward = torch.compile(model) if method == "bp-compiled" else model
+    forward: Callable[[Tensor], Tensor] = model
+    if method == "bp-compiled":
+        forward = torch.compile(model)
+    elif method == "bp-checkpointed":  # with the segments that need the least memory
+        segments = round(math.sqrt(len(net)))
+        forward = partial(checkpoint_sequential, net, segments, use_reentrant=False)
     model.train()
     # A cast that was kept from before the capture would never see new weights.
     precision = torch.autocast(
