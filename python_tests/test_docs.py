@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from fdfa_ext.__main__ import main
 from fdfa_ext.bench.implementations import Case
 from fdfa_ext.bench.roofline import CASES, HEAD, parts_of_step, table_lines
 from fdfa_ext.experiments.report import mean_and_deviation
+from fdfa_ext.experiments.runs import read_record
 from fdfa_ext.experiments.tables import paper_accuracies
 
 ROOT = Path(__file__).parents[1]
@@ -363,11 +365,33 @@ def test_the_readmes_speeds_are_those_of_the_documents() -> None:
 def test_the_documented_means_of_three_seeds_are_those_of_the_records() -> None:
     rows = table(RESULTS, "| method | three seeds | mean | paper |")
     assert len(rows) == 6
-    for method, each, mean, paper in map(dict.values, rows):
+    for method, each, average, paper in map(dict.values, rows):
         accuracies = [final("fashion-mnist", "mlp-2", method, seed) for seed in range(3)]
         assert each == ", ".join(f"{accuracy:.2f}" for accuracy in accuracies)
-        assert mean == "{:.2f} ± {:.2f}".format(*mean_and_deviation(accuracies))
+        assert average == "{:.2f} ± {:.2f}".format(*mean_and_deviation(accuracies))
         assert paper == "{:.2f} ± {:.2f}".format(*paper_accuracies()["mlp-2", method, "fashion-mnist"])
+
+
+def test_the_documented_losses_in_patches_are_those_of_the_records() -> None:
+    runs = {
+        "backpropagation": "bp-lr1e-4",
+        "FDFA": "fdfa",
+        "FDFA, patches of 4": "fdfa-patch4",
+        "FDFA, patches of 8": "fdfa-patch8",
+    }
+    losses: dict[str, list[float]] = {}
+    for row in table((DOCS / "estimation.md").read_text(), "| method | loss 1 |"):
+        name = row["method"]
+        records = [
+            read_record(RECORDS / f"cifar10-cnn-{runs[name]}-seed{seed}.csv") for seed in range(3)
+        ]
+        losses[name] = [mean(r[epoch]["train_loss"] for r in records) for epoch in range(3)]
+        for epoch, loss in enumerate(losses[name]):
+            assert row[f"loss {epoch + 1}"] == f"{loss:.3f}"
+            gap = loss - losses["backpropagation"][epoch]
+            assert row[f"gap {epoch + 1}"] == (f"{gap:.3f}" if gap else "")
+        assert row["test accuracy"] == f"{100 * mean(r[2]['test_accuracy'] for r in records):.1f} %"
+    assert list(losses) == list(runs)
 
 
 @pytest.mark.parametrize(
