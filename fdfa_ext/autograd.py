@@ -36,6 +36,7 @@ class BlockStep:
     _feedback: Tensor | None
     _output: Tensor | None
     _make_perturbation: Callable[[], Tensor] | None
+    _make_pixels: Callable[[], Tensor]
 
     @property
     def tangent(self) -> Tensor:
@@ -57,6 +58,11 @@ class BlockStep:
         """u [N, D], made again from the noise state at each access: yours to change. That of a patch is
         divided by its pixels, so that dᵀu / N estimates the mean of their Jacobians."""
         return self._given(self._make_perturbation, "perturbation", 'tangents = "network"')()
+
+    @property
+    def pixels(self) -> Tensor:
+        """The pixels of each feature's patch, [D], float32; [1], of 1, for a block without patches."""
+        return self._make_pixels()
 
     def _given(self, value: _Given | None, what: str, attribute: str) -> _Given:
         if value is None:
@@ -139,6 +145,7 @@ class _BlockBackward:
                 None
                 if noise_state is None
                 else partial(self._perturbation, saved_activations[i], noise_state, self.indices[i]),
+                partial(self._pixels, saved_activations[i]),
             )
             for i, name in enumerate(self.names)
         ]
@@ -163,13 +170,20 @@ class _BlockBackward:
         return [unflatten_features(m, shape) for m, shape in zip(found, shapes, strict=True)]
 
     def _perturbation(self, like: Tensor, noise_state: Tensor, index: int) -> Tensor:
-        if self.patch == 1 or like.dim() != 4:
-            u = perturbation(self.operators, like, noise_state, index, self.noise)
-        else:
-            patches = like.new_empty(patch_shape(like.shape, self.patch))
-            u = perturbation(self.operators, patches, noise_state, index, self.noise)
-            u /= patch_pixels(like.shape, self.patch, u.device)
-        return flatten_features(u)
+        if not self._has_patches(like):
+            return flatten_features(perturbation(self.operators, like, noise_state, index, self.noise))
+        patches = like.new_empty(patch_shape(like.shape, self.patch))
+        u = flatten_features(perturbation(self.operators, patches, noise_state, index, self.noise))
+        return u / self._pixels(like)
+
+    def _pixels(self, like: Tensor) -> Tensor:
+        if not self._has_patches(like):
+            return torch.ones(1, device=like.device)
+        pixels = patch_pixels(like.shape, self.patch, like.device)
+        return pixels.flatten().repeat_interleave(like.shape[1]).float()
+
+    def _has_patches(self, like: Tensor) -> bool:
+        return self.patch > 1 and like.dim() == 4
 
 
 class _BlockNode(torch.autograd.Function):

@@ -359,3 +359,23 @@ def test_the_ceiling_is_that_of_any_model() -> None:
     assert 0 < angles["hidden.weight"] < 60
     assert gradient_alignment(model, (x, y))["output.weight"] < 1e-3
     assert not mean_jacobian(model, x[:0])["hidden"].any()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_rule_can_predict_the_tangent_from_the_patches(size: int) -> None:
+    """Of a linear net whose B is right, Σ B u over all pixels is the tangent."""
+    torch.manual_seed(0)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Predicts(ForwardFeedback):
+        def feedback_gradients(self, blocks: Any) -> Any:
+            predicted = sum((b.perturbation * b.pixels**2) @ b.feedback.t() for b in blocks)
+            seen.append((predicted, blocks[0].tangent))
+            return [torch.zeros_like(b.feedback) for b in blocks]
+
+    x = torch.randn(6, 1, 7, 5)
+    model = FDFA(linear_net(), method=Predicts(), patch=size, example_input=x)
+    for name, jacobian in mean_jacobian(model, x).items():
+        model.feedback[name].copy_(means_of(jacobian, size))
+    F.cross_entropy(model(x), torch.zeros(6, dtype=torch.int64)).backward()
+    torch.testing.assert_close(*seen[0], rtol=1e-4, atol=1e-4)
