@@ -105,8 +105,9 @@ def _operands(a: _Arguments) -> int:
     return 1 if a["tangent"] is None else 2
 
 
-def _patch_noise(a: _Arguments) -> int:
-    return int(a["patch"] > 1 and a["noise"] != "none")
+def _patch_noise(a: _Arguments, images: Tensor) -> int:
+    """The noise of patches, which is made beforehand."""
+    return int(a["patch"] > 1 and a["noise"] != "none" and images.dim() == 4)
 
 
 def _feedback_step(a: _Arguments) -> int:
@@ -145,16 +146,16 @@ def _fused_adam(a: _Arguments) -> int:
 _LAUNCHES: dict[str, _Count] = {
     # This package's. An epilogue also writes the zero of a placeholder.
     "fdfa::linear": lambda a: _operands(a) + 1,  # products, epilogue
-    "fdfa::conv2d": lambda a: _operands(a) + 1 + (a["pool"] is not None) + _patch_noise(a),
+    "fdfa::conv2d": lambda a: _operands(a) + 1 + (a["pool"] is not None) + _patch_noise(a, a["x"]),
     "fdfa::batch_norm": lambda a: (  # moments, statistics, epilogue, pool
-        2 + a["training"] + (a["pool"] is not None) + _patch_noise(a)
+        2 + a["training"] + (a["pool"] is not None) + _patch_noise(a, a["x"])
     ),
     "fdfa::batch_norm_backward": 3,  # moments, maps, their use
     "fdfa::max_pool2d": 1,
     # It adds the noise and writes the zeros of placeholders.
-    "fdfa::max_pool2d_end": lambda a: 1 + _patch_noise(a),
+    "fdfa::max_pool2d_end": lambda a: 1 + _patch_noise(a, a["x"]),
     "fdfa::max_pool2d_backward": 1,
-    "fdfa::perturb": lambda a: 1 + _patch_noise(a) * (a["y"].dim() == 4),
+    "fdfa::perturb": lambda a: 1 + _patch_noise(a, a["y"]),
     "fdfa::mm": 1,
     "fdfa::next_noise": 1,  # the copy and the step counted up
     "fdfa::feedback_step": _feedback_step,  # which counts its step up, and sums δ and e for biases
