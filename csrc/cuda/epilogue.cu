@@ -48,25 +48,6 @@ __device__ Channels own_channels(const EpilogueParams<T>& p, int feature) {
   return own;
 }
 
-// kWhole: all four features exist in every row, and every row is aligned for vectors.
-template <bool kWhole, class T>
-__device__ void load_quad(const T* from, int count, float (&values)[4]) {
-  if constexpr (kWhole) {
-    load_vector(from, values);
-  } else {
-    load_some(from, count, values);
-  }
-}
-
-template <bool kWhole, class T>
-__device__ void store_quad(T* to, int count, const float (&values)[4]) {
-  if constexpr (kWhole) {
-    store_vector(to, values);
-  } else {
-    store_some(to, count, values);
-  }
-}
-
 // Every gridDim.y-th group of samples of the thread's features. Results may be written over what they
 // are made from, so a thread loads all of a quad before it stores any.
 template <bool kWhole, Activation kActivation, Noise kNoise, class T>

@@ -40,20 +40,12 @@ __device__ void spread_quad(const SpreadParams<T>& p, int feature) {
     float delta[4], saved[4];
     for (int i = 0; i < 4; ++i) delta[i] = projected[from[i]];
     if (p.saved_activation != nullptr) {
-      if constexpr (kWhole) {
-        load_vector(p.saved_activation + at, saved);
-      } else {
-        load_some(p.saved_activation + at, count, saved);
-      }
+      load_quad<kWhole>(p.saved_activation + at, count, saved);
       with_activation(p.activation, [&](auto f) {
         for (int i = 0; i < 4; ++i) delta[i] *= derivative<decltype(f)::value>(saved[i]);
       });
     }
-    if constexpr (kWhole) {
-      store_vector(p.delta + at, delta);
-    } else {
-      store_some(p.delta + at, count, delta);
-    }
+    store_quad<kWhole>(p.delta + at, count, delta);
   }
 }
 

@@ -86,4 +86,24 @@ __device__ void store_some(T* to, int count, const float (&values)[n]) {
   }
 }
 
+// Four neighbouring features of a sample, of which `count` exist. kWhole: all four do in every row, and
+// every row is aligned for vectors.
+template <bool kWhole, class T>
+__device__ void load_quad(const T* from, int count, float (&values)[4]) {
+  if constexpr (kWhole) {
+    load_vector(from, values);
+  } else {
+    load_some(from, count, values);
+  }
+}
+
+template <bool kWhole, class T>
+__device__ void store_quad(T* to, int count, const float (&values)[4]) {
+  if constexpr (kWhole) {
+    store_vector(to, values);
+  } else {
+    store_some(to, count, values);
+  }
+}
+
 }  // namespace fdfa::cuda
