@@ -283,6 +283,26 @@ def test_bad_arguments_name_the_operator_and_the_argument(device: torch.device) 
             fused.linear(**{**good, **change})
 
 
+@pytest.mark.parametrize("n", [5, 128, 129, 600])
+def test_a_result_and_its_tangent_are_multiplied_as_any_two_tensors(
+    device: torch.device, n: int
+) -> None:
+    """Where they lie one behind the other, one product takes both."""
+    weights = torch.randn(2, 300, 300, device=device) / 300**0.5
+    state = noise_state(device)
+    y, ty, _ = fused.linear(
+        torch.randn(n, 300, device=device), None, weights[0], None, state, 0, "tanh", "gaussian"
+    )
+    for t in (y, ty):
+        assert t.untyped_storage().nbytes() == t.nbytes, "results of an operator share no storage"
+    together, apart = (
+        fused.linear(*operands, weights[1], None, state, 1, "tanh", "gaussian")
+        for operands in ((y, ty), (y.clone(), ty.clone()))
+    )
+    for actual, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("n", "features", "outputs"), [(4, 6, 3), (64, 512, 300)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_dual_linear_is_linear_twice(

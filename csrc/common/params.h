@@ -82,9 +82,9 @@ struct EpilogueParams {
   int64_t samples, features, channels;
   Activation activation;
   NoiseParams noise;
-  // z and tz are [features, samples] instead, not the outputs' memory, and channels are features. For
-  // the CPU alone, whose libraries are faster at W xᵀ than at x Wᵀ.
-  bool transposed;
+  // Not 0: z and tz are the first columns of [features, pitch] instead, not the outputs' memory, and
+  // channels are features. For the CPU alone, whose libraries are faster at W xᵀ than at x Wᵀ.
+  int64_t transposed_pitch;
   ChannelMap map;  // slope and offset only where there is a tangent
   // The single elements of tensors that stand for a gradient or a tangent of zeros: they become zero.
   // Null: none.

@@ -40,15 +40,6 @@ void perturb_run(int64_t count, const T* tz, const float* noise, T* ty) {
   }
 }
 
-// A unit's part of z or tz [features, samples], row by row as the other matrices lie.
-template <class T>
-void transpose(const T* matrix, int64_t samples, int64_t features, int64_t matrix_samples,
-               T (&rows)[kTransposedSamples][kTransposedRun]) {
-  for (int64_t i = 0; i < features; ++i) {
-    for (int64_t n = 0; n < samples; ++n) rows[n][i] = matrix[i * matrix_samples + n];
-  }
-}
-
 // What an epilogue needs of all its units.
 template <class T, Noise kNoise, Activation kActivation>
 class EpilogueRuns {
@@ -130,8 +121,9 @@ void with_epilogue_runs(const EpilogueParams<T>& p, int64_t run, const F& f) {
 template <class T>
 void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
   if (begin == end) return;
-  const int64_t run = p.transposed ? kTransposedRun : kEpilogueRun;
-  const int64_t samples_of_unit = p.transposed ? kTransposedSamples : 1;
+  const bool transposed = p.transposed_pitch > 0;
+  const int64_t run = transposed ? kTransposedRun : kEpilogueRun;
+  const int64_t samples_of_unit = transposed ? kTransposedSamples : 1;
   const int64_t units_of_row = (p.features + run - 1) / run;
   alignas(64) T unwanted[kEpilogueRun];
   alignas(64) T z_rows[kTransposedSamples][kTransposedRun], tz_rows[kTransposedSamples][kTransposedRun];
@@ -141,15 +133,16 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
       const int64_t first = unit % units_of_row * run;
       const int64_t samples = std::min(samples_of_unit, p.samples - first_sample);
       const int64_t count = std::min(run, p.features - first);
-      if (p.transposed) {
-        const int64_t corner = first * p.samples + first_sample;
-        transpose(p.z + corner, samples, count, p.samples, z_rows);
-        if (p.tz) transpose(p.tz + corner, samples, count, p.samples, tz_rows);
+      if (transposed) {
+        const int64_t corner = first * p.transposed_pitch + first_sample;
+        const int64_t pitch = p.transposed_pitch;
+        transpose(p.z + corner, pitch, count, samples, z_rows[0], kTransposedRun);
+        if (p.tz) transpose(p.tz + corner, pitch, count, samples, tz_rows[0], kTransposedRun);
       }
       for (int64_t n = 0; n < samples; ++n) {
         const int64_t sample = first_sample + n, at = sample * p.features + first;
-        const T* z = p.transposed ? z_rows[n] : at_or_null(p.z, at);
-        const T* tz = p.transposed && p.tz ? tz_rows[n] : at_or_null(p.tz, at);
+        const T* z = transposed ? z_rows[n] : at_or_null(p.z, at);
+        const T* tz = transposed && p.tz ? tz_rows[n] : at_or_null(p.tz, at);
         runs(sample, first, count, z, tz, at_or_null(p.y, at), p.ty ? p.ty + at : unwanted,
              at_or_null(p.pre, at));
       }

@@ -90,8 +90,8 @@ void divide_by_pixels(const Patches& patches, int64_t first, int64_t count, std:
 template <class T>
 void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
   if (p.samples == 0) return;
-  alignas(64) float s[kNoiseSamples * kTileColumns], projected[kRowBlock * kTileColumns];
-  alignas(64) T turned[kRowBlock][kTileColumns];
+  alignas(64) float s[kNoiseSamples * kTileColumns];  // then the error projected
+  alignas(64) T turned[kNoiseSamples][kTileColumns];
   alignas(64) float delta_sum[kTileColumns];
   const RoundKeys keys(p.noise);
   std::vector<float> g(p.outputs * kTileColumns), b(p.outputs * kTileColumns, 0.0f);
@@ -134,13 +134,12 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
 
     std::fill(delta_sum, delta_sum + kTileColumns, 0.0f);
     with_activation(p.saved_activation ? p.activation : Activation::identity, [&](auto activation) {
-      for (int64_t n0 = 0; n0 < p.samples; n0 += kRowBlock) {
-        const int64_t samples = std::min<int64_t>(kRowBlock, p.samples - n0);
-        multiply<false>(samples, p.outputs, p.error + n0 * p.outputs, 1, p.outputs, b.data(),
-                        projected);
+      for (int64_t n0 = 0; n0 < p.samples; n0 += kNoiseSamples) {
+        const int64_t samples = std::min(kNoiseSamples, p.samples - n0);
+        multiply<false>(samples, p.outputs, p.error + n0 * p.outputs, 1, p.outputs, b.data(), s);
         for (int64_t n = 0; n < samples; ++n) {
           const int64_t offset = (n0 + n) * p.features + first;
-          const float* row = projected + n * kTileColumns;
+          const float* row = s + n * kTileColumns;
           T* delta = p.transposed ? turned[n] : p.delta + offset;
           if constexpr (activation() == Activation::identity) {
             for (int64_t i = 0; i < count; ++i) delta[i] = from_float<T>(row[i]);
@@ -154,9 +153,9 @@ void feedback_step(const FeedbackParams<T>& p, int64_t begin, int64_t end) {
           }
           for (int64_t i = 0; p.bias_grad && i < count; ++i) delta_sum[i] += to_float(delta[i]);
         }
-        for (int64_t i = 0; p.transposed && i < count; ++i) {
-          T* delta = p.delta + (first + i) * p.samples + n0;
-          for (int64_t n = 0; n < samples; ++n) delta[n] = turned[n][i];
+        if (p.transposed) {
+          transpose(turned[0], kTileColumns, samples, count, p.delta + first * p.samples + n0,
+                    p.samples);
         }
       }
     });

@@ -90,8 +90,8 @@ bool select_isa(const char* name) {
 
 template <class T>
 int64_t epilogue_units(const EpilogueParams<T>& p) {
-  return p.transposed ? parts(p.samples, kTransposedSamples) * parts(p.features, kTransposedRun)
-                      : p.samples * parts(p.features, kEpilogueRun);
+  return p.transposed_pitch ? parts(p.samples, kTransposedSamples) * parts(p.features, kTransposedRun)
+                            : p.samples * parts(p.features, kEpilogueRun);
 }
 
 template <class T>

@@ -131,7 +131,7 @@ bool quads_aligned(const EpilogueParams<T>& p) {
 
 template <class T>
 cudaError_t launch_epilogue(const EpilogueParams<T>& params, cudaStream_t stream) {
-  if (params.transposed || params.features > kMostFeatures) return cudaErrorInvalidValue;
+  if (params.transposed_pitch || params.features > kMostFeatures) return cudaErrorInvalidValue;
   if (params.samples == 0 || params.features == 0) return cudaSuccess;
   const int64_t columns = (params.features + 4 * kQuads - 1) / (4 * kQuads);
   const int64_t rows = (params.samples + kSamples - 1) / kSamples;

@@ -14,9 +14,6 @@
 namespace fdfa {
 namespace {
 
-// Below, turning z over costs more than the product gains.
-constexpr int64_t kTransposedMultiplications = int64_t{1} << 20;
-
 int64_t features_of(const Tensor& t) { return t.size(0) == 0 ? 0 : t.numel() / t.size(0); }
 
 // The library's products z = W x and tz = W tangent, which is undefined where there is no tangent.
@@ -61,7 +58,7 @@ EpilogueParams<T> epilogue_params(const Finish& finish, const Products& products
   p.channels = finish.channels;
   p.activation = finish.activation;
   p.noise = noise;
-  p.transposed = products.transposed;
+  p.transposed_pitch = products.transposed ? products.z.stride(0) : 0;
   return p;
 }
 
@@ -71,10 +68,18 @@ Tensor empty_pre(const Finish& finish, const Tensor& y) {
 
 // y and ty overwrite the products, unless these are transposed.
 Dual run(const Finish& finish, const Products& products) {
-  const auto& [z, tz, transposed, donated] = products;
-  const Tensor y = transposed ? at::empty({z.size(1), z.size(0)}, z.options()) : z;
+  auto [z, tz, transposed, donated] = products;
+  const bool zero = !tz.defined() && finish.noise == Noise::none;
+  Tensor y = z;
+  if (transposed) {
+    const int64_t sizes[] = {z.size(1), z.size(0)};
+    if (!zero && pairs_pay(z.size(1), z.device())) {
+      std::tie(y, donated) = empty_pair(sizes, z.options());
+    } else {
+      y = at::empty(sizes, z.options());
+    }
+  }
   const BlockNoise noise = make_noise(finish, y);
-  const bool zero = !tz.defined() && noise.params.is_none();
   const Tensor ty = zero                          ? empty_placeholder(y)
                     : tz.defined() && !transposed ? tz
                     : donated.defined()           ? donated
@@ -211,18 +216,15 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
   const Finish finish = check_finish(op, weight, bias, noise_state, block, activation, noise);
 
   const int64_t out_features = weight.size(0);
-  if (x.is_cpu() && x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(0) < 512 &&
-      x.numel() * out_features >= kTransposedMultiplications) {
-    // W xᵀ, and the pass after it turns it over. The product alone, cold, on two cores, by oneDNN: 0.8
-    // of the time of x Wᵀ for [64, 800] by [800, 800], 0.9 for [256, 800], 1.0 for [512, 800].
-    return run(finish, {mm(weight, x.t()), tangent ? mm(weight, tangent->t()) : Tensor(),
-                        /*transposed=*/true});
+  if (transposed_product_pays(x, weight)) {
+    const auto [z, tz] = transposed_products(x, tangent, weight);
+    return run(finish, {z, tz, /*transposed=*/true});
   }
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out_features;
   const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
   const bool has_tangent = tangent || finish.noise != Noise::none;
-  if (x.is_cuda() && has_tangent && rows <= kMostPairedRows) {
+  if (x.is_cuda() && has_tangent && pairs_pay(rows, x.device())) {
     const auto [z, tz] = paired_products(x, tangent, weight);
     return run(finish, {z, tangent ? tz : Tensor(), /*transposed=*/false, tz});
   }

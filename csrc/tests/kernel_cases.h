@@ -93,13 +93,15 @@ struct EpilogueCase {
   Noise noise;
   bool has_product, has_tangent, has_bias, in_place, transposed, mapped;
   bool has_result_tangent = true;
+
+  int64_t pitch() const { return transposed ? 2 * samples + 1 : samples; }
 };
 
 template <class T>
 struct EpilogueArrays {
   explicit EpilogueArrays(const EpilogueCase& c)
-      : z(c.samples * c.features, 1, c.shift),
-        tz(c.samples * c.features, 2, c.shift),
+      : z(c.pitch() * c.features, 1, c.shift),
+        tz(c.pitch() * c.features, 2, c.shift),
         bias(c.channels, 3, c.shift),
         y(c.samples * c.features, 4, c.shift),
         ty(c.samples * c.features, 5, c.shift),
@@ -123,7 +125,7 @@ struct EpilogueArrays {
             c.channels,
             c.activation,
             {kState, 2, c.noise},
-            c.transposed,
+            c.transposed ? c.pitch() : 0,
             {c.mapped ? scale.data() : nullptr, c.mapped && c.has_tangent ? slope.data() : nullptr,
              c.mapped && c.has_tangent ? offset.data() : nullptr},
             {nullptr, zero.data()}};

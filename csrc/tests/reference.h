@@ -93,7 +93,7 @@ void epilogue(const EpilogueParams<T>& p) {
   for (int64_t n = 0; n < p.samples; ++n) {
     for (int64_t i = 0; i < p.features; ++i) {
       const int64_t at = n * p.features + i;
-      const int64_t product = p.transposed ? i * p.samples + n : at;
+      const int64_t product = p.transposed_pitch ? i * p.transposed_pitch + n : at;
       double tangent = p.tz ? to_float(p.tz[product]) : 0.0;
       if (p.z) {
         const int64_t c = i % p.channels;
