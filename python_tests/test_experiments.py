@@ -11,7 +11,7 @@ import fdfa_ext.experiments.runs as runs
 from fdfa_ext.__main__ import main
 from fdfa_ext.arguments import UserError
 from fdfa_ext.experiments.noise import rank_correlation
-from fdfa_ext.experiments.runs import Job, Options, paper_config, read_record, run_all
+from fdfa_ext.experiments.runs import Job, Options, paper_config, read_record, run_all, way_name, ways
 from fdfa_ext.experiments.tables import TABLES, Cell, markdown, paper_accuracies
 from fdfa_ext.experiments.variance import FIGURES
 from fdfa_ext.methods import METHODS
@@ -74,6 +74,13 @@ def test_the_rate_is_the_stated_one_or_ten_times_that(model: str, fast: set[str]
     assert rates == {method: 1e-3 if method in fast else 1e-4 for method in METHODS}
 
 
+def test_fdfa_in_patches_stands_beside_fdfa_on_the_convolutional_net_alone() -> None:
+    in_patches = {"method": "fdfa", "patch": 4}
+    assert ways("cnn", ["fdfa", "bp"]) == [{"method": "fdfa"}, in_patches, {"method": "bp"}]
+    assert in_patches not in ways("cnn", ["dfa", "bp"]) + ways("mlp", ["fdfa"])
+    assert way_name(paper_config(model="cnn", **in_patches)) == "fdfa-patch4"
+
+
 def test_a_cell_of_one_seed_claims_no_deviation() -> None:
     text = markdown([Cell("cnn", "bp", "mnist", 1, 99.0, 0.0, 99.32, 0.03)])
     assert "| cnn | bp | 99.00 | 99.32 ± 0.03 |" in text
@@ -89,7 +96,8 @@ def test_convergence_has_a_point_for_each_epoch(
     # Digits are too small for the convolutional net; an mlp of three layers stands in.
     monkeypatch.setattr("fdfa_ext.experiments.convergence.paper_config", _mlp_for_cnn)
     rows = experiment(name, tmp_path, "--methods", "bp,fdfa")
-    assert [row[:2] for row in rows] == [[net, method] for net in nets for method in ("fdfa", "bp")]
+    methods = {"mlp-2": ("fdfa", "bp"), "mlp-3": ("fdfa", "fdfa-patch4", "bp")}
+    assert [row[:2] for row in rows] == [[net, method] for net in nets for method in methods[net]]
     points = list(csv.DictReader((tmp_path / name / "points.csv").open()))
     assert [p["epoch"] for p in points] == ["1", "2"] * len(rows)
     for first, second in zip(points[::2], points[1::2], strict=True):

@@ -6,7 +6,16 @@ from itertools import accumulate
 from pathlib import Path
 
 from fdfa_ext.experiments.report import band, in_words, mean_and_deviation, write_rows, write_text
-from fdfa_ext.experiments.runs import Job, Options, Record, net_name, paper_config, run_all
+from fdfa_ext.experiments.runs import (
+    Job,
+    Options,
+    Record,
+    net_name,
+    paper_config,
+    run_all,
+    way_name,
+    ways,
+)
 from fdfa_ext.methods import METHODS
 
 _QUANTITIES = {"train_loss": "training loss, nats", "test_accuracy": "test accuracy"}
@@ -33,10 +42,10 @@ def convergence(name: str, options: Options, folder: Path) -> str:
     models = ["cnn"] if by_time else ["mlp", "cnn"]
     methods = [m for m in METHODS if m in (options.methods or METHODS)]
     configs = [
-        paper_config(method, model=model, dataset=dataset, epochs=options.epochs)
+        paper_config(model=model, dataset=dataset, epochs=options.epochs, **way)
         for model in models
-        for method in methods
-        if (model, method) != ("mlp", "lg-fg-a")  # one hidden layer: nothing to be greedy
+        for way in ways(model, methods)
+        if (model, way["method"]) != ("mlp", "lg-fg-a")  # one hidden layer: nothing to be greedy
     ]
     jobs = [Job(replace(c, seed=seed)) for c in configs for seed in range(options.seeds)]
     # Runs beside each other take each other's time.
@@ -46,7 +55,7 @@ def convergence(name: str, options: Options, folder: Path) -> str:
         else run_all(jobs, options)
     )
     groups = {
-        (net_name(config), config.method): records[i * options.seeds : (i + 1) * options.seeds]
+        (net_name(config), way_name(config)): records[i * options.seeds : (i + 1) * options.seeds]
         for i, config in enumerate(configs)
     }
     write_rows(
@@ -96,7 +105,7 @@ def _plot(
     panels = figure.subplots(len(nets), 2, squeeze=False)
     for row, net in zip(panels, nets, strict=True):
         for axes, (quantity, label) in zip(row, _QUANTITIES.items(), strict=True):
-            for number, method in enumerate(METHODS):
+            for number, method in enumerate(dict.fromkeys(method for _, method in groups)):
                 if group := groups.get((net, method)):
                     xs = _seconds(group) if by_time else range(1, len(group[0]) + 1)
                     lines = [[epoch[quantity] for epoch in record] for record in group]

@@ -23,6 +23,7 @@ Record = list[dict[str, float]]  # of a run: a row an epoch, EpochResult's field
 # fg-a, come at ten times that: docs/results.md.
 _FAST_LR = 1e-3
 _FAST_ON_CNN = ("bp", "fg-a")
+_PATCH = 4  # docs/estimation.md
 _QUICK_IMAGES = {"alexnet": 128}  # of training, and at most as many to test
 _QUICK_IMAGES_OTHERWISE = 10000
 
@@ -56,6 +57,16 @@ def paper_config(method: str, model: str = Config.model, **settings: Any) -> Con
     """A run as the paper's tables and curves have it."""
     fast = method == "fg-w" or (model == "cnn" and method in _FAST_ON_CNN)
     return Config(method=method, model=model, lr=_FAST_LR if fast else Config.lr, **settings)
+
+
+def ways(model: str, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """Settings of a net's runs: the methods, and fdfa in patches beside it on the convolutional net."""
+    found: list[dict[str, Any]] = []
+    for method in methods:
+        found.append({"method": method})
+        if (model, method) == ("cnn", "fdfa"):
+            found.append({"method": method, "patch": _PATCH})
+    return found
 
 
 def run_all(jobs: Sequence[Job], options: Options, records: str = "records") -> list[Record]:
@@ -110,12 +121,17 @@ def net_name(config: Config) -> str:
     return f"mlp-{(config.hidden or 1) + 1}" if config.model == "mlp" else config.model
 
 
+def way_name(config: Config) -> str:
+    """As the result tables call its method: fdfa-patch4 for fdfa in patches of 4 pixels."""
+    return config.method if config.patch == 1 else f"{config.method}-patch{config.patch}"
+
+
 def _name(job: Job, quick: bool) -> str:
     config = job.config
     watched = job.watch.__name__ if job.watch else ""
     width = "" if config.width is None else f"width{config.width}"
     parts = (
-        *(config.dataset, net_name(config), width, config.method, job.variant, watched),
+        *(config.dataset, net_name(config), width, way_name(config), job.variant, watched),
         *(f"seed{config.seed}", "quick" if quick else ""),
     )
     return "-".join(filter(None, parts))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fdfa_ext.experiments.report import mean_and_deviation, write_rows, write_text
-from fdfa_ext.experiments.runs import Job, Options, net_name, paper_config, run_all
+from fdfa_ext.experiments.runs import Job, Options, net_name, paper_config, run_all, way_name, ways
 from fdfa_ext.methods import METHODS
 
 # Test accuracy in percent, mean and deviation of 10 runs; Table 1 is the mlp-4 part of Table B.6.
@@ -117,7 +117,7 @@ def table(name: str, options: Options, folder: Path) -> str:
     cells = []
     for i in range(0, len(jobs), options.seeds):
         config = jobs[i].config
-        key = (net_name(config), config.method, config.dataset)
+        key = (net_name(config), way_name(config), config.dataset)
         finals = [100 * record[-1]["test_accuracy"] for record in records[i : i + options.seeds]]
         mean, deviation = mean_and_deviation(finals)
         papers = paper.get((_PAPERS_NET.get(key[0], key[0]), *key[1:]), (None, None))
@@ -151,10 +151,10 @@ def _kinds(
     nets: Sequence[str], datasets: Sequence[str], methods: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     for net in nets:
-        for method in _METHODS.get(net, METHODS):
-            if method in methods:
-                for dataset in datasets:
-                    yield {**_NETS[net], "method": method, "dataset": dataset}
+        wanted = [method for method in _METHODS.get(net, METHODS) if method in methods]
+        for way in ways(_NETS[net]["model"], wanted):
+            for dataset in datasets:
+                yield {**_NETS[net], **way, "dataset": dataset}
 
 
 def _line(words: Sequence[str]) -> str:
