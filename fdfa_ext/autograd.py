@@ -24,7 +24,7 @@ _Given = TypeVar("_Given")
 class BlockStep:
     """A block in the backward of one step. D features, in the memory order of the block's output.
 
-    Of images in patches these are their patches, channel by channel: an error is every pixel's of its
+    Of images and sequences in patches these are their patches, channel by channel: an error is every pixel's of its
     patch, and an output the pixels' mean.
     """
 
@@ -317,7 +317,8 @@ def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int
             raise ValueError(
                 f"FDFA: block '{record.name}': its feedback has shape {list(matrix.shape)}, but "
                 f"{outputs} outputs and features {list(shape[1:])}{patches} came; both are fixed, "
-                "so wrap the module again after changing them"
+                "so wrap the module again after changing them (where images or sequences vary, a patch "
+                "no smaller than any of them leaves one column for each channel)"
             )
         if not matrix.is_contiguous(memory_format=record.memory_format):
             raise ValueError(

@@ -30,6 +30,7 @@ from fdfa_ext.jvp import (
 )
 from fdfa_ext.noise import channels_last, memory_format_of
 from fdfa_ext.own_code import OutputLayer, OwnCodeRules, expose, leaves_behind
+from fdfa_ext.patches import as_image, as_sequence
 from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 
 BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
@@ -48,6 +49,7 @@ class BlockRecord:
     memory_format: torch.memory_format  # in which its features are counted: row-major, or (h, w, c)
     version: int  # of output: counts changes in place
     donated: bool  # nobody else reads the saved activation: δ may take its memory
+    channels_first: bool | None  # of a sequence that is recorded as an image; None: no such
 
     def kept_output(self, compiling: bool) -> Tensor:
         """y for a node of autograd, beside the saved activation: a compiler wants each tensor once."""
@@ -198,7 +200,10 @@ class BlockPass:
             if dual.exposes:
                 r = dual.records[-1]
                 dual.exposed.append(expose(r.output, r.anchor, r.saved_activation, r.activation))
-                y = dual.exposed[-1].view(y.shape)
+                exposed = dual.exposed[-1]
+                if r.channels_first is not None:
+                    exposed = as_sequence(exposed, r.channels_first)
+                y = exposed.view(y.shape)
             result: Tensor = y if ty is None else make_dual(y, ty)
             if rules is not None and ty is not None:
                 rules.made.append(weakref.ref(result))
@@ -215,14 +220,18 @@ class BlockPass:
             x = x.flatten(1, -2)
             tangent = None if tangent is None else tangent.flatten(1, -2)
         weight, bias, taken = self._parameters_of(dual, layer, x)
-        activation = layer.activation
-        y, ty, pre = dual.backend.linear(
-            x, tangent, weight, bias, dual.noise_state, self.index, activation, dual.noise
-        )
-        self._record(dual, y, pre, activation, torch.contiguous_format, taken_bias=taken)
+        in_patches = dual.patch > 1 and x.dim() == 3
+        options = self._options(dual, layer.activation, perturbs=not in_patches)
+        y, ty, pre = dual.backend.linear(x, tangent, weight, bias, **options)
+        if in_patches:
+            ty = self._end_sequence(dual, y, None if tangent is None else ty, pre, layer.activation)
+        else:
+            self._record(dual, y, pre, layer.activation, torch.contiguous_format, taken_bias=taken)
+        if not dual.perturbs:
+            ty = None
         if len(between) > 1:
-            y, ty = y.unflatten(1, between), ty.unflatten(1, between)
-        return y, ty if dual.perturbs else None
+            y, ty = y.unflatten(1, between), None if ty is None else ty.unflatten(1, between)
+        return y, ty
 
     def conv2d(
         self, layer: Any, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None
@@ -297,11 +306,42 @@ class BlockPass:
         if 0 in y.stride():  # expanded: its elements must be apart to be perturbed
             y = y.contiguous()
         output = y.detach()
+        if dual.patch > 1 and y.dim() == 3:
+            ty = self._end_sequence(dual, output, ty, y, "identity", chain.channels_first)
+            return _behind(pool, None, output, ty)
         if dual.perturbs:
-            noise = dual.noise_state, self.index, dual.noise, dual.patch
-            ty = dual.backend.perturb(output, ty, *noise)
+            ty = self._perturbed(dual, output, ty)
         self._record(dual, output, y, "identity", memory_format_of(y.dim()))
         return _behind(pool, None, output, ty)
+
+    def _end_sequence(
+        self,
+        dual: DualPass,
+        y: Tensor,
+        ty: Tensor | None,
+        anchor: Tensor,
+        activation: str,
+        channels_first: bool = False,
+    ) -> Tensor | None:
+        """Perturbs a sequence in patches and records it, both as an image; returns its tangent."""
+        image = as_image(y, channels_first)
+        if dual.perturbs:
+            ty = self._perturbed(dual, image, None if ty is None else as_image(ty, channels_first))
+            ty = as_sequence(ty, channels_first)
+        self._record(
+            dual,
+            image,
+            as_image(anchor, channels_first),
+            activation,
+            torch.channels_last,
+            channels_first=channels_first,
+        )
+        return ty
+
+    def _perturbed(self, dual: DualPass, y: Tensor, ty: Tensor | None) -> Tensor:
+        noise = dual.noise_state, self.index, dual.noise, dual.patch
+        perturbed: Tensor = dual.backend.perturb(y, ty, *noise)
+        return perturbed
 
     def _fused_tail(
         self,
@@ -415,8 +455,10 @@ class BlockPass:
         memory_format: torch.memory_format,
         own_output: bool = False,
         taken_bias: Tensor | None = None,
+        channels_first: bool | None = None,
     ) -> None:
-        """own_output: no module after the block sees it. taken_bias: one that is left to the method."""
+        """own_output: no module after the block sees it. taken_bias: one that is left to the method.
+        channels_first: of a sequence as an image."""
         has_pre = activation in NEEDS_PRE_ACTIVATION
         if dual.compiling:
             # A compiler cannot trace versions. It leaves the copy out if no module changes the output.
@@ -438,6 +480,7 @@ class BlockPass:
                 memory_format,
                 0 if dual.compiling else output._version,
                 donated and not (dual.compiling or dual.exposes),
+                channels_first,
             )
         )
 

@@ -26,6 +26,16 @@ from fdfa_ext.jvp import (
 )
 from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 
+# What their class says of where the features of a three-dimensional output are.
+_CHANNELS_FIRST = (
+    *(nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm),
+    *(nn.MaxPool1d, nn.AvgPool1d, nn.LPPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d),
+)
+_FEATURES_LAST = (
+    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention),
+    *(nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
+)
+
 # Of the inputs that the operators take; a norm has no other in common with them.
 _NORM_DIMENSIONS = {nn.BatchNorm1d: 2, nn.BatchNorm2d: 4}
 
@@ -66,6 +76,7 @@ class Chain:
     names: Sequence[str]  # of the modules that they call, for errors
     tail: FusedTail | None = None
     makes_tangent: bool = False  # whether the tangent that the tail is given is nobody else's
+    channels_first: bool = False  # whether a sequence that it returns is [N, C, L], and not [N, T, D]
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> "Chain":
@@ -77,7 +88,15 @@ class Chain:
             [type(module).__name__ for module in modules],
             tail,
             bool(before) and makes_tangent(before[-1]),
+            channels_first(modules),
         )
+
+
+def channels_first(modules: Sequence[Any]) -> bool:
+    """Whether the last module in them whose class tells returns a sequence [N, C, L], not [N, T, D]."""
+    within = [inner for module in modules for inner in module.modules()]
+    saying = [m for m in within if isinstance(m, _CHANNELS_FIRST + _FEATURES_LAST)]
+    return bool(saying) and isinstance(saying[-1], _CHANNELS_FIRST)
 
 
 def find_tail(modules: Sequence[nn.Module]) -> FusedTail | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fdfa_ext import reference
 from fdfa_ext.dual_pass import BlockPass
-from fdfa_ext.fusion import Chain
+from fdfa_ext.fusion import Chain, channels_first
 from fdfa_ext.jvp import FORWARD_NAMES, Call, forward_dual, forward_mode_call, is_patched
 
 ACTIVATIONS = {name: function for name, (function, _) in reference.ACTIVATIONS.items()}
@@ -78,13 +78,15 @@ class Block:
 
     def _whole(self) -> Chain:
         """The block as one call, in forward mode."""
-        return Chain([forward_mode_call(self.plain)], [type(self).__name__])
+        call = forward_mode_call(self.plain)
+        return Chain([call], [type(self).__name__], channels_first=channels_first([self]))
 
 
 class FDFALinear(Block, nn.Linear):
     """y = activation(x Wᵀ + b), x [N, *, in_features] → y [N, *, out_features].
 
-    Several dimensions between count as one: B is [K, out_features] or [K, rows, out_features].
+    Several dimensions between count as one: B is [K, out_features] or [K, rows, out_features], and in
+    patches [K, out_features, 1, ⌈rows / patch⌉].
 
     Arguments are those of torch.nn.Linear, and activation: "identity", "relu", "leaky_relu", "tanh",
     "sigmoid", "gelu" or "silu". The state_dict has torch.nn.Linear's keys.
@@ -173,7 +175,8 @@ class FDFABlock(Block, nn.Sequential):
         if not self._is_torchs():
             return partial(own.chain, self._whole())
         calls = [partial(forward_dual, module) for module in self]
-        return partial(own.chain, Chain(calls, [type(module).__name__ for module in self]))
+        names = [type(module).__name__ for module in self]
+        return partial(own.chain, Chain(calls, names, channels_first=channels_first(list(self))))
 
     def _fused_call(self, own: BlockPass) -> Call:
         return partial(own.chain, Chain.of(list(self)))

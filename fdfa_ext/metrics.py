@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fdfa_ext.feedback import FeedbackUpdate
+from fdfa_ext.fusion import channels_first
+from fdfa_ext.layers import FDFALinear
 from fdfa_ext.model import FDFA
-from fdfa_ext.patches import patch_means, spread
+from fdfa_ext.patches import as_image, as_sequence, patch_means, spread
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor]  # input, target
@@ -122,10 +124,14 @@ def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
             "feedback_alignment: the model has no feedback matrices; use a method that has, and pass "
             "example_input or run one training forward"
         )
-    return {
-        name: _angle(spread(model.feedback[name], jacobian.shape, model.patch), jacobian)
-        for name, jacobian in mean_jacobian(model, input).items()
-    }
+    angles = {}
+    for name, jacobian in mean_jacobian(model, input).items():
+        matrix = model.feedback[name]
+        if model.patch > 1:
+            jacobian = _as_image(model, name, jacobian)
+            matrix = spread(matrix, jacobian.shape, model.patch)
+        angles[name] = _angle(matrix, jacobian)
+    return angles
 
 
 def mean_jacobian(model: FDFA, input: Tensor) -> dict[str, Tensor]:
@@ -176,7 +182,8 @@ def feedback_ceiling(
         model: an FDFA of any method; its own feedback plays no part.
         batch: (input, target).
         loss_fn: loss_fn(output, target), a scalar.
-        patch: side of the patches of images over whose pixels the Jacobian is averaged.
+        patch: side of the patches of images, or positions of those of sequences, over which the
+            Jacobian is averaged.
 
     Returns:
         name within the module → angle from 0 to 180.
@@ -201,15 +208,34 @@ def feedback_ceiling(
         (error,) = torch.autograd.grad(loss, error)
         ends = [(y, error)]
         for name, output in outputs.items():
-            jacobian = patch_means(jacobians[name], patch)
-            projected = (error @ jacobian.flatten(1)).view(len(error), *jacobian.shape[1:])
-            ends.append((output, spread(projected, output.shape, patch).view_as(output)))
+            jacobian = jacobians[name]
+            if patch > 1:
+                image = _as_image(model, name, jacobian)
+                means = spread(patch_means(image, patch), image.shape, patch)
+                jacobian = _as_output(model, name, means, jacobian.shape)
+            ends.append((output, (error @ jacobian.flatten(1)).view_as(output)))
         model.zero_grad(set_to_none=True)
         for output, delta in ends:
             if output.requires_grad:
                 output.backward(delta)
         found = _collected(model)
         return {name: _angle(found[name], value) for name, value in exact.items()}
+
+
+def _as_image(model: FDFA, name: str, values: Tensor) -> Tensor:
+    """[*, *features] of a block's output in the shape in which a block in patches counts them."""
+    block = model.module.get_submodule(name)
+    if isinstance(block, FDFALinear) and values.dim() > 3:
+        values = values.flatten(1, -2)
+    return as_image(values, channels_first([block])) if values.dim() == 3 else values
+
+
+def _as_output(model: FDFA, name: str, values: Tensor, shape: torch.Size) -> Tensor:
+    """The values that `_as_image` was given, of this shape."""
+    block = model.module.get_submodule(name)
+    if len(shape) == 3 or isinstance(block, FDFALinear):
+        values = as_sequence(values, channels_first([block])) if values.dim() == 4 else values
+    return values.reshape(shape)
 
 
 @contextmanager

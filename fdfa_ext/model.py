@@ -61,7 +61,9 @@ class FDFA(nn.Module):
         patch: side in pixels of the patches in which blocks of images [N, C, H, W] are perturbed and
             get their error: one u and one column of B for each channel of a patch, so that B is [K, C,
             ⌈H/patch⌉, ⌈W/patch⌉] and the estimate of it far less noisy. 1 is the paper's; a patch no
-            smaller than the image leaves one for each channel.
+            smaller than the image leaves one for each channel. A sequence [N, T, D], or [N, D, T] as
+            Conv1d returns it, counts as an image of height 1: B is [K, D, 1, ⌈T/patch⌉], and T may vary
+            up to a `patch` that leaves one.
         backend: "fused" (float32, bfloat16, float16) or "reference", plain torch in any dtype.
         example_input: an input of any batch size, a tuple of inputs, or a dict of keyword inputs (one
             input, where the module's forward has no such arguments). With it the feedback exists

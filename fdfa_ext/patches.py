@@ -1,7 +1,7 @@
 """Patches: squares of an image's pixels that have noise and feedback in common, channel by channel.
 
-Pixel (h, w) is of patch (h // size, w // size), so patches at the far edges may be smaller. Blocks
-whose output is no image [N, C, H, W] have none.
+Pixel (h, w) is of patch (h // size, w // size), so patches at the far edges may be smaller. A sequence
+in patches is an image of height 1. Other blocks have none.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,17 @@ def patch_shape(shape: Sequence[int], size: int) -> list[int]:
     if len(shape) != 4:
         return list(shape)
     return [*shape[:2], *(-(-side // size) for side in shape[2:])]
+
+
+def as_image(sequence: Tensor, channels_first: bool) -> Tensor:
+    """A view of [N, T, D], or with channels first of [N, D, T], as images [N, D, 1, T]."""
+    return (sequence if channels_first else sequence.transpose(1, 2)).unsqueeze(2)
+
+
+def as_sequence(image: Tensor, channels_first: bool) -> Tensor:
+    """The sequence that `as_image` was given."""
+    sequence = image.squeeze(2)
+    return sequence if channels_first else sequence.transpose(1, 2)
 
 
 def patch_pixels(shape: Sequence[int], size: int, device: torch.device) -> Tensor:
