@@ -24,8 +24,8 @@ _Given = TypeVar("_Given")
 class BlockStep:
     """A block in the backward of one step. D features, in the memory order of the block's output.
 
-    Of images and sequences in patches these are their patches, channel by channel: an error is every pixel's of its
-    patch, and an output the pixels' mean.
+    Of images and sequences in patches these are their patches, channel by channel: an error is every
+    pixel's of its patch, and an output the pixels' mean.
     """
 
     name: str

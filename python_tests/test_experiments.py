@@ -74,10 +74,11 @@ def test_the_rate_is_the_stated_one_or_ten_times_that(model: str, fast: set[str]
     assert rates == {method: 1e-3 if method in fast else 1e-4 for method in METHODS}
 
 
-def test_fdfa_in_patches_stands_beside_fdfa_on_the_convolutional_net_alone() -> None:
+def test_fdfa_in_patches_stands_beside_fdfa_on_convolutional_nets() -> None:
     in_patches = {"method": "fdfa", "patch": 4}
-    assert ways("cnn", ["fdfa", "bp"]) == [{"method": "fdfa"}, in_patches, {"method": "bp"}]
-    assert in_patches not in ways("cnn", ["dfa", "bp"]) + ways("mlp", ["fdfa"])
+    assert ways("cnn", ["fdfa", "bp"], 4) == [{"method": "fdfa"}, in_patches, {"method": "bp"}]
+    others = ways("cnn", ["fdfa"], None) + ways("cnn", ["dfa", "bp"], 4) + ways("mlp", ["fdfa"], 4)
+    assert in_patches not in others
     assert way_name(paper_config(model="cnn", **in_patches)) == "fdfa-patch4"
 
 
@@ -95,7 +96,8 @@ def test_convergence_has_a_point_for_each_epoch(
 ) -> None:
     # Digits are too small for the convolutional net; an mlp of three layers stands in.
     monkeypatch.setattr("fdfa_ext.experiments.convergence.paper_config", _mlp_for_cnn)
-    rows = experiment(name, tmp_path, "--methods", "bp,fdfa")
+    rows = experiment(name, tmp_path, "--methods", "bp,fdfa", "--patch", "4")
+    # Patches are for the convolutional net alone.
     methods = {"mlp-2": ("fdfa", "bp"), "mlp-3": ("fdfa", "fdfa-patch4", "bp")}
     assert [row[:2] for row in rows] == [[net, method] for net in nets for method in methods[net]]
     points = list(csv.DictReader((tmp_path / name / "points.csv").open()))

@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of training, where that is more than one (default 100; 2 with --quick)",
     )
+    add(
+        "--patch",
+        type=whole,
+        metavar="PIXELS",
+        help="in tables and figures 3 and 4, fdfa in patches beside fdfa on convolutional nets",
+    )
     add("--quick", action="store_true", help="fewer epochs, seeds and images, in minutes")
     add("--jobs", type=whole, metavar="N", help="runs at a time (default: one a core)")
     add("--device", type=device, help="device, such as cuda (default cpu)")
@@ -66,6 +72,7 @@ def experiment(args: argparse.Namespace) -> None:
         data_dir=args.data_dir,
         seeds=args.seeds or size["seeds"],
         epochs=args.epochs or size["epochs"],
+        patch=args.patch,
         quick=args.quick,
         device=args.device,
         jobs=args.jobs,

@@ -44,7 +44,7 @@ def convergence(name: str, options: Options, folder: Path) -> str:
     configs = [
         paper_config(model=model, dataset=dataset, epochs=options.epochs, **way)
         for model in models
-        for way in ways(model, methods)
+        for way in ways(model, methods, options.patch)
         if (model, way["method"]) != ("mlp", "lg-fg-a")  # one hidden layer: nothing to be greedy
     ]
     jobs = [Job(replace(c, seed=seed)) for c in configs for seed in range(options.seeds)]

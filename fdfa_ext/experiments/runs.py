@@ -23,7 +23,6 @@ Record = list[dict[str, float]]  # of a run: a row an epoch, EpochResult's field
 # fg-a, come at ten times that: docs/results.md.
 _FAST_LR = 1e-3
 _FAST_ON_CNN = ("bp", "fg-a")
-_PATCH = 4  # docs/estimation.md
 _QUICK_IMAGES = {"alexnet": 128}  # of training, and at most as many to test
 _QUICK_IMAGES_OTHERWISE = 10000
 
@@ -38,6 +37,7 @@ class Options:
     data_dir: Path | None = None
     seeds: int = 10
     epochs: int = 100
+    patch: int | None = None  # of an fdfa that is run beside the paper's on convolutional nets
     quick: bool = False  # a part of the images
     device: torch.device | None = None
     jobs: int | None = None  # runs at a time; None: one for each core, or one on another device
@@ -59,13 +59,13 @@ def paper_config(method: str, model: str = Config.model, **settings: Any) -> Con
     return Config(method=method, model=model, lr=_FAST_LR if fast else Config.lr, **settings)
 
 
-def ways(model: str, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Settings of a net's runs: the methods, and fdfa in patches beside it on the convolutional net."""
+def ways(model: str, methods: Sequence[str], patch: int | None) -> list[dict[str, Any]]:
+    """Settings of a net's runs: the methods, and fdfa in patches beside it where asked for."""
     found: list[dict[str, Any]] = []
     for method in methods:
         found.append({"method": method})
-        if (model, method) == ("cnn", "fdfa"):
-            found.append({"method": method, "patch": _PATCH})
+        if patch is not None and method == "fdfa" and model != "mlp":
+            found.append({"method": method, "patch": patch})
     return found
 
 

@@ -106,7 +106,8 @@ def paper_accuracies() -> dict[tuple[str, str, str], tuple[float, float]]:
 def table(name: str, options: Options, folder: Path) -> str:
     """Runs what the table needs; writes cells.csv, figure.png and table.md; returns the Markdown."""
     nets, datasets = TABLES[name]
-    kinds = list(_kinds(nets, options.datasets or datasets, options.methods or tuple(METHODS)))
+    methods = options.methods or tuple(METHODS)
+    kinds = list(_kinds(nets, options.datasets or datasets, methods, options.patch))
     jobs = [
         Job(paper_config(**kind, epochs=options.epochs, seed=seed))
         for kind in kinds
@@ -148,11 +149,11 @@ def markdown(cells: Sequence[Cell]) -> str:
 
 
 def _kinds(
-    nets: Sequence[str], datasets: Sequence[str], methods: Sequence[str]
+    nets: Sequence[str], datasets: Sequence[str], methods: Sequence[str], patch: int | None
 ) -> Iterator[dict[str, Any]]:
     for net in nets:
         wanted = [method for method in _METHODS.get(net, METHODS) if method in methods]
-        for way in ways(_NETS[net]["model"], wanted):
+        for way in ways(_NETS[net]["model"], wanted, patch):
             for dataset in datasets:
                 yield {**_NETS[net], **way, "dataset": dataset}
 
