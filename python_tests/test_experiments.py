@@ -114,6 +114,21 @@ def _mlp_for_cnn(method: str, *, model: str, **settings) -> Config:
 
 
 @pytest.mark.slow
+def test_the_variance_of_estimates_in_patches_is_the_formulas(tmp_path: Path) -> None:
+    rows = experiment("patch-variance", tmp_path, "--seeds", "1")
+    assert [row[:2] for row in rows] == [
+        [block, patch] for patch in ("1", "2", "4") for block in ("conv 1", "conv 2", "dense")
+    ]
+    for _, _, *numbers in rows:
+        of_small, small, of_large, large = map(float, numbers)
+        assert small == pytest.approx(1, abs=0.1)
+        assert large == pytest.approx(1, abs=0.1)
+        assert of_small > 2 * of_large  # four times the batch
+    by_patch = [float(row[2]) for row in rows if row[0] == "conv 2"]
+    assert by_patch[0] > 4 * by_patch[1] > 16 * by_patch[2]
+
+
+@pytest.mark.slow
 def test_loss_after_an_epoch_rises_with_the_variance(tmp_path: Path) -> None:
     rows = experiment("figure-7", tmp_path, "--seeds", "1")
     variance = {(row[0], row[1]): float(row[2]) for row in rows}

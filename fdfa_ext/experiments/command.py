@@ -8,14 +8,16 @@ from fdfa_ext.arguments import UserError, device, some_of, whole
 from fdfa_ext.experiments.alignment import alignment
 from fdfa_ext.experiments.convergence import convergence
 from fdfa_ext.experiments.noise import variance_and_loss
+from fdfa_ext.experiments.patches import patch_variance
 from fdfa_ext.experiments.runs import Options
 from fdfa_ext.experiments.tables import TABLES, table
 from fdfa_ext.experiments.variance import FIGURES, variance_slopes
 from fdfa_ext.methods import METHODS
 from fdfa_ext.train.data import DATASETS
 
-DESCRIPTION = """Repeat a table or figure of the paper: CSV, plot and a Markdown table. A stopped
-experiment goes on where it was, and experiments share the runs that they have in common."""
+DESCRIPTION = """Repeat a table or figure of the paper, or the variance of estimates in patches: CSV,
+plot and a Markdown table. A stopped experiment goes on where it was, and experiments share the runs
+that they have in common."""
 
 _Experiment = Callable[[str, Options, Path], str]  # name, options, folder → Markdown
 EXPERIMENTS: dict[str, _Experiment] = {
@@ -24,6 +26,7 @@ EXPERIMENTS: dict[str, _Experiment] = {
     **dict.fromkeys(FIGURES, variance_slopes),
     "figure-7": variance_and_loss,
     "figure-8": alignment,
+    "patch-variance": patch_variance,
 }
 _FULL = {"seeds": 10, "epochs": 100}
 _QUICK = {"seeds": 2, "epochs": 2}
