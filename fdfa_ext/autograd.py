@@ -307,7 +307,7 @@ def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int
         if shape[0] != n:
             raise ValueError(
                 f"FDFA: block '{record.name}' must keep the batch first: expected [{n}, *features] "
-                f"as the output has, got {list(shape)}"
+                f"as the output has, got {list(record.shape)}"
             )
         if rule.feedback == "none":
             continue
@@ -316,8 +316,8 @@ def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int
             patches = f" in patches of {dual.patch}" if dual.patch > 1 and len(shape) == 4 else ""
             raise ValueError(
                 f"FDFA: block '{record.name}': its feedback has shape {list(matrix.shape)}, but "
-                f"{outputs} outputs and features {list(shape[1:])}{patches} came; both are fixed, "
-                "so wrap the module again after changing them (where images or sequences vary, a patch "
+                f"{outputs} outputs and features {list(record.shape[1:])}{patches} came; both are "
+                "fixed, so wrap the module again after changing them (where images or sequences vary, a patch "
                 "no smaller than any of them leaves one column for each channel)"
             )
         if not matrix.is_contiguous(memory_format=record.memory_format):

@@ -51,6 +51,13 @@ class BlockRecord:
     donated: bool  # nobody else reads the saved activation: δ may take its memory
     channels_first: bool | None  # of a sequence that is recorded as an image; None: no such
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the output as the block returns it, with the dimensions as one that FDFALinear takes so."""
+        if self.channels_first is None:
+            return self.output.shape
+        return as_sequence(self.output, self.channels_first).shape
+
     def kept_output(self, compiling: bool) -> Tensor:
         """y for a node of autograd, beside the saved activation: a compiler wants each tensor once."""
         return self.output.detach() if compiling else self.output

@@ -5,7 +5,7 @@ pool may be missing. Other chains end with a perturbation of their own; the resu
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +26,15 @@ from fdfa_ext.jvp import (
 )
 from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 
-# What their class says of where the features of a three-dimensional output are.
+# Torch modules that tell where the features of a sequence are that they return.
 _CHANNELS_FIRST = (
     *(nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm),
-    *(nn.MaxPool1d, nn.AvgPool1d, nn.LPPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d),
+    *(nn.LazyBatchNorm1d, nn.LazyInstanceNorm1d),
+    *(nn.MaxPool1d, nn.AvgPool1d, nn.LPPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d, nn.Unfold),
 )
 _FEATURES_LAST = (
-    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention),
-    *(nn.RNNBase, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
+    *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding),
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
 )
 
 # Of the inputs that the operators take; a norm has no other in common with them.
@@ -79,7 +80,7 @@ class Chain:
     channels_first: bool = False  # whether a sequence that it returns is [N, C, L], and not [N, T, D]
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module]) -> "Chain":
+    def of(cls, modules: Sequence[nn.Module], channels_first: bool) -> "Chain":
         """The shortest way through modules one after the other, as long as none of them changes."""
         tail = find_tail(modules)
         before = [] if tail is None else modules[: tail.start]
@@ -88,15 +89,35 @@ class Chain:
             [type(module).__name__ for module in modules],
             tail,
             bool(before) and makes_tangent(before[-1]),
-            channels_first(modules),
+            channels_first,
         )
 
 
-def channels_first(modules: Sequence[Any]) -> bool:
-    """Whether the last module in them whose class tells returns a sequence [N, C, L], not [N, T, D]."""
-    within = [inner for module in modules for inner in module.modules()]
-    saying = [m for m in within if isinstance(m, _CHANNELS_FIRST + _FEATURES_LAST)]
-    return bool(saying) and isinstance(saying[-1], _CHANNELS_FIRST)
+def channels_first(modules: Sequence[nn.Module]) -> bool:
+    """Whether a chain returns a sequence as [N, C, L], not [N, T, D], by its last module that tells."""
+    for module in reversed(list(_flattened(modules))):
+        if (found := _tells(module)) is not None:
+            return found
+    return False
+
+
+def _flattened(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    for module in modules:
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            yield from _flattened(module)
+        else:
+            yield module
+
+
+def _tells(module: nn.Module) -> bool | None:
+    """Whether channels come first in what it returns; None if it leaves them where they are. A module of
+    the user's own returns [N, T, D]."""
+    if isinstance(module, _CHANNELS_FIRST):
+        return True
+    if isinstance(module, nn.Flatten):
+        return True if module.start_dim > 1 else None  # an image's pixels
+    is_torchs = type(module).__module__.startswith("torch.nn.")
+    return None if is_torchs and not isinstance(module, _FEATURES_LAST) else False
 
 
 def find_tail(modules: Sequence[nn.Module]) -> FusedTail | None:

@@ -58,6 +58,14 @@ class Block:
         """
         return self._fused_call(own) if self._is_torchs() else partial(own.chain, self._whole())
 
+    def returns_channels_first(self) -> bool:
+        """Whether a sequence that it returns is [N, C, L], and not [N, T, D]."""
+        return False
+
+    def joins_positions(self) -> bool:
+        """Whether several dimensions between samples and features count as one."""
+        return False
+
     def traced_call(self, own: BlockPass) -> Call:
         """The same for a compiler, which sees for itself when a module changes."""
         return self.plan(own)
@@ -78,8 +86,7 @@ class Block:
 
     def _whole(self) -> Chain:
         """The block as one call, in forward mode."""
-        call = forward_mode_call(self.plain)
-        return Chain([call], [type(self).__name__], channels_first=channels_first([self]))
+        return Chain([forward_mode_call(self.plain)], [type(self).__name__])
 
 
 class FDFALinear(Block, nn.Linear):
@@ -105,6 +112,9 @@ class FDFALinear(Block, nn.Linear):
         _check_activation("FDFALinear", activation)
         super().__init__(in_features, out_features, *args, **kwargs)
         self.activation = activation
+
+    def joins_positions(self) -> bool:
+        return self._is_torchs()
 
     def _fused_call(self, own: BlockPass) -> Call:
         return partial(own.linear, self)
@@ -171,12 +181,15 @@ class FDFABlock(Block, nn.Sequential):
     def plain(self, x: Tensor) -> Tensor:
         return nn.Sequential.forward(self, x)
 
+    def returns_channels_first(self) -> bool:
+        return self._is_torchs() and channels_first(list(self))
+
     def traced_call(self, own: BlockPass) -> Call:
         if not self._is_torchs():
             return partial(own.chain, self._whole())
         calls = [partial(forward_dual, module) for module in self]
         names = [type(module).__name__ for module in self]
-        return partial(own.chain, Chain(calls, names, channels_first=channels_first(list(self))))
+        return partial(own.chain, Chain(calls, names, channels_first=self.returns_channels_first()))
 
     def _fused_call(self, own: BlockPass) -> Call:
-        return partial(own.chain, Chain.of(list(self)))
+        return partial(own.chain, Chain.of(list(self), self.returns_channels_first()))

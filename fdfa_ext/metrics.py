@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fdfa_ext.feedback import FeedbackUpdate
-from fdfa_ext.fusion import channels_first
-from fdfa_ext.layers import FDFALinear
 from fdfa_ext.model import FDFA
 from fdfa_ext.patches import as_image, as_sequence, patch_means, spread
 
@@ -128,7 +126,7 @@ def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
     for name, jacobian in mean_jacobian(model, input).items():
         matrix = model.feedback[name]
         if model.patch > 1:
-            jacobian = _as_image(model, name, jacobian)
+            jacobian = _as_image(model.module.get_submodule(name), jacobian)
             matrix = spread(matrix, jacobian.shape, model.patch)
         angles[name] = _angle(matrix, jacobian)
     return angles
@@ -210,9 +208,10 @@ def feedback_ceiling(
         for name, output in outputs.items():
             jacobian = jacobians[name]
             if patch > 1:
-                image = _as_image(model, name, jacobian)
+                block = model.module.get_submodule(name)
+                image = _as_image(block, jacobian)
                 means = spread(patch_means(image, patch), image.shape, patch)
-                jacobian = _as_output(model, name, means, jacobian.shape)
+                jacobian = _as_output(block, means, jacobian.shape)
             ends.append((output, (error @ jacobian.flatten(1)).view_as(output)))
         model.zero_grad(set_to_none=True)
         for output, delta in ends:
@@ -222,19 +221,17 @@ def feedback_ceiling(
         return {name: _angle(found[name], value) for name, value in exact.items()}
 
 
-def _as_image(model: FDFA, name: str, values: Tensor) -> Tensor:
+def _as_image(block: Any, values: Tensor) -> Tensor:
     """[*, *features] of a block's output in the shape in which a block in patches counts them."""
-    block = model.module.get_submodule(name)
-    if isinstance(block, FDFALinear) and values.dim() > 3:
+    if block.joins_positions() and values.dim() > 3:
         values = values.flatten(1, -2)
-    return as_image(values, channels_first([block])) if values.dim() == 3 else values
+    return as_image(values, block.returns_channels_first()) if values.dim() == 3 else values
 
 
-def _as_output(model: FDFA, name: str, values: Tensor, shape: torch.Size) -> Tensor:
+def _as_output(block: Any, values: Tensor, shape: torch.Size) -> Tensor:
     """The values that `_as_image` was given, of this shape."""
-    block = model.module.get_submodule(name)
-    if len(shape) == 3 or isinstance(block, FDFALinear):
-        values = as_sequence(values, channels_first([block])) if values.dim() == 4 else values
+    if values.dim() == 4 and (len(shape) == 3 or block.joins_positions()):
+        values = as_sequence(values, block.returns_channels_first())
     return values.reshape(shape)
 
 

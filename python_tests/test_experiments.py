@@ -1,5 +1,6 @@
 """Tables and figures of the paper come out whole, and with the properties that the paper states."""
 
+import contextlib
 import csv
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,22 @@ def test_fdfa_in_patches_stands_beside_fdfa_on_convolutional_nets() -> None:
     others = ways("cnn", ["fdfa"], None) + ways("cnn", ["dfa", "bp"], 4) + ways("mlp", ["fdfa"], 4)
     assert in_patches not in others
     assert way_name(paper_config(model="cnn", **in_patches)) == "fdfa-patch4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table-2", "--patch", "1"], "a side of 2 or more"),
+        (["table-1", "--patch", "4"], "table-1 has none"),
+        (["table-2", "--patch", "4", "--methods", "bp"], "table-2 has none"),
+    ],
+)
+def test_patches_that_no_run_would_have_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys
+) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main(["experiment", *arguments, "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_cell_of_one_seed_claims_no_deviation() -> None:

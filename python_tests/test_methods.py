@@ -214,26 +214,30 @@ class KolenPollackDefinition(KolenPollack):
     pass
 
 
+@pytest.mark.parametrize("outputs", [3, 1])
 @pytest.mark.parametrize("output_layer", ["plain", "no bias", "frozen weight", "frozen bias", "normed"])
-@pytest.mark.parametrize(("n", "width"), [(5, 7), (64, 1500), (200, 1500)])
-def test_the_output_layer_gets_its_exact_gradients(output_layer: str, n: int, width: int) -> None:
+@pytest.mark.parametrize(("n", "width"), [(5, 7), (64, 4500), (200, 4500)])
+def test_the_output_layer_gets_its_exact_gradients(
+    output_layer: str, n: int, width: int, outputs: int
+) -> None:
     """Whether the operator runs it or cannot, for which a parameter between block and layer is enough.
     Products of wide layers are transposed, and those of few samples take input and tangent at once."""
     torch.manual_seed(0)
-    last = nn.Linear(width, 3, bias=output_layer != "no bias")
+    last = nn.Linear(width, outputs, bias=output_layer != "no bias")
     last.weight.requires_grad = output_layer != "frozen weight"
     if last.bias is not None:
         last.bias.requires_grad = output_layer != "frozen bias"
     between = [nn.BatchNorm1d(width)] if output_layer == "normed" else []
     net = nn.Sequential(FDFALinear(6, width, activation="tanh"), *between, last)
-    x, y = torch.randn(n, 6), torch.randint(3, (n,))
+    x, y = torch.randn(n, 6), torch.randint(outputs, (n,))
     found = []
     for method in ("fdfa", Definition()):
         torch.manual_seed(1)
         model = FDFA(copy.deepcopy(net), method=method, feedback_lr=0.05, example_input=x)
         output = model(x)
+        assert output.untyped_storage().nbytes() == output.nbytes
         assert output.is_contiguous()
-        F.cross_entropy(output, y).backward()
+        (F.cross_entropy(output, y) + output.square().mean()).backward()
         grads = [p.grad for p in model.module.parameters() if p.grad is not None]
         found.append([output.detach(), *grads, *model.feedback.values()])
     assert len(found[0]) == len(found[1])

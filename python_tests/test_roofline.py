@@ -82,7 +82,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What `profile` writes of one net, as if an H200 had been there."""
     file = tmp_path_factory.mktemp("profile") / "profile.json"
     flags = ["--model", "mlp2", "--batch-size", "128", "--only-fdfa", "--json", str(file)]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, operators_of_cuda():
         patch.setattr("fdfa_ext.bench.operators._SECONDS", 0.001)
         patch.setattr("fdfa_ext.bench.command._STEP_SECONDS", 0.001)
         assert main(["profile", *flags]) == 0

@@ -174,20 +174,73 @@ def test_several_dimensions_between_are_one_row_of_positions() -> None:
         assert feedback_ceiling(model, (x, TARGET), patch=6)["0.weight"] < 60
 
 
+class ConvolutionModule(nn.Module):
+    """[N, T, 6] → [N, T, 6], turned for its convolution alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return x + y
+
+
 def test_where_the_features_of_a_sequence_are() -> None:
     first = (
         [nn.Conv1d(2, 3, 1), nn.ReLU()],
         [nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())],
         [nn.LayerNorm(4), nn.ConvTranspose1d(2, 3, 1), nn.AdaptiveAvgPool1d(2)],
+        [nn.Conv2d(3, 8, 4, 4), nn.Flatten(2)],
+        [nn.Linear(4, 4), nn.LazyBatchNorm1d()],
     )
     last = (
         [nn.Linear(2, 3), nn.ReLU()],
         [nn.Conv1d(2, 3, 1), nn.ReLU(), nn.Linear(4, 4)],
         [nn.TransformerEncoderLayer(4, 2, 4)],
+        [nn.Conv1d(2, 3, 1), ConvolutionModule(), nn.ReLU()],
+        [nn.Linear(4, 4), nn.Flatten(1, 2)],
         [nn.ReLU()],
     )
     assert all(channels_first(modules) for modules in first)
     assert not any(channels_first(modules) for modules in last)
+
+
+def test_a_module_of_ones_own_returns_features_last() -> None:
+    net = nn.Sequential(FDFABlock(ConvolutionModule()), Mean(1), nn.Linear(6, 3))
+    model = wrapped(net, sequence(11, 6), patch=64)
+    assert list(model.feedback["0"].shape) == [3, 6, 1, 1]
+    trained(model, sequence(9, 6), steps=1)
+
+
+def test_a_lazy_norm_trains_on() -> None:
+    net = nn.Sequential(FDFABlock(nn.Linear(11, 11), nn.LazyBatchNorm1d()), Mean(2), nn.Linear(6, 3))
+    model = FDFA(net, patch=4)
+    for _ in range(2):
+        F.cross_entropy(model(sequence().transpose(1, 2)[:, [0, 1, 2, 3, 4, 0]]), TARGET).backward()
+    assert list(model.feedback["0"].shape) == [3, 6, 1, 3]
+
+
+def test_errors_have_the_shape_that_the_block_returns() -> None:
+    model = wrapped(Encoder(), sequence(features=6), patch=4)
+    with pytest.raises(ValueError, match=r"features \[20, 6\] in patches of 4 came"):
+        model(sequence(20, 6))
+
+
+class Doubled(FDFALinear):
+    def plain(self, x: Tensor) -> Tensor:
+        return 2 * FDFALinear.plain(self, x)
+
+
+def test_metrics_count_the_patches_that_a_block_has() -> None:
+    """A block that computes something of its own returns images where it has four dimensions."""
+    x = torch.randn(4, 3, 4, 6)
+    net = nn.Sequential(Doubled(6, 5, activation="relu"), Mean(1, 2), nn.Linear(5, 3))
+    model = wrapped(net, x, patch=2)
+    assert list(model.feedback["0"].shape) == [3, 3, 2, 3]
+    trained(model, x, steps=1)
+    assert feedback_alignment(model, x)["0"] != 90
+    assert feedback_ceiling(model, (x, TARGET), patch=2)["0.weight"] > 1
 
 
 @pytest.mark.parametrize("patch", [1, 3])

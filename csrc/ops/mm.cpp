@@ -99,7 +99,8 @@ Tensor joined(const Tensor& first, const Tensor& second) {
 
 bool transposed_product_pays(const Tensor& x, const Tensor& weight) {
   return x.is_cpu() && x.dim() == 2 && x.scalar_type() == at::kFloat && x.size(0) < 512 &&
-         x.numel() * weight.size(0) >= kTransposedMultiplications;
+         x.numel() * weight.size(0) >= kTransposedMultiplications &&
+         at::globalContext().userEnabledMkldnn();  // else products are torch's own
 }
 
 std::tuple<Tensor, Tensor> transposed_products(const Tensor& x, const OptionalTensor& tangent,
@@ -154,7 +155,7 @@ std::tuple<Tensor, OptionalTensor> output_layer(const Tensor& x, const OptionalT
   }
   if (x.dim() == 2 && transposed_product_pays(x, weight)) {
     const auto [z, tz] = transposed_products(x, tangent, weight);
-    const auto rows = [](const Tensor& columns) { return columns.t().contiguous(); };
+    const auto rows = [](const Tensor& z) { return z.t().clone(at::MemoryFormat::Contiguous); };
     Tensor y = rows(z);
     if (bias) y.add_(*bias);
     return {y, rows(tz)};

@@ -46,7 +46,7 @@ def count_launches(step: Callable[[], None]) -> Counter[str]:
 
 @contextmanager
 def operators_of_cuda() -> Iterator[None]:
-    """Has a step on the CPU call them: oneDNN has operators of its own for what is cuBLAS's on CUDA."""
+    """Has a step on the CPU call them: without oneDNN its products are cuBLAS's on CUDA."""
     onednn: Any = torch.backends.mkldnn
     enabled = onednn.enabled
     onednn.enabled = False

@@ -28,6 +28,7 @@ EXPERIMENTS: dict[str, _Experiment] = {
     "figure-8": alignment,
     "patch-variance": patch_variance,
 }
+_WITH_PATCHES = ("table-2", "table-3", "figure-3", "figure-4")
 _FULL = {"seeds": 10, "epochs": 100}
 _QUICK = {"seeds": 2, "epochs": 2}
 
@@ -48,14 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--patch",
-        type=whole,
+        type=patch_size,
         metavar="PIXELS",
-        help="in tables and figures 3 and 4, fdfa in patches beside fdfa on convolutional nets",
+        help="of table-2, table-3 and figures 3 and 4: a run of fdfa in such patches beside fdfa",
     )
     add("--quick", action="store_true", help="fewer epochs, seeds and images, in minutes")
     add("--jobs", type=whole, metavar="N", help="runs at a time (default: one a core)")
     add("--device", type=device, help="device, such as cuda (default cpu)")
     add("--output", type=Path, metavar="DIR", default=Path("runs"), help="results go to DIR/NAME")
+
+
+def patch_size(text: str) -> int:
+    if (size := whole(text)) < 2:
+        raise argparse.ArgumentTypeError("1 is fdfa as it is; patches have a side of 2 or more")
+    return size
 
 
 def experiment(args: argparse.Namespace) -> None:
@@ -67,6 +74,9 @@ def experiment(args: argparse.Namespace) -> None:
 
     if args.name not in TABLES and len(args.datasets or ()) > 1:
         raise UserError(f"{args.name} is of one data set; got {', '.join(args.datasets)}")
+    runs_fdfa = args.methods is None or "fdfa" in args.methods
+    if args.patch and not (args.name in _WITH_PATCHES and runs_fdfa):
+        raise UserError(f"--patch is for fdfa in {', '.join(_WITH_PATCHES)}; {args.name} has none")
     size = _QUICK if args.quick else _FULL
     options = Options(
         output=args.output,

@@ -135,7 +135,9 @@ def _formula(
 def _markdown(points: Sequence[Point]) -> str:
     batches = list(dict.fromkeys(p.batch for p in points))
     lines = [
-        "| block | patch | " + " | ".join(f"batch {n}, formula | / measured" for n in batches) + " |",
+        "| block | patch | "
+        + " | ".join(f"batch {n}, formula | measured / formula" for n in batches)
+        + " |",
         "|---|---|" + "---|---|" * len(batches),
     ]
     for block, patch in dict.fromkeys((p.block, p.patch) for p in points):
