@@ -53,7 +53,7 @@ class BlockRecord:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the output as the block returns it, with the dimensions as one that FDFALinear takes so."""
+        """Of the output as the block returns it, where FDFALinear takes several dimensions as one."""
         if self.channels_first is None:
             return self.output.shape
         return as_sequence(self.output, self.channels_first).shape

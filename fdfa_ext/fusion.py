@@ -110,8 +110,8 @@ def _flattened(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _tells(module: nn.Module) -> bool | None:
-    """Whether channels come first in what it returns; None if it leaves them where they are. A module of
-    the user's own returns [N, T, D]."""
+    """Whether channels come first in what it returns; None if it leaves them where they are. A module
+    of the user's own returns [N, T, D]."""
     if isinstance(module, _CHANNELS_FIRST):
         return True
     if isinstance(module, nn.Flatten):
