@@ -317,8 +317,8 @@ def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int
             raise ValueError(
                 f"FDFA: block '{record.name}': its feedback has shape {list(matrix.shape)}, but "
                 f"{outputs} outputs and features {list(record.shape[1:])}{patches} came; both are "
-                "fixed, so wrap the module again after changing them (where images or sequences vary, a "
-                "patch no smaller than any of them leaves one column for each channel)"
+                "fixed, so wrap the module again after changing them (where images or sequences vary, "
+                "a patch no smaller than any of them leaves one column for each channel)"
             )
         if not matrix.is_contiguous(memory_format=record.memory_format):
             raise ValueError(
