@@ -18,8 +18,9 @@ inline __attribute__((always_inline)) Lanes multiply_low_words(Lanes a, uint32_t
 #endif
 }
 
-// The high words of each lane in the place of the low ones. A shuffle and not a shift, since the products
-// and shifts of 64-bit lanes share a port on Intel's processors: a normal takes 0.92 of the time there.
+// The high words of each lane in the place of the low ones. A shuffle and not a shift, since the
+// products and shifts of 64-bit lanes share a port on Intel's processors: a normal takes 0.92 of the
+// time there.
 inline __attribute__((always_inline)) Lanes high_words(Lanes a) {
 #if FDFA_VECTOR_BYTES == 64
   return (Lanes)_mm512_maskz_shuffle_epi32(0xFFFF, (__m512i)a, _MM_PERM_DDBB);
