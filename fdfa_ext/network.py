@@ -282,7 +282,7 @@ def _on_dual_tensors(
         rules.watch_attributes(plan.own_code)
         _look_for_activations(plan, rules, output, kept)
         dual.output_layer = rules.layer
-        if plan.takes_output_weight:
+        if plan.takes_output_weight and not dual.in_checkpoint:  # which does the same twice
             plan.output_weight = weight
         result, tangent = unpack_dual(output)
         outputs.append(result)

@@ -393,6 +393,25 @@ def test_a_whole_model_may_be_checkpointed(method: str) -> None:
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+class Twice(nn.Module):
+    """Code of the user's own between blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a"])
+def test_the_first_step_may_be_checkpointed(method: str) -> None:
+    """What the model learns of its module in a pass does not change how the pass is computed again."""
+    net = nn.Sequential(FDFALinear(6, 8, activation="relu"), Twice(), FDFALinear(8, 8), nn.Linear(8, 3))
+    model = FDFA(net, method=method, example_input=torch.randn(2, 6))
+    for _ in range(3):
+        torch.utils.checkpoint.checkpoint(
+            model, torch.randn(5, 6), use_reentrant=False
+        ).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
 class OwnDerivative(nn.Module):
     """With a derivative of a derivative in its output."""
 

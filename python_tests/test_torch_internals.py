@@ -75,6 +75,20 @@ def test_function_modes_are_switched_off_and_on() -> None:
         assert seen[0] is F.relu
 
 
+def test_a_checkpoint_is_seen_when_it_computes_and_when_it_computes_again() -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(internals.is_in_checkpoint())
+        return x.exp().sin()
+
+    x = torch.randn(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False).sum().backward()
+    assert seen == [True, True]
+    function(x)
+    assert seen[-1] is False
+
+
 def test_hooks_are_found_where_torch_keeps_them() -> None:
     module = nn.Linear(2, 2)
     for name in internals.MODULE_CONTENTS:
