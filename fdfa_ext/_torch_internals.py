@@ -97,7 +97,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def is_in_checkpoint() -> bool:
-    """Whether torch.utils.checkpoint, which is not reentrant, will compute what runs now again, or does."""
+    """Whether torch.utils.checkpoint, not reentrant, will compute what runs now again, or does so."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     names = ("_checkpoint_hook", "_recomputation_hook")
     return hooks is not None and hooks[0].__qualname__.startswith(names)
