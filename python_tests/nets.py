@@ -1,6 +1,7 @@
 """Small nets, training steps and comparisons that several tests share."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,6 +67,21 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tenso
     loss.backward()
     optimizer.step()
     return loss.detach()
+
+
+def check_compiled_steps(make_model: Callable[[], FDFA], x: Tensor, y: Tensor) -> None:
+    """Two steps of a compiled model leave the state that those of an eager one do."""
+    states = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        model = make_model()
+        run: Any = torch.compile(model) if compiles else model
+        optimizer = torch.optim.SGD(model.module.parameters(), lr=0.05)
+        for _ in range(2):
+            step(run, optimizer, x, y)
+        states.append(model.state_dict())
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def make(name: str = "mlp", device: torch.device | str = "cpu", **options: Any) -> FDFA:

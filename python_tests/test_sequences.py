@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import step
+from nets import check_compiled_steps, step
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
@@ -293,15 +293,8 @@ def test_metrics_compare_patches_of_positions() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fdfa", "dkp", "fg-a"])
 def test_a_compiled_step_is_the_eager_one(method: str) -> None:
-    x, states = sequence(), []
-    for compiles in (False, True):
-        torch._dynamo.reset()
+    def model() -> FDFA:
         torch.manual_seed(0)
-        model = wrapped(tokens(), x, method=method, patch=3)
-        run: Any = torch.compile(model) if compiles else model
-        optimizer = torch.optim.SGD(model.module.parameters(), lr=0.05)
-        for _ in range(2):
-            step(run, optimizer, x, TARGET)
-        states.append(model.state_dict())
-    for key, value in states[0].items():
-        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
+        return wrapped(tokens(), sequence(), method=method, patch=3)
+
+    check_compiled_steps(model, sequence(), TARGET)
