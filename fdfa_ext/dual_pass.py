@@ -6,7 +6,7 @@ known, and else on torch's forward-mode dual tensors, so that any torch module m
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import is_in_checkpoint, traced_make_dual, traced_unpack_dual
-from fdfa_ext.duals import make_dual, refuse_unknown, unpack_dual
-from fdfa_ext.fusion import Chain, FusedTail, norm_arguments
+from fdfa_ext.duals import first_tensor, make_dual, refuse_unknown, unpack_dual, with_first
+from fdfa_ext.fusion import Chain, FusedTail, channels_first, norm_arguments
 from fdfa_ext.jvp import (
     Call,
     PrimalTangent,
@@ -89,6 +89,14 @@ class BlockLists:
 
 
 @dataclass(slots=True)
+class NetworkEnd:
+    """What becomes of the output, where a module within the model returns it."""
+
+    finish: Callable[[Tensor, Tensor | None], Tensor]  # of output and tangent; its result goes on
+    reached: bool = False
+
+
+@dataclass(slots=True)
 class DualPass:
     """One forward pass of primal and tangent: noise, operators, and the blocks met so far."""
 
@@ -110,6 +118,7 @@ class DualPass:
     in_checkpoint: bool = False  # whether all of it is
     exposes: bool = False  # whether blocks hand out activations with a graph
     exposed: list[Tensor] = field(default_factory=list)  # those
+    end: NetworkEnd | None = None  # where the network ends within the model
 
     def run(self, calls: Sequence[Call], layer: nn.Linear | None, x: Tensor) -> PrimalTangent:
         """Makes the calls one after the other, each with primal and tangent of what the one before
@@ -146,6 +155,22 @@ class DualPass:
                 lists.outputs.append(r.kept_output(self.compiling))
             lists.changed = lists.changed or (not self.compiling and r.output._version != r.version)
         return lists
+
+    def end_at(self, name: str, result: Any) -> Any:
+        """What goes on from the module of this name, whose result is the network's output."""
+        end = self.end
+        if end is None:  # a pass that asks for something else
+            return result
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"FDFA: output module '{name}' must return one tensor; got {type(result).__name__}"
+            )
+        if end.reached:
+            raise RuntimeError(f"FDFA: output module '{name}' was used twice in one forward pass")
+        end.reached = True
+        with without_rules():
+            output, tangent = unpack_dual(result)
+            return end.finish(output, None if tangent is None else tangent.detach())
 
     def use_noise(self) -> Tensor:
         """The noise state of this pass, for its backward; that of the model moves on."""
@@ -184,12 +209,7 @@ class BlockPass:
                 y, ty = call(*traced_unpack_dual(x))
                 assert ty is not None
                 return traced_make_dual(y, ty)
-            if is_in_checkpoint() and not dual.in_checkpoint:
-                raise RuntimeError(
-                    f"FDFA: block '{self.name}' is called within torch.utils.checkpoint, which would "
-                    "compute it again outside the step; put the checkpoint into an FDFABlock or around "
-                    "the whole model"
-                )
+            self._refuse_checkpoint(dual)
             tangent = None
             if dual.perturbs:
                 x, tangent = unpack_dual(x)
@@ -215,6 +235,34 @@ class BlockPass:
             if rules is not None and ty is not None:
                 rules.made.append(weakref.ref(result))
             return result
+
+    def point(self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """What this forward of a module of any kind returns, perturbed: the tensor, or the first of a
+        tuple. Autograd goes on from its gradient δ to all that made it behind the points before."""
+        dual = self._running_pass()
+        if self.index in dual.seen:
+            raise RuntimeError(
+                f"FDFA: module '{self.name}' has a point and was used twice in one forward pass; its "
+                "feedback matrix belongs to one place in the network. Let `at` leave it out, and it "
+                "learns by the points after it"
+            )
+        self._refuse_checkpoint(dual)
+        result = forward(*args, **kwargs)
+        first = first_tensor(result)
+        if first is None or not first.is_floating_point() or first.dim() < 2:
+            got = type(result).__name__ if first is None else f"{first.dtype} {list(first.shape)}"
+            raise TypeError(
+                f"FDFA: module '{self.name}' has a point, so it must return features [N, *features], "
+                f"alone or first in a tuple; got {got}"
+            )
+        with without_rules():
+            y, ty = unpack_dual(first) if dual.perturbs else (first, None)
+            if dual.tangents == "block":
+                ty = None
+            tangent = None if ty is None else ty.detach()
+            output, ty = self._end(dual, y, tangent, channels_first([module]))
+            perturbed = output if ty is None else make_dual(output, ty)
+        return with_first(result, perturbed)
 
     def linear(self, layer: Any, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
         """An FDFALinear: x [N, *, in_features] → y, ty [N, *, out_features]. Algorithm 1, lines 10 to
@@ -310,16 +358,27 @@ class BlockPass:
                     f"FDFA: {which} dropped the tangent; it is not differentiable in torch's forward "
                     "mode"
                 )
+        return _behind(pool, None, *self._end(dual, y, ty, chain.channels_first))
+
+    def _end(self, dual: DualPass, y: Tensor, ty: Tensor | None, channels_first: bool) -> PrimalTangent:
+        """Perturbs y [N, *features] and records it, its graph as the anchor. What goes on has none."""
         if 0 in y.stride():  # expanded: its elements must be apart to be perturbed
             y = y.contiguous()
         output = y.detach()
         if dual.patch > 1 and y.dim() == 3:
-            ty = self._end_sequence(dual, output, ty, y, "identity", chain.channels_first)
-            return _behind(pool, None, output, ty)
+            return output, self._end_sequence(dual, output, ty, y, "identity", channels_first)
         if dual.perturbs:
             ty = self._perturbed(dual, output, ty)
         self._record(dual, output, y, "identity", memory_format_of(y.dim()))
-        return _behind(pool, None, output, ty)
+        return output, ty
+
+    def _refuse_checkpoint(self, dual: DualPass) -> None:
+        if is_in_checkpoint() and not dual.in_checkpoint:
+            raise RuntimeError(
+                f"FDFA: block '{self.name}' is called within torch.utils.checkpoint, which would "
+                "compute it again outside the step; put the checkpoint into an FDFABlock or around "
+                "the whole model"
+            )
 
     def _end_sequence(
         self,
@@ -436,10 +495,19 @@ class BlockPass:
             return weight, bias.detach(), bias
         return weight, bias, None
 
+    def _running_pass(self) -> DualPass:
+        dual = self.dual
+        assert dual is not None, "a pass runs"
+        if dual.end is not None and dual.end.reached:
+            raise RuntimeError(
+                f"FDFA: '{self.name}' was used after the output module, where nothing is perturbed; "
+                "let `at` leave it out, or name another output"
+            )
+        return dual
+
     def _enter(self, x: Tensor) -> DualPass:
         """The pass that runs, once it is clear that it may go through this block."""
-        dual = self.dual
-        assert dual is not None
+        dual = self._running_pass()
         if self.index in dual.seen:
             raise RuntimeError(
                 f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix "

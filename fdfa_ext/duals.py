@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
 
 from fdfa_ext._ops import extension
 from fdfa_ext._torch_internals import (
@@ -23,6 +25,23 @@ _one_thread = threading.RLock()
 make_dual = extension.make_dual
 unpack_dual = extension.unpack_dual  # primal and tangent, None for none
 has_tangent = extension.has_tangent
+
+
+def first_tensor(result: Any) -> Tensor | None:
+    """The tensor that a module returns, alone or as the first of several."""
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, tuple) and result and isinstance(result[0], Tensor):
+        return result[0]
+    return None
+
+
+def with_first(result: Any, tensor: Tensor) -> Any:
+    """The same with another such tensor."""
+    if isinstance(result, Tensor):
+        return tensor
+    rest = (tensor, *result[1:])
+    return type(result)(*rest) if hasattr(result, "_fields") else rest
 
 
 def refuse_unknown(what: str, error: NotImplementedError) -> None:

@@ -58,14 +58,6 @@ class Block:
         """
         return self._fused_call(own) if self._is_torchs() else partial(own.chain, self._whole())
 
-    def returns_channels_first(self) -> bool:
-        """Whether a sequence that it returns is [N, C, L], and not [N, T, D]."""
-        return False
-
-    def joins_positions(self) -> bool:
-        """Whether several dimensions between samples and features count as one."""
-        return False
-
     def traced_call(self, own: BlockPass) -> Call:
         """The same for a compiler, which sees for itself when a module changes."""
         return self.plan(own)
@@ -112,9 +104,6 @@ class FDFALinear(Block, nn.Linear):
         _check_activation("FDFALinear", activation)
         super().__init__(in_features, out_features, *args, **kwargs)
         self.activation = activation
-
-    def joins_positions(self) -> bool:
-        return self._is_torchs()
 
     def _fused_call(self, own: BlockPass) -> Call:
         return partial(own.linear, self)
@@ -181,15 +170,24 @@ class FDFABlock(Block, nn.Sequential):
     def plain(self, x: Tensor) -> Tensor:
         return nn.Sequential.forward(self, x)
 
-    def returns_channels_first(self) -> bool:
-        return self._is_torchs() and channels_first(list(self))
-
     def traced_call(self, own: BlockPass) -> Call:
         if not self._is_torchs():
             return partial(own.chain, self._whole())
         calls = [partial(forward_dual, module) for module in self]
         names = [type(module).__name__ for module in self]
-        return partial(own.chain, Chain(calls, names, channels_first=self.returns_channels_first()))
+        return partial(own.chain, Chain(calls, names, channels_first=returns_channels_first(self)))
 
     def _fused_call(self, own: BlockPass) -> Call:
-        return partial(own.chain, Chain.of(list(self), self.returns_channels_first()))
+        return partial(own.chain, Chain.of(list(self), returns_channels_first(self)))
+
+
+def returns_channels_first(module: nn.Module) -> bool:
+    """Whether a sequence that a block, or any other module, returns is [N, C, L], and not [N, T, D]."""
+    if not isinstance(module, Block):
+        return channels_first([module])
+    return isinstance(module, FDFABlock) and module._is_torchs() and channels_first(list(module))
+
+
+def joins_positions(module: nn.Module) -> bool:
+    """Whether several dimensions between samples and features count as one."""
+    return isinstance(module, FDFALinear) and module._is_torchs()

@@ -19,6 +19,7 @@ from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import traced_make_dual, traced_unpack_dual
 from fdfa_ext.autograd import BlockStep as BlockStep
 from fdfa_ext.autograd import attach, attach_fused, attach_weights, check_blocks
+from fdfa_ext.dual_pass import DualPass
 from fdfa_ext.duals import forward_mode
 from fdfa_ext.jvp import function_rules
 from fdfa_ext.noise import perturbation
@@ -42,8 +43,8 @@ class Method:
         """Whether no later module may change the outputs of blocks in place."""
         return self.reads_output or self.local_heads
 
-    def forward(self, step: TrainingStep) -> Tensor:
-        """The module's output [N, K]."""
+    def forward(self, step: TrainingStep) -> Any:
+        """What the module returns: its output [N, K], or what it makes of it."""
         raise NotImplementedError(_UNDEFINED.format(type(self).__name__, "forward"))
 
     def initialize(self, feedback: Tensor) -> None:
@@ -53,10 +54,9 @@ class Method:
 class Backpropagation(Method):
     """Exact gradients by torch's autograd, for comparison."""
 
-    def forward(self, step: TrainingStep) -> Tensor:
+    def forward(self, step: TrainingStep) -> Any:
         with function_rules():
-            output: Tensor = step.module(*step.args, **step.kwargs)
-        return output
+            return step.module(*step.args, **step.kwargs)
 
 
 class WeightPerturbation(Method):
@@ -95,6 +95,10 @@ class WeightPerturbation(Method):
                 for index, (name, parameter) in enumerate(named)
             }
             output = functional_call(step.module, duals, step.args, step.kwargs)
+            if not isinstance(output, Tensor):
+                raise TypeError(
+                    f"FDFA: fg-w needs a module that returns one tensor; got {type(output).__name__}"
+                )
             output, tangent = traced_unpack_dual(output)
             if tangent is None:
                 raise RuntimeError(
@@ -150,8 +154,12 @@ class BlockMethod(Method):
         """∇B of all blocks, for a rule that needs them together; else each `feedback_gradient`."""
         return [self.feedback_gradient(block) for block in blocks]
 
-    def forward(self, step: TrainingStep) -> Tensor:
-        dual, output, tangent = step.run_blocks()
+    def forward(self, step: TrainingStep) -> Any:
+        return step.run(partial(self._attach, step))
+
+    def _attach(
+        self, step: TrainingStep, dual: DualPass, output: Tensor, tangent: Tensor | None
+    ) -> Tensor:
         check_blocks(self, dual, step.feedback.matrices, *output.shape)
         used = dual.use_noise() if tangent is not None else None
         return attach(self, dual, dual.records, output, tangent, used, step.feedback)
@@ -181,8 +189,9 @@ class LocalGreedy(ActivityPerturbation):
     tangents = "block"
     local_heads = True
 
-    def forward(self, step: TrainingStep) -> Tensor:
-        dual, output, tangent = step.run_blocks()
+    def _attach(
+        self, step: TrainingStep, dual: DualPass, output: Tensor, tangent: Tensor | None
+    ) -> Tensor:
         check_blocks(self, dual, step.feedback.matrices, *output.shape)
         used = dual.use_noise()
         *hidden, last = dual.records
@@ -212,10 +221,14 @@ class ProjectedError(BlockMethod):
     def delta(self, block: BlockStep) -> Tensor:
         return block.error @ block.feedback
 
-    def forward(self, step: TrainingStep) -> Tensor:
+    def forward(self, step: TrainingStep) -> Any:
         if type(self) not in _FUSED or step.feedback.own is not None:
             return super().forward(step)
-        dual, output, tangent = step.run_blocks(takes_output_layer=True)
+        return step.run(partial(self._attach_fused, step), takes_output_layer=True)
+
+    def _attach_fused(
+        self, step: TrainingStep, dual: DualPass, output: Tensor, tangent: Tensor | None
+    ) -> Tensor:
         return attach_fused(self, dual, output, tangent, step.feedback, self.decay)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from fdfa_ext.duals import first_tensor, with_first
 from fdfa_ext.feedback import FeedbackUpdate
+from fdfa_ext.layers import joins_positions, returns_channels_first
 from fdfa_ext.model import FDFA
 from fdfa_ext.patches import as_image, as_sequence, patch_means, spread
 
@@ -221,17 +223,17 @@ def feedback_ceiling(
         return {name: _angle(found[name], value) for name, value in exact.items()}
 
 
-def _as_image(block: Any, values: Tensor) -> Tensor:
+def _as_image(block: nn.Module, values: Tensor) -> Tensor:
     """[*, *features] of a block's output in the shape in which a block in patches counts them."""
-    if block.joins_positions() and values.dim() > 3:
+    if joins_positions(block) and values.dim() > 3:
         values = values.flatten(1, -2)
-    return as_image(values, block.returns_channels_first()) if values.dim() == 3 else values
+    return as_image(values, returns_channels_first(block)) if values.dim() == 3 else values
 
 
-def _as_output(block: Any, values: Tensor, shape: torch.Size) -> Tensor:
+def _as_output(block: nn.Module, values: Tensor, shape: torch.Size) -> Tensor:
     """The values that `_as_image` was given, of this shape."""
-    if values.dim() == 4 and (len(shape) == 3 or block.joins_positions()):
-        values = as_sequence(values, block.returns_channels_first())
+    if values.dim() == 4 and (len(shape) == 3 or joins_positions(block)):
+        values = as_sequence(values, returns_channels_first(block))
     return values.reshape(shape)
 
 
@@ -266,8 +268,13 @@ def _in_channels_last(value: Any) -> Any:
 def _at_blocks(model: FDFA, function: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Within it each block hands out what function(name, output) returns."""
 
-    def hook_of(name: str) -> Callable[..., Tensor]:
-        return lambda _, __, output: function(name, output)
+    def hook_of(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: Any, result: Any) -> Any:
+            first = first_tensor(result)
+            assert first is not None, "training has seen the same"
+            return with_first(result, function(name, first))
+
+        return hook
 
     hooks = [
         model.module.get_submodule(name).register_forward_hook(hook_of(name))

@@ -22,6 +22,7 @@ from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, BlockMethod, Method
 from fdfa_ext.network import Network
 from fdfa_ext.noise import NOISES, new_state
 from fdfa_ext.patches import patch_shape
+from fdfa_ext.points import GRANULARITIES, At, auto_points, check_at, default_output, trace
 from fdfa_ext.step import TrainingStep, check_output, no_tangent
 
 
@@ -30,9 +31,9 @@ class FDFA(nn.Module):
     another of the methods that the paper compares with it.
 
     In training mode, with gradients enabled, `forward` perturbs every block (FDFALinear, FDFAConv2d,
-    FDFABlock) and carries the tangents to the output; `loss.backward()` then updates the feedback and
-    fills `.grad` of the weights. What stands after the last block is trained by its exact gradient. In
-    eval mode or under `torch.no_grad()` it is `module`, unperturbed.
+    FDFABlock, or a module that `at` means) and carries the tangents to the output; `loss.backward()`
+    then updates the feedback and fills `.grad` of the weights. What stands after the last block is
+    trained by its exact gradient. In eval mode or under `torch.no_grad()` it is `module`, unperturbed.
 
     Each backward updates the feedback once, so N accumulated batches are N updates of B. The input gets
     no gradient. One thread at a time may run a model.
@@ -45,6 +46,17 @@ class FDFA(nn.Module):
 
     Args:
         module: a model whose output is [N, K], K outputs for each of N samples.
+        at: which modules of any kind are perturbed at their output beside the blocks, so that a model
+            trains as it comes: names, classes, a function of name and module, or "auto". Each has the
+            features [N, *features] that it returns, alone or first in a tuple. What made them since the
+            points before learns by their error, and what stands behind the last ones by exact
+            gradients. "auto" takes one forward of example_input: a point after each layer, or each of a
+            class of blocks that repeats, and none after the last layer.
+        granularity: of "auto": "block", or "layer" for a point after each layer even within blocks that
+            repeat.
+        output: name of the module whose result is the network's output, where the model returns
+            something else: a dict, a loss of its own. What it makes of it is plain autograd. With `at`
+            the last called that has parameters, where the model returns no tensor.
         method: "fdfa", "dfa", "dkp", "fg-a", "lg-fg-a", "fg-w" or "bp", or a Method of your own
             (fdfa_ext.methods, which has their equations). Arguments that a method has no use for, such
             as those of feedback where it does not learn, are ignored.
@@ -98,6 +110,9 @@ class FDFA(nn.Module):
         self,
         module: nn.Module,
         *,
+        at: str | At = None,
+        granularity: str = "block",
+        output: str | None = None,
         method: str | Method = "fdfa",
         feedback: str | FeedbackUpdate = "adam",
         feedback_lr: float = 1e-4,
@@ -114,6 +129,7 @@ class FDFA(nn.Module):
             ("feedback", RULES[0] if own_update else feedback, RULES),
             ("noise", noise, NOISES),
             ("backend", backend, BACKENDS),
+            ("granularity", granularity, GRANULARITIES),
         ]
         for argument, value, known in choices:
             if value not in known:
@@ -146,6 +162,12 @@ class FDFA(nn.Module):
                     f"FDFA: {attribute} of {type(method).__name__} must be one of {', '.join(known)}; "
                     f"got {value!r}"
                 )
+        if at == "auto" and example_input is None:
+            raise ValueError('FDFA: at="auto" finds the points on an example; give example_input')
+        if at != "auto":
+            check_at(at)
+        if output is not None and output not in dict(module.named_modules()):
+            raise ValueError(f"FDFA: output names '{output}', but the model has no such module")
         self.module = module
         self.method = method
         self.rule = "own" if isinstance(feedback, FeedbackUpdate) else feedback
@@ -161,7 +183,12 @@ class FDFA(nn.Module):
         self.exp_avg_sq = FeedbackBank()
         self.heads = LocalHeads()
         self.local_outputs: list[Tensor] = []
-        self.network = Network()
+        args, kwargs = _inputs_of(module, example_input)
+        if at is not None and example_input is not None:
+            traced = trace(module, args, kwargs)
+            at = auto_points(traced, granularity) if at == "auto" else at
+            output = output or default_output(traced)
+        self.network = Network(at, output)
         self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
         self.network.look_at(module)
 
@@ -174,10 +201,8 @@ class FDFA(nn.Module):
         self.updates: Tensor
         if example_input is None:
             self._declare()
-        elif isinstance(example_input, dict) and _takes_keywords(module, example_input):
-            self._prepare((), example_input)
         else:
-            self._prepare(example_input if isinstance(example_input, tuple) else (example_input,), {})
+            self._prepare(args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         kept = ("method", "rule", "feedback_update", "patch")
@@ -219,8 +244,8 @@ class FDFA(nn.Module):
         """In the order in which the module defines them."""
         return list(self.network.blocks)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output [N, K]; in training its backward does the whole step of the method."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns; in training its backward does the whole step of the method."""
         if self.local_outputs:
             self.local_outputs = []
         # From the dictionary: nn.Module's attributes cost half a microsecond each.
@@ -338,14 +363,23 @@ class FDFA(nn.Module):
                 "feedback matrices must exist"
             )
         dual, output, tangent = step.dry_run()
+        plan = self.network.plan
+        if plan is not None and plan.kept_activation is not None:
+            warnings.warn(
+                f"FDFA: {plan.kept_activation} keeps a hidden activation; a loss on it trains the parameters "
+                "after the last point alone. Blocks take such losses: docs/guide.md, Losses on hidden "
+                "activations",
+                stacklevel=3,
+            )
         droppers = step.find_droppers() if dual.perturbs else []
         if tangent is None and dual.perturbs:
             raise no_tangent(droppers)
         check_output(output)
         if tangent is not None and output.shape[0] > 0 and not bool((tangent != 0).any()):
-            raise RuntimeError(
-                "FDFA: the tangent of the output is zero, so no block can learn its feedback. Do all "
-                "weights of the output layer start at zero?"
+            warnings.warn(
+                "FDFA: the tangent of the output is zero, so no block learns before it is not. Do all "
+                "weights of the output layer start at zero? Those learn by the first steps",
+                stacklevel=3,
             )
         if droppers:
             warnings.warn(
@@ -453,6 +487,13 @@ class FDFA(nn.Module):
 
 def _shape(parameter: Tensor) -> torch.Size | None:
     return None if is_lazy(parameter) else parameter.shape
+
+
+def _inputs_of(module: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that an example_input stands for."""
+    if isinstance(example, dict) and _takes_keywords(module, example):
+        return (), example
+    return example if isinstance(example, tuple) else (example,), {}
 
 
 def _takes_keywords(module: nn.Module, inputs: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """The user's module as FDFA runs it in training: by its plan, on primal and tangent."""
 
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,8 +14,18 @@ from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import GLOBAL_HOOKS, is_in_checkpoint, traced_unpack_dual
 from fdfa_ext.dual_pass import BlockPass, DualPass
 from fdfa_ext.duals import forward_mode, has_tangent, refuse_unknown, slow_attention, unpack_dual
-from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, nodes_behind
-from fdfa_ext.plan import BLOCKS, Plan, find_blocks, is_overridden
+from fdfa_ext.jvp import function_rules
+from fdfa_ext.layers import Block
+from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, kept_activation, nodes_behind
+from fdfa_ext.plan import MakeForward, Plan, is_overridden
+from fdfa_ext.points import (
+    BLOCKS,
+    At,
+    evaluating,
+    find_points,
+    restore_buffers,
+    save_buffers,
+)
 
 
 class StrayedError(Exception):
@@ -30,9 +40,13 @@ class Network:
         blocks: those of the plan, by name.
         passes: the blocks' own.
         checked: whether a dry run has seen these blocks.
+        at: where the model has points beside its blocks.
+        output: name of the module whose result is the network's output; None for the model's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at: At, output: str | None) -> None:
+        self.at = at
+        self.output = output
         self.plan: Plan | None = None
         self.blocks: dict[str, Any] = {}
         self.passes: list[BlockPass] = []
@@ -51,7 +65,7 @@ class Network:
             raise TypeError(f"FDFA: module must be a torch.nn.Module; got {type(module).__name__}")
         if any(isinstance(vars(inner).get("network"), Network) for inner in module.modules()):
             raise ValueError("FDFA: the module has an FDFA within it; wrap it once, as a whole")
-        plan = Plan(module)
+        plan = Plan(module, self.at, self.output)
         if plan.blocks != self.blocks or plan.overriding != self._overriding:
             self.checked = False
         self._overriding = plan.overriding
@@ -71,17 +85,19 @@ class Network:
             self._check_compilable(module)
             return self._run(module, dual, args, kwargs)
         assert plan is not None, "as in _run"
+        if plan.has_points:
+            return self._run(module, dual, args, kwargs)
         # Whether activations are kept is seen by their tangents.
         dual.exposes = plan.exposes if dual.perturbs else bool(plan.own_code)
         dual.takes_biases = dual.takes_output_layer and dual.backend is fused and not dual.exposes
         if not plan.own_code:
             return self._run(module, dual, args, kwargs)
         # A pass may be made anew, but buffers, as running statistics, move once.
-        buffers = plan.save_buffers()
+        buffers = save_buffers(plan.buffers)
         try:
             return self._run(module, dual, args, kwargs)
         except StrayedError:
-            plan.restore_buffers(buffers)
+            restore_buffers(buffers)
             raise
 
     @torch.no_grad()
@@ -89,17 +105,9 @@ class Network:
         self, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """The same in eval mode; buffers and modes stay as they are."""
-        modes = {inner: inner.training for inner in module.modules()}
-        plan = self.look_at(module)
-        buffers = plan.save_buffers()
-        try:
-            module.eval()
-            with slow_attention():
-                return self._run(module, dual, args, kwargs)
-        finally:
-            for inner, mode in modes.items():
-                inner.training = mode
-            plan.restore_buffers(buffers)
+        self.look_at(module)
+        with evaluating(module), slow_attention():
+            return self._run(module, dual, args, kwargs)
 
     @contextmanager
     def watch_droppers(self, module: nn.Module) -> Iterator[list[str]]:
@@ -109,6 +117,9 @@ class Network:
         names = {inner: name for name, inner in module.named_modules() if name}
 
         def watch(inner: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
+            dual = self.passes[0].dual
+            if dual is not None and dual.end is not None and dual.end.reached:
+                return  # the tangent has come to the output
             if inner in names and _any_tangent(inputs) and not _any_tangent(result):
                 droppers.append(f"'{names[inner]}' ({type(inner).__name__})")
 
@@ -135,13 +146,13 @@ class Network:
         outer = self.passes[0].dual  # of a pass that computes itself again within, as a checkpoint does
         for block, own in zip(self.blocks.values(), self.passes, strict=True):
             own.dual = dual
-            if block.block_pass is not own:
+            if isinstance(block, Block) and block.block_pass is not own:
                 block.block_pass = own
         plan = self.plan
-        ruled = [] if plan is None or dual.compiling else plan.ruled
-        for inner, by_rule in ruled:
-            inner.__dict__["forward"] = by_rule
+        replaced: list[tuple[nn.Module, Any]] = []
         try:
+            if plan is not None and plan.forwards and not dual.compiling:
+                _replace_forwards(plan.forwards, replaced)
             if dual.compiling:
                 result = _traced(module, dual, args, kwargs)
             else:
@@ -160,19 +171,28 @@ class Network:
                     # A module compiled by itself has no forward mode, and its blocks see no pass.
                     eager = torch.compiler.set_stance("force_eager") if plan.is_compiled else None
                     with eager or nullcontext():
-                        result = _on_dual_tensors(plan, module, dual, args, kwargs)
+                        run = _through_points if plan.has_points else _on_dual_tensors
+                        result = run(plan, module, dual, args, kwargs)
             if len(dual.records) < len(self.blocks):
                 self._check_overridden(dual)
             return result
         finally:
             for own in self.passes:
                 own.dual = outer
-            for inner, _ in ruled:
-                del inner.__dict__["forward"]
+            for inner, forward in reversed(replaced):
+                if forward is None:
+                    del inner.__dict__["forward"]
+                else:
+                    inner.__dict__["forward"] = forward
 
     def _check_compilable(self, module: nn.Module) -> None:
         """A compiler cannot plan: a block that came later would learn by backpropagation."""
-        if dict(find_blocks(module)) != self.blocks:
+        if self.at is not None or self.output is not None:
+            raise RuntimeError(
+                "FDFA: torch.compile cannot train a model by at= or output=; train it uncompiled, or "
+                "use FDFALinear, FDFAConv2d and FDFABlock"
+            )
+        if dict(find_points(module, self.at)) != self.blocks:
             raise RuntimeError(
                 "FDFA: blocks were exchanged since the last training forward; run one without "
                 "torch.compile, or wrap the module again"
@@ -187,7 +207,7 @@ class Network:
         """A block may be left out of a forward, but not run by another function than perturbs it."""
         run = [record.name for record in dual.records]
         for name, block in self.blocks.items():
-            if name not in run and is_overridden(block):
+            if name not in run and isinstance(block, Block) and is_overridden(block):
                 base = next(kind for kind in BLOCKS if isinstance(block, kind))
                 raise RuntimeError(
                     f"FDFA: block '{name}' ({type(block).__name__}) has a forward of its own that has "
@@ -252,6 +272,41 @@ def _traced(
             return output, None
         output, tangent = traced_unpack_dual(output)
         return output, None if tangent is None else tangent.detach()
+
+
+def _replace_forwards(
+    forwards: Iterable[tuple[nn.Module, MakeForward]], replaced: list[tuple[nn.Module, Any]]
+) -> None:
+    """Adds each module with the forward of its own that it had, or None."""
+    for inner, make in forwards:
+        own = inner.__dict__.get("forward")
+        forward: Any = inner.forward
+        inner.__dict__["forward"] = make(forward)
+        replaced.append((inner, own))
+
+
+def _through_points(
+    plan: Plan, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Tensor | None]:
+    """The call of a module with points: its output and tangent, or where the network ends within the
+    module, whatever it returns."""
+    hooks: AbstractContextManager[list[Tensor]] = nullcontext([])
+    if plan.backward_hooked:
+        hooks = _backward_hooks_called(plan, dual)
+    with forward_mode() if dual.perturbs else nullcontext(), hooks as outputs:
+        with function_rules():
+            try:
+                result = module(*args, **kwargs)
+            except NotImplementedError as error:
+                refuse_unknown("a function in the model's forward", error)
+                raise
+        if not torch.is_grad_enabled():  # in a dry run
+            plan.kept_activation = kept_activation(plan.own_code)
+        if dual.end is not None:
+            return result, None
+        output, tangent = unpack_dual(_check_type(result))
+        outputs.append(output)
+    return output, None if tangent is None else tangent.detach()
 
 
 def _on_dual_tensors(

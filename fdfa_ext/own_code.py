@@ -6,7 +6,7 @@ they come from, added to δ.
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -14,11 +14,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._ops import extension
 from fdfa_ext._torch_internals import backward_node_of
 from fdfa_ext.jvp import FunctionRules, torchs_own
 from fdfa_ext.reference import refuse_second_derivative, through_activation
+
+# Of nn.Module itself, but for buffers, which user code assigns as it does attributes.
+_NO_ATTRIBUTES = vars(nn.Module()).keys() - {"_buffers"}
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What user code may have kept there: a tensor, or a list of values."""
+    attributes = module.__dict__
+    for name in attributes.keys() - _NO_ATTRIBUTES:
+        value = attributes[name]
+        if isinstance(value, dict):
+            yield name, [*value.values()]
+        elif isinstance(value, (Tensor, list, tuple)):
+            yield name, value
+
+
+def kept_activation(modules: Iterable[nn.Module]) -> str | None:
+    """An attribute of one of these modules that holds a tensor with a tangent, in words."""
+    for module in modules:
+        for name, value in _attributes(module):
+            if any(isinstance(t, Tensor) and extension.has_tangent(t) for t in tree_leaves(value)):
+                return f"'{name}' of a {type(module).__name__}"
+    return None
 
 
 @dataclass(slots=True)
@@ -28,10 +52,6 @@ class OutputLayer:
     weight: Tensor
     bias: Tensor | None
     input: Tensor | None = None  # [N, in_features], where its result is computed already
-
-
-# Of nn.Module itself, but for buffers, which user code assigns as it does attributes.
-_NO_ATTRIBUTES = vars(nn.Module()).keys() - {"_buffers"}
 
 
 class OwnCodeRules(FunctionRules):
@@ -98,13 +118,8 @@ class OwnCodeRules(FunctionRules):
     def watch_attributes(self, modules: Iterable[nn.Module]) -> None:
         """Adds what these modules hold, which functions that no mode sees may have made."""
         for module in modules:
-            attributes = module.__dict__
-            for name in attributes.keys() - _NO_ATTRIBUTES:
-                value = attributes[name]
-                if isinstance(value, dict):
-                    self.watch([*value.values()])
-                elif isinstance(value, (Tensor, list, tuple)):
-                    self.watch(value)
+            for _, value in _attributes(module):
+                self.watch(value)
 
     def keeps_activations(self, output: Any) -> bool:
         """Whether the code has let live any tensor with a tangent but its output.

@@ -8,13 +8,12 @@ anew. The comparison itself is in csrc/guard.h.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from fdfa_ext._ops import extension
 from fdfa_ext._torch_internals import (
@@ -44,41 +43,12 @@ from fdfa_ext.jvp import (
     registered_rule,
     rule_call,
 )
-from fdfa_ext.layers import OVERRIDABLE, Block, FDFABlock, FDFAConv2d, FDFALinear
+from fdfa_ext.layers import OVERRIDABLE, Block, FDFABlock, FDFAConv2d
 from fdfa_ext.own_code import OwnCodeRules
+from fdfa_ext.points import BLOCKS, At, find_points
 
-BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
+MakeForward = Callable[[Callable[..., Any]], Callable[..., Any]]
 _BLOCK_FORWARDS = [kind.forward for kind in BLOCKS]
-
-
-def find_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Blocks by qualified name, in the order of the module; not the ones within a block.
-
-    Raises:
-        ValueError: there is none, or the module is one itself.
-        TypeError: one is of an unknown kind.
-    """
-    if isinstance(module, Block):
-        raise ValueError(
-            f"FDFA: the module is itself a block ({type(module).__name__}); put it and an output layer "
-            "into a torch.nn.Sequential"
-        )
-    inside: list[str] = []
-    found = False
-    for name, candidate in module.named_modules():
-        if isinstance(candidate, Block) and not any(name.startswith(outer + ".") for outer in inside):
-            if not isinstance(candidate, BLOCKS):
-                raise TypeError(
-                    f"FDFA: block '{name}' ({type(candidate).__name__}) must derive from FDFALinear, "
-                    "FDFAConv2d or FDFABlock; put a module of another kind into an FDFABlock"
-                )
-            inside.append(name)
-            found = True
-            yield name, candidate
-    if not found:
-        raise ValueError(
-            "FDFA: the module has no block; use FDFALinear, FDFAConv2d or FDFABlock for hidden layers"
-        )
 
 
 class Plan:
@@ -87,13 +57,14 @@ class Plan:
     Attributes:
         module: the one planned.
         guard: `holds()` says whether the module stands as it did.
-        blocks: by name, in the order of the module.
+        blocks: by name, in the order of the module. Where the model has points, so are the modules of
+            other kinds that are perturbed at their output.
         passes: those of the blocks, each with the block's calls.
         calls: the calls of a sequence, each given primal and tangent of what the one before returned.
             Blocks and modules with a JVP rule take them apart; any other module gets a dual tensor, as
             one with a hook or another function put on it does, which may do anything. None for a net
-            with a forward of its own, or with a module in it that is compiled by itself, which are
-            called as a whole.
+            with a forward of its own, with points that are no blocks, or with a module in it that is
+            compiled by itself, which are called as a whole.
         output_layer: the last of those, if it is a linear layer: `calls` does not have it.
         output_weight: weight of the linear output layer that the pass before found in a forward of the
             user's; None if it found none.
@@ -102,8 +73,11 @@ class Plan:
         buffers: each module's dictionary of them.
         exposes: whether user code keeps hidden activations, so that blocks return them with a graph.
         keeps_activations: whether a dry run saw that; a compiled pass then refuses the model.
-        ruled: the modules with a registered JVP rule, each with the function that is its forward in a
-            pass.
+        kept_activation: what a dry run saw to be kept where there are points, in words.
+        has_points: whether there are such modules, or the output is that of a module within. Autograd
+            then goes from point to point.
+        forwards: modules that have another forward in a pass, each with the function that makes it of
+            the one it has: those at a point, the output, and those with a registered JVP rule.
         overriding: by name, the forward of each block that may leave out that of its base class.
         backward_hooked: names of the modules with a backward hook.
         has_global_hooks: whether there are hooks for all modules.
@@ -116,54 +90,53 @@ class Plan:
     takes_output_weight: bool = True
     exposes: bool = False
     keeps_activations: bool = False
+    kept_activation: str | None = None
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, at: At = None, output: str | None = None) -> None:
         self.module = module
-        self.blocks = dict(find_blocks(module))
+        self.blocks = dict(find_points(module, at))
         named = dict(module.named_modules())
         self.passes = [BlockPass(name, index) for index, name in enumerate(self.blocks)]
+        points = []
         for block, own in zip(self.blocks.values(), self.passes, strict=True):
-            own.call = block.plan(own)
-            block.block_pass = own
+            if isinstance(block, Block):
+                own.call = block.plan(own)
+                block.block_pass = own
+            else:
+                points.append((block, partial(partial, own.point, block)))
+        self.has_points = bool(points) or output is not None
         self.backward_hooked = [name for name, member in named.items() if any(hooks_of(member)[2:])]
         self.overriding = {
             name: (type(block).forward, vars(block).get("forward"))
             for name, block in self.blocks.items()
-            if is_overridden(block)
+            if isinstance(block, Block) and is_overridden(block)
         }
         self.is_compiled = any(map(is_compiled, named.values()))
         self.has_global_hooks = any(GLOBAL_HOOKS)
         self.own_code = [*filter(_is_own_code, _called_between_blocks(module))]
         self.buffers = [member._buffers for member in named.values()]
         self.calls = None
-        if isinstance(module, nn.Sequential) and _is_sequence(module) and not self.is_compiled:
+        if (
+            isinstance(module, nn.Sequential)
+            and _is_sequence(module)
+            and not (self.is_compiled or self.has_points)
+        ):
             names = {member: name for name, member in named.items()}
             self.calls = _calls_of(module, names, self.passes[0])
             last: Any = module[-1]
             if plain_type(last) is nn.Linear:
                 self.output_layer = last
                 self.calls.pop()
-        self.ruled = [
-            (member, partial(_forward_by_rule, self.passes[0], member, rule))
+        running = self.passes[0]
+        self.forwards: list[tuple[nn.Module, MakeForward]] = [
+            (member, partial(_make_by_rule, running, member, rule))
             for member in named.values()
             if (rule := registered_rule(member)) is not None
         ]
+        self.forwards += points
+        if output is not None:
+            self.forwards.append((named[output], partial(partial, _end_at_output, running, output)))
         self.guard = self._watch(named.values())
-
-    def save_buffers(self) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
-        """Each with the dictionary that it is in, its name there, and its values."""
-        return [
-            (entries, name, buffer, buffer.clone())
-            for entries in self.buffers
-            for name, buffer in entries.items()
-            if buffer is not None and not is_lazy(buffer)
-        ]
-
-    @staticmethod
-    def restore_buffers(saved: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
-        with torch.no_grad():
-            for entries, name, buffer, values in saved:
-                entries[name] = buffer.copy_(values)
 
     def _watch(self, members: Iterable[nn.Module]) -> Any:
         guard = extension.Guard()
@@ -192,6 +165,19 @@ class Plan:
                 guard.watch_entry(home, name)
         guard.watch_attribute(nn.Module, CALL_NAMES[1])
         return guard
+
+
+def _make_by_rule(
+    running: BlockPass, module: nn.Module, rule: ModuleRule, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    return partial(_forward_by_rule, running, module, rule)
+
+
+def _end_at_output(running: BlockPass, name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """The network ends with what this forward returns; what the model makes of it is autograd's."""
+    result = forward(*args, **kwargs)
+    assert running.dual is not None, "a pass runs"
+    return running.dual.end_at(name, result)
 
 
 def _forward_by_rule(

@@ -1,5 +1,6 @@
 """One training forward, as its method sees it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fdfa_ext._ops import fused
-from fdfa_ext.dual_pass import DualPass
+from fdfa_ext.dual_pass import DualPass, NetworkEnd
 from fdfa_ext.feedback import FeedbackStep
 from fdfa_ext.heads import LocalHeads
 from fdfa_ext.network import Network, StrayedError
 from fdfa_ext.noise import perturbation
+
+Finish = Callable[[DualPass, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(slots=True)
@@ -43,6 +46,24 @@ class TrainingStep:
     heads: LocalHeads
     local_outputs: list[Tensor]
 
+    def run(self, finish: Finish, takes_output_layer: bool = False) -> Any:
+        """What the module returns, its output by finish(pass, output, tangent).
+
+        takes_output_layer: whether the method can run a linear one itself, as in run_blocks.
+        """
+        if self.network.output is None:
+            return finish(*self.run_blocks(takes_output_layer))
+        dual = self._new_pass(self.noise_state)
+        end = dual.end = NetworkEnd(
+            lambda output, tangent: finish(dual, *self._checked(dual, output, tangent))
+        )
+        result, _ = self.network.forward(self.module, dual, self.args, self.kwargs)
+        if not end.reached:
+            raise RuntimeError(
+                f"FDFA: output module '{self.network.output}' was not used in the forward"
+            )
+        return result
+
     def run_blocks(self, takes_output_layer: bool = False) -> tuple[DualPass, Tensor, Tensor | None]:
         """A pass through the blocks: its records, the output and its tangent.
 
@@ -54,20 +75,39 @@ class TrainingStep:
             output, tangent = self.network.forward(self.module, dual, self.args, self.kwargs)
         except StrayedError:  # as seldom as user code changes its course
             return self.run_blocks(takes_output_layer)
-        if tangent is None and dual.tangents != "none":
-            raise no_tangent(self.find_droppers())
-        if dual.output_layer is not None:
+        if dual.output_layer is not None and (tangent is not None or dual.tangents == "none"):
             return dual, output, tangent
+        return dual, *self._checked(dual, output, tangent)
+
+    def _checked(
+        self, dual: DualPass, output: Tensor, tangent: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if tangent is None and dual.tangents != "none":
+            # A dry run to find them would be within this pass, where the network ends within the model.
+            raise no_tangent([] if dual.end is not None else self.find_droppers())
         check_output(output)
         # A model whose weights are all frozen can still learn its feedback.
         if not output.requires_grad and not any(r.anchor.requires_grad for r in dual.records):
             output = output.detach().requires_grad_()
-        return dual, output, tangent
+        return output, tangent
 
     def dry_run(self) -> tuple[DualPass, Tensor, Tensor | None]:
-        """The same in eval mode, leaving no trace."""
+        """run_blocks in eval mode, leaving no trace."""
         dual = self._new_pass(self.noise_state.clone())
-        return dual, *self.network.dry_run(self.module, dual, self.args, self.kwargs)
+        found: list[tuple[Tensor, Tensor | None]] = []
+        if self.network.output is not None:
+
+            def keep(output: Tensor, tangent: Tensor | None) -> Tensor:
+                found.append((output, tangent))
+                return output
+
+            dual.end = NetworkEnd(keep)
+        result = self.network.dry_run(self.module, dual, self.args, self.kwargs)
+        if dual.end is not None and not found:
+            raise RuntimeError(
+                f"FDFA: output module '{self.network.output}' was not used in the forward"
+            )
+        return dual, *(found[0] if found else result)
 
     def find_droppers(self) -> list[str]:
         """The modules that are given a tangent and return none, by name and type."""
@@ -89,6 +129,10 @@ class TrainingStep:
         return DualPass(
             noise_state, noise, self.patch, self.operators, compiling, self.tangents, perturbs
         )
+
+
+def _unused_output(name: str | None) -> RuntimeError:
+    return RuntimeError(f"FDFA: output module '{name}' was not used by the forward pass")
 
 
 def no_tangent(droppers: list[str]) -> RuntimeError:

@@ -1,0 +1,626 @@
+"""Perturbation points: a model of any kind trains as one of blocks does, and is left as it is."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import step
+from torch import Tensor, nn
+
+from fdfa_ext import FDFA, FDFABlock, FDFALinear
+from fdfa_ext.metrics import feedback_alignment, feedback_ceiling, gradient_alignment, mean_jacobian
+
+OPTIONS: dict[str, Any] = {"feedback": "ema", "feedback_lr": 0.3}
+
+
+def images(n: int = 5) -> Tensor:
+    return torch.randn(n, 1, 12, 12)
+
+
+def group(before: int, after: int, *then: nn.Module) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, 3), nn.BatchNorm2d(after), nn.ReLU(), *then]
+
+
+def plain_net() -> nn.Sequential:
+    """[N, 1, 12, 12] → [N, 3]; groups of layers end at '3', '6' and '9'."""
+    return nn.Sequential(
+        *group(1, 4, nn.MaxPool2d(2)),
+        *group(4, 6),
+        nn.Flatten(),
+        nn.Linear(54, 8),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+    )
+
+
+GROUPS = ["3", "6", "9"]
+
+
+def blocks_of(net: nn.Sequential) -> nn.Sequential:
+    """The same modules, each group as a block."""
+    m = [*net]
+    return nn.Sequential(FDFABlock(*m[:4]), FDFABlock(*m[4:7]), m[7], FDFABlock(m[8], m[9]), m[10])
+
+
+class Residual(nn.Module):
+    """A block of two layers with a skip connection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x + self.second(torch.tanh(self.first(x))))
+
+
+class ResidualNet(nn.Module):
+    """[N, 6] → [N, 3] with a bare parameter and a residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.shift = nn.Parameter(torch.randn(8))
+        self.body = nn.ModuleList([Residual(8), Residual(8)])
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.shift
+        for block in self.body:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Result(NamedTuple):
+    logits: Tensor
+    loss: Tensor | None
+
+
+class WithLoss(nn.Module):
+    """Keyword inputs, and a loss of its own beside the output, as transformers has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ResidualNet()
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, *, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Tensor | None]:
+        logits = self.head(self.net(inputs))
+        loss = None if labels is None else F.cross_entropy(logits.log_softmax(1), labels)
+        return {"loss": loss, "logits": logits}
+
+
+def wrapped(net: nn.Module, x: Any, seed: int = 3, **options: Any) -> FDFA:
+    torch.manual_seed(seed)
+    return FDFA(net, example_input=x, **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a", "lg-fg-a"])
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_groups_of_layers_train_as_blocks_do(method: str, patch: int, backend: str) -> None:
+    net, options = plain_net(), {"method": method, "patch": patch, "backend": backend}
+    blocks = wrapped(blocks_of(copy.deepcopy(net)), images(), **options)
+    points = wrapped(net, images(), at="auto", **options)
+    assert points.block_names == GROUPS
+    optimizers = [torch.optim.SGD(m.forward_parameters(), lr=0.1) for m in (points, blocks)]
+    for _ in range(3):
+        x, y = images(), torch.randint(3, (5,))
+        for model, optimizer in zip((points, blocks), optimizers, strict=True):
+            optimizer.zero_grad()
+            losses = [F.cross_entropy(out, y) for out in (model(x), *model.local_outputs)]
+            sum(losses[1:], losses[0]).backward()
+            optimizer.step()
+        pairs = zip(points.module.parameters(), blocks.module.parameters(), strict=True)
+        for mine, theirs in (
+            *pairs,
+            *zip(points.feedback.values(), blocks.feedback.values(), strict=True),
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+class Linearly(nn.Module):
+    """Linear behind its points, so that every sample has the mean Jacobian. With bare parameters, a skip
+    past a point, and a layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(4))
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.twice = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.randn(4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([x, self.token.expand_as(x)], 1)
+        x = torch.tanh(self.twice(x))
+        first = self.first(x)
+        second = self.second(first + self.token) * self.scale + first + x
+        return self.head(self.twice(second).sum(1))
+
+
+def test_with_exact_feedback_every_parameter_gets_backpropagations_gradient() -> None:
+    net = Linearly().double()
+    x, y = torch.randn(5, 4).double(), torch.randint(3, (5,))
+    model = wrapped(net, x, at=["first", "second"], backend="reference")
+    for name, jacobian in mean_jacobian(model, x).items():
+        model.feedback[name].copy_(jacobian)
+    model.feedback_lr = 0
+    assert max(gradient_alignment(model, (x, y)).values()) < 1e-4
+    F.cross_entropy(model(x), y).backward()
+    found = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_tangent_is_that_of_the_perturbed_model() -> None:
+    net, x = ResidualNet().double(), torch.randn(4, 6).double()
+    model = wrapped(net, x, at="auto", backend="reference", method="fdfa", feedback_lr=1.0 - 1e-9)
+    names = model.block_names
+    found: list[Tensor] = []
+
+    class Recorder(type(model.method)):  # type: ignore[misc]
+        def feedback_gradients(self, blocks: Any) -> Any:
+            noise.update({b.name: b.perturbation.double() for b in blocks})
+            found.append(blocks[0].tangent)
+            return super().feedback_gradients(blocks)
+
+    noise: dict[str, Tensor] = {}
+    torch.manual_seed(3)
+    model = FDFA(net, at=names, method=Recorder(), backend="reference", example_input=x)
+    model(x).sum().backward()
+
+    def perturbed(step: float) -> Tensor:
+        hooks = [
+            net.get_submodule(n).register_forward_hook(lambda _, __, out, n=n: out + step * noise[n])
+            for n in names
+        ]
+        try:
+            with torch.no_grad():
+                return net(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    difference = (perturbed(1e-4) - perturbed(-1e-4)) / 2e-4
+    torch.testing.assert_close(found[0].double(), difference, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_takes_repeated_blocks_and_groups_of_layers() -> None:
+    x = torch.randn(4, 6)
+    assert wrapped(ResidualNet(), x, at="auto").block_names == ["stem", "body.0", "body.1"]
+    layers = wrapped(ResidualNet(), x, at="auto", granularity="layer").block_names
+    assert layers == ["stem", "body.0.first", "body.0.second", "body.1.first", "body.1.second"]
+
+
+class Shared(nn.Module):
+    """Two inputs through one encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 5), nn.ReLU())
+        self.join = nn.Linear(10, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        joined = torch.cat([self.encoder(a), self.encoder(b)], 1)
+        return self.head(torch.relu(self.join(joined)))
+
+
+def test_a_layer_that_is_called_twice_learns_by_the_points_after_it() -> None:
+    x = torch.randn(4, 6), torch.randn(4, 6)
+    model = wrapped(Shared(), x, at="auto")
+    assert model.block_names == ["join"]
+    for _ in range(2):
+        model.zero_grad()
+        model(*x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.module.parameters())
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        ["stem", "body.0", "body.1"],
+        [Residual, "stem"],
+        lambda name, module: isinstance(module, Residual) or name == "stem",
+    ],
+)
+def test_at_takes_names_classes_and_functions(at: Any) -> None:
+    model = wrapped(ResidualNet(), torch.randn(4, 6), at=at)
+    assert model.block_names == ["stem", "body.0", "body.1"]
+
+
+def test_points_may_stand_within_each_other_and_beside_blocks() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(FDFALinear(6, 8, activation="tanh"), Residual(8), nn.Linear(8, 3))
+    model = wrapped(net, torch.randn(4, 6), at=["1", "1.first"])
+    assert model.block_names == ["0", "1", "1.first"]
+    for _ in range(200):
+        model(torch.randn(64, 6)).sum().backward()
+    angles = feedback_alignment(model, torch.randn(256, 6))
+    assert max(angles.values()) < 45, angles
+
+
+def test_a_loss_within_the_forward_trains_the_output_module_exactly() -> None:
+    torch.manual_seed(0)
+    net = WithLoss()
+    x, y = torch.randn(4, 6), torch.randint(3, (4,))
+    plain = copy.deepcopy(net)
+    model = wrapped(net, {"inputs": x, "labels": y}, at="auto")
+    assert model.network.output == "head"
+    result = model(inputs=x, labels=y)
+    assert set(result) == {"loss", "logits"}
+    result["loss"].backward()
+    expected = plain(inputs=x, labels=y)
+    expected["loss"].backward()
+    torch.testing.assert_close(result["loss"], expected["loss"])
+    for mine, theirs in zip(net.head.parameters(), plain.head.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    assert all(p.grad is not None for p in net.parameters())
+    assert all(matrix.any() for matrix in model.feedback.values())
+
+
+def test_the_output_module_may_be_named() -> None:
+    x = torch.randn(4, 6)
+    net = nn.Sequential(ResidualNet(), nn.Softmax(1))
+    model = wrapped(net, x, at="auto", output="0.head")
+    by_default = wrapped(copy.deepcopy(net), x, at="auto")
+    for m in (model, by_default):
+        m(x)[:, 0].sum().backward()
+    error = model.module[0].head.bias.grad
+    assert error is not None
+    torch.testing.assert_close(error, by_default.module[0].head.bias.grad)
+    # The tangent of the logits, not that of the softmax.
+    assert not torch.allclose(model.feedback["0.stem"], by_default.feedback["0.stem"])
+
+
+class Pair(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        return torch.tanh(self.layer(x)), 1
+
+
+class OfPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = Pair(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, count = self.first(x)
+        return self.head(y * count)
+
+
+def test_a_point_may_stand_at_the_first_of_a_tuple() -> None:
+    model = wrapped(OfPairs(), torch.randn(4, 6), at=["first"])
+    model(torch.randn(4, 6)).sum().backward()
+    assert model.feedback["first"].any()
+    assert gradient_alignment(model, (torch.randn(4, 6), torch.randint(3, (4,))))
+    assert (
+        feedback_ceiling(model, (torch.randn(64, 6), torch.randint(3, (64,))))["first.layer.weight"] < 1
+    )
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    net, x = plain_net(), images()
+    net.eval()
+    before = net(x)
+    keys, forwards = [*net.state_dict()], [vars(m).get("forward") for m in net.modules()]
+    hooks = [len(m._forward_hooks) for m in net.modules()]
+    state = copy.deepcopy(net.state_dict())
+    model = wrapped(net, x, at="auto")
+    assert not net.training
+    torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
+    torch.testing.assert_close(model.eval()(x), before, rtol=0, atol=0)
+    step(model.train(), torch.optim.SGD(net.parameters(), lr=0.1), x, torch.randint(3, (5,)))
+    with pytest.raises(RuntimeError):
+        model(torch.randn(5, 7, 12, 12))
+    assert [*net.state_dict()] == keys
+    assert [vars(m).get("forward") for m in net.modules()] == forwards
+    assert [len(m._forward_hooks) for m in net.modules()] == hooks
+    assert not isinstance(net, FDFA)
+
+
+def test_a_forward_of_the_instances_own_is_called_and_kept() -> None:
+    net, x = plain_net(), images()
+    calls: list[int] = []
+    layer = net[9]
+    original = layer.forward
+
+    def own(value: Tensor) -> Tensor:
+        calls.append(1)
+        return original(value)
+
+    layer.forward = own  # type: ignore[method-assign]
+    model = wrapped(net, x, at=GROUPS)
+    calls.clear()
+    model(x).sum().backward()
+    assert calls == [1]
+    assert vars(layer)["forward"] is own
+    assert model.feedback["9"].any()
+
+
+def test_running_statistics_move_once_a_step() -> None:
+    net, x = plain_net(), images()
+    model, plain = wrapped(net, x, at="auto"), copy.deepcopy(net)
+    model(x)
+    plain.train()(x)
+    torch.testing.assert_close(net[1].running_mean, plain[1].running_mean)
+    assert net[1].num_batches_tracked == 1
+
+
+def test_copies_and_checkpoints_train_on_alike() -> None:
+    x, y = images(), torch.randint(3, (5,))
+    model = wrapped(plain_net(), x, at="auto", feedback="adam", feedback_lr=1e-2)
+    optimizer = torch.optim.SGD(model.module.parameters(), lr=0.1)
+    step(model, optimizer, x, y)
+    twin = copy.deepcopy(model)
+    other = wrapped(plain_net(), x, seed=9, at="auto", feedback="adam", feedback_lr=1e-2)
+    other.load_state_dict(model.state_dict())
+    for m in (model, twin, other):
+        step(m, torch.optim.SGD(m.module.parameters(), lr=0.1), x, y)
+    for m in (twin, other):
+        torch.testing.assert_close(m.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_module_that_replaces_one_at_a_point_has_its_feedback() -> None:
+    net, x = plain_net(), images()
+    model = wrapped(net, x, at=GROUPS)
+    model(x).sum().backward()
+    before = model.feedback["9"].clone()
+    net[9] = nn.Sigmoid()
+    model.feedback_lr = 0
+    model(x).sum().backward()
+    torch.testing.assert_close(model.feedback["9"], before)
+    net[9] = FDFABlock(nn.Sigmoid())
+    with pytest.raises(RuntimeError, match="depends on parameters of a module before it"):
+        model(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"at": "auto", "example_input": None},
+            ValueError,
+            'FDFA: at="auto" finds the points on an example',
+        ),
+        ({"at": "stem"}, TypeError, 'FDFA: at must be "auto", a list of module names'),
+        ({"at": nn.Linear}, TypeError, 'FDFA: at must be "auto", a list of module names'),
+        ({"at": [3]}, TypeError, "FDFA: at lists names and classes of modules; got 3"),
+        ({"at": ["stam"]}, ValueError, "FDFA: at names 'stam', but the model has no such module"),
+        ({"at": [""]}, ValueError, "FDFA: at means the model itself"),
+        ({"at": [nn.Conv2d]}, ValueError, r"FDFA: at=\['Conv2d'\] means no module of ResidualNet"),
+        ({"at": lambda name, module: False}, ValueError, "FDFA: at=<lambda> means no module"),
+        (
+            {"at": ["stem"], "output": "hat"},
+            ValueError,
+            "FDFA: output names 'hat', but the model has no",
+        ),
+        (
+            {"at": "auto", "granularity": "net"},
+            ValueError,
+            "FDFA: granularity must be one of block, layer",
+        ),
+        (
+            {"at": ["stem", "head"], "output": "norm"},
+            RuntimeError,
+            "FDFA: 'head' was used after the output module",
+        ),
+        ({}, ValueError, 'FDFA: the module has no block; give at="auto"'),
+    ],
+)
+def test_what_at_cannot_mean_is_refused(options: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        FDFA(ResidualNet(), **{"example_input": torch.randn(4, 6), **options})
+
+
+class Aliased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(x))
+
+
+class NotFeatures(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("net", "at", "error", "message"),
+    [
+        (Aliased(), ["b"], ValueError, "FDFA: at names 'b', which is 'a' too; use that name"),
+        (Shared(), ["encoder"], RuntimeError, "FDFA: module 'encoder' has a point and was used twice"),
+        (
+            nn.Sequential(FDFABlock(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 3)),
+            ["0.1"],
+            ValueError,
+            "FDFA: at names '0.1', which is within block '0'",
+        ),
+        (
+            nn.Sequential(NotFeatures(), nn.Unflatten(0, (4, 1)), nn.Linear(1, 3)),
+            ["0"],
+            TypeError,
+            r"FDFA: module '0' has a point, so it must return features \[N, \*features\]",
+        ),
+        (nn.Sequential(nn.Linear(6, 3)), "auto", ValueError, 'FDFA: at="auto" finds no hidden layer'),
+    ],
+)
+def test_models_without_place_for_a_point_are_refused(
+    net: nn.Module, at: Any, error: type, message: str
+) -> None:
+    x = (torch.randn(4, 6),) * (2 if isinstance(net, Shared) else 1)
+    with pytest.raises(error, match=message):
+        FDFA(net, at=at, example_input=x)
+
+
+def test_a_compiled_step_is_refused() -> None:
+    model = wrapped(ResidualNet(), torch.randn(4, 6), at="auto")
+    with pytest.raises(Exception, match="cannot train a model by at="):
+        torch.compile(model)(torch.randn(4, 6))
+
+
+class Elsewhere(ResidualNet):
+    """Uses its head as often as it is told."""
+
+    times = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        outputs = [self.head(x) for _ in range(self.times)]
+        return sum(outputs, x[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [(0, "output module 'head' was not used"), (2, "output module 'head' was used twice")],
+)
+def test_the_output_must_be_reached_once(times: int, message: str) -> None:
+    net, x = Elsewhere(), torch.randn(4, 6)
+    model = wrapped(net, x, at=["stem"], output="head")
+    net.times = times
+    with pytest.raises(RuntimeError, match=message):
+        model(x)
+
+
+def test_a_zero_head_learns_and_then_the_layers_do() -> None:
+    torch.manual_seed(0)
+    net = ResidualNet()
+    nn.init.zeros_(net.head.weight)
+    x, y = torch.randn(64, 6), torch.randint(3, (64,))
+    with pytest.warns(UserWarning, match="the tangent of the output is zero"):
+        model = wrapped(net, x, at="auto")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    stem = net.stem.weight.detach().clone()
+    losses = [float(step(model, optimizer, x, y)) for _ in range(30)]
+    assert losses[-1] < losses[0]
+    assert not torch.equal(net.stem.weight, stem)
+
+
+class Penalised(ResidualNet):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        self.penalty = x.abs().mean()
+        return self.head(x)
+
+
+def test_a_kept_activation_is_warned_of_once() -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model = wrapped(Penalised(), torch.randn(4, 6), at=["stem"])
+        model(torch.randn(4, 6)).sum().backward()
+    said = [str(warning.message) for warning in found]
+    assert len(said) == 1
+    assert "'penalty' of a Penalised keeps a hidden activation" in said[0]
+
+
+def _torchvision() -> Any:
+    return pytest.importorskip("torchvision.models", exc_type=(ImportError, RuntimeError))
+
+
+def _text(make: Callable[[Any], nn.Module]) -> tuple[nn.Module, Any]:
+    ids, labels = torch.randint(0, 100, (4, 12)), torch.randint(0, 2, (4,))
+    return make(pytest.importorskip("transformers")), {"input_ids": ids, "labels": labels}
+
+
+_BERT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
+_DISTILBERT = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}
+
+
+def _vision(name: str, **options: Any) -> Callable[[], tuple[nn.Module, Any]]:
+    def make() -> tuple[nn.Module, Any]:
+        return getattr(_torchvision(), name)(num_classes=4, **options), torch.randn(2, 3, 64, 64)
+
+    return make
+
+
+def _timm(name: str, **options: Any) -> Callable[[], tuple[nn.Module, Any]]:
+    def make() -> tuple[nn.Module, Any]:
+        timm = pytest.importorskip("timm", exc_type=(ImportError, RuntimeError))
+        return timm.create_model(name, num_classes=4, **options), torch.randn(2, 3, 64, 64)
+
+    return make
+
+
+class Recurrent(nn.Module):
+    """The last state of a GRU over [N, T, 6]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0][:, -1])
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(40, 4)
+    )
+
+
+ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "torch_encoder": lambda: (_encoder(), torch.randn(4, 5, 6)),
+    "gru": lambda: (Recurrent(), torch.randn(4, 5, 6)),
+    "conv3d": lambda: (
+        nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4)),
+        torch.randn(4, 1, 5, 5, 5),
+    ),
+    "resnet18": _vision("resnet18"),
+    "vgg11_bn": _vision("vgg11_bn"),
+    "mobilenet_v3_small": _vision("mobilenet_v3_small"),
+    "densenet121": _vision("densenet121"),
+    "efficientnet_b0": _vision("efficientnet_b0"),
+    "convnext_tiny": _vision("convnext_tiny"),
+    "swin_t": _vision("swin_t"),
+    "googlenet": _vision("googlenet", aux_logits=False, init_weights=False),
+    "vit_tiny": _timm("vit_tiny_patch16_224", img_size=64, depth=3),
+    "mixer": _timm("mixer_s32_224", img_size=64),
+    "convmixer": _timm("convmixer_768_32"),
+    "bert": lambda: _text(lambda t: t.BertForSequenceClassification(t.BertConfig(**_BERT))),
+    "distilbert": lambda: _text(
+        lambda t: t.DistilBertForSequenceClassification(t.DistilBertConfig(**_DISTILBERT))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.filterwarnings("ignore:FDFA. the tangent of the output is zero")
+def test_one_line_trains_models_as_they_come(name: str) -> None:
+    net, x = ZOO[name]()
+    plain = copy.deepcopy(net)
+    model = FDFA(net, at="auto", example_input=x)
+    named = isinstance(x, dict)
+    outputs = []
+    for m in (model.eval(), plain.eval()):
+        with torch.no_grad():
+            out = m(**x) if named else m(x)
+        outputs.append(out["logits"] if named else out)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    model.train()
+    out = model(**x) if named else model(x)
+    (out["loss"] if named else F.cross_entropy(out, torch.arange(len(out)))).backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == []
+    assert all(matrix.isfinite().all() for matrix in model.feedback.values())
+    plain.load_state_dict(net.state_dict())
