@@ -7,7 +7,7 @@ from fdfa_ext.graphed import make_graphed_step
 from fdfa_ext.jvp import register_jvp
 from fdfa_ext.layers import FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.methods import register_method
-from fdfa_ext.model import FDFA
+from fdfa_ext.model import FDFA, check
 
 __all__ = [
     "FDFA",
@@ -16,6 +16,7 @@ __all__ = [
     "FDFALinear",
     "FeedbackUpdate",
     "build_info",
+    "check",
     "make_graphed_step",
     "methods",
     "metrics",

@@ -94,6 +94,7 @@ class NetworkEnd:
 
     finish: Callable[[Tensor, Tensor | None], Tensor]  # of output and tangent; its result goes on
     reached: bool = False
+    output: Tensor | None = None  # that result
 
 
 @dataclass(slots=True)
@@ -170,7 +171,8 @@ class DualPass:
         end.reached = True
         with without_rules():
             output, tangent = unpack_dual(result)
-            return end.finish(output, None if tangent is None else tangent.detach())
+            end.output = end.finish(output, None if tangent is None else tangent.detach())
+            return end.output
 
     def use_noise(self) -> Tensor:
         """The noise state of this pass, for its backward; that of the model moves on."""
@@ -236,7 +238,7 @@ class BlockPass:
                 rules.made.append(weakref.ref(result))
             return result
 
-    def point(self, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def point(self, module: nn.Module, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
         """What this forward of a module of any kind returns, perturbed: the tensor, or the first of a
         tuple. Autograd goes on from its gradient δ to all that made it behind the points before."""
         dual = self._running_pass()
@@ -248,6 +250,7 @@ class BlockPass:
             )
         self._refuse_checkpoint(dual)
         result = forward(*args, **kwargs)
+        self._running_pass()  # whose end may be within
         first = first_tensor(result)
         if first is None or not first.is_floating_point() or first.dim() < 2:
             got = type(result).__name__ if first is None else f"{first.dtype} {list(first.shape)}"
@@ -516,8 +519,8 @@ class BlockPass:
         if x.requires_grad:
             raise RuntimeError(
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
-                "that is no block: they would get no gradient. Put that module into an FDFABlock, and "
-                "detach an input that wants a gradient"
+                "that is no block: they would get no gradient. Put that module into an FDFABlock, or "
+                "name it in at=, and detach an input that wants a gradient"
             )
         return dual
 

@@ -41,6 +41,8 @@ def with_first(result: Any, tensor: Tensor) -> Any:
     if isinstance(result, Tensor):
         return tensor
     rest = (tensor, *result[1:])
+    if type(result).__module__ == torch.return_types.__name__:
+        return type(result)(rest)
     return type(result)(*rest) if hasattr(result, "_fields") else rest
 
 

@@ -152,8 +152,9 @@ def mean_jacobian(model: FDFA, input: Tensor) -> dict[str, Tensor]:
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, output: Tensor) -> Tensor:
-        # Whatever the block's parameters want. A copy goes on, which may be changed in place.
-        outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+        # A tensor of its own, whatever the block's parameters want: the block may return its input. A
+        # copy goes on, which may be changed in place.
+        outputs[name] = output.clone() if output.requires_grad else output.detach().requires_grad_()
         return outputs[name].clone()
 
     with _untouched(model), _at_blocks(model, keep):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fdfa_ext.auto import GRANULARITIES, auto_points, default_output, trace
 from fdfa_ext.autograd import check_blocks
 from fdfa_ext.dual_pass import BACKENDS, BlockRecord
 from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
@@ -22,8 +23,9 @@ from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, BlockMethod, Method
 from fdfa_ext.network import Network
 from fdfa_ext.noise import NOISES, new_state
 from fdfa_ext.patches import patch_shape
-from fdfa_ext.points import GRANULARITIES, At, auto_points, check_at, default_output, trace
+from fdfa_ext.points import At, check_at, check_output_name
 from fdfa_ext.step import TrainingStep, check_output, no_tangent
+from fdfa_ext.summary import Summary, summarize
 
 
 class FDFA(nn.Module):
@@ -166,8 +168,8 @@ class FDFA(nn.Module):
             raise ValueError('FDFA: at="auto" finds the points on an example; give example_input')
         if at != "auto":
             check_at(at)
-        if output is not None and output not in dict(module.named_modules()):
-            raise ValueError(f"FDFA: output names '{output}', but the model has no such module")
+        if output is not None:
+            check_output_name(module, output)
         self.module = module
         self.method = method
         self.rule = "own" if isinstance(feedback, FeedbackUpdate) else feedback
@@ -184,10 +186,8 @@ class FDFA(nn.Module):
         self.heads = LocalHeads()
         self.local_outputs: list[Tensor] = []
         args, kwargs = _inputs_of(module, example_input)
-        if at is not None and example_input is not None:
-            traced = trace(module, args, kwargs)
-            at = auto_points(traced, granularity) if at == "auto" else at
-            output = output or default_output(traced)
+        if example_input is not None:
+            at, output = _found_points(module, at, granularity, output, args, kwargs)
         self.network = Network(at, output)
         self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
         self.network.look_at(module)
@@ -290,6 +290,17 @@ class FDFA(nn.Module):
             self.local_outputs,
         )
 
+    def summary(self, *args: Any, **kwargs: Any) -> Summary:
+        """The points with their features and bytes of feedback, and what each parameter learns by, from
+        one forward on these inputs in eval mode."""
+        if not isinstance(self.method, BlockMethod):
+            raise ValueError(f"FDFA: {type(self.method).__name__} has no points")
+        self.network.look_at(self.module)
+        matrices = 0 if self.method.feedback == "none" else 1
+        if self.method.feedback == "learned" and self.rule == "adam":
+            matrices = 3
+        return summarize(self._step(self.module, args, kwargs), matrices)
+
     def forward_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the module, weights and biases, and of local heads."""
         yield from self.module.parameters()
@@ -363,14 +374,6 @@ class FDFA(nn.Module):
                 "feedback matrices must exist"
             )
         dual, output, tangent = step.dry_run()
-        plan = self.network.plan
-        if plan is not None and plan.kept_activation is not None:
-            warnings.warn(
-                f"FDFA: {plan.kept_activation} keeps a hidden activation; a loss on it trains the parameters "
-                "after the last point alone. Blocks take such losses: docs/guide.md, Losses on hidden "
-                "activations",
-                stacklevel=3,
-            )
         droppers = step.find_droppers() if dual.perturbs else []
         if tangent is None and dual.perturbs:
             raise no_tangent(droppers)
@@ -385,6 +388,14 @@ class FDFA(nn.Module):
             warnings.warn(
                 f"FDFA: module {droppers[0]} drops the tangent; blocks whose only way to the output "
                 "leads through it learn no feedback",
+                stacklevel=3,
+            )
+        untrained = summarize(step, 0).untrained
+        if untrained:
+            others = f" and {len(untrained) - 1} more" if len(untrained) > 1 else ""
+            warnings.warn(
+                f"FDFA: no gradient reaches parameter '{untrained[0]}'{others}; print "
+                "model.summary(input), and freeze what the forward does not use: requires_grad_(False)",
                 stacklevel=3,
             )
         blocks = self.network.blocks
@@ -487,6 +498,47 @@ class FDFA(nn.Module):
 
 def _shape(parameter: Tensor) -> torch.Size | None:
     return None if is_lazy(parameter) else parameter.shape
+
+
+def _found_points(
+    module: nn.Module,
+    at: Any,
+    granularity: str,
+    output: str | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[At, str | None]:
+    """`at` and `output` as a forward on an example tells them."""
+    if at is None:
+        return at, output
+    traced = trace(module, args, kwargs)
+    output = output or default_output(traced)
+    return auto_points(traced, granularity, output) if at == "auto" else at, output
+
+
+def check(
+    module: nn.Module,
+    example_input: Any,
+    *,
+    at: str | At = "auto",
+    granularity: str = "block",
+    output: str | None = None,
+    **options: Any,
+) -> Summary:
+    """What FDFA(module, ...) would perturb and train, before it makes anything.
+
+    Args:
+        module, example_input, at, granularity, output: as FDFA takes them; the blocks alone by at=None.
+        options: other arguments of FDFA.
+
+    Raises:
+        What FDFA raises where it cannot train the module.
+    """
+    args, kwargs = _inputs_of(module, example_input)
+    found = _found_points(module, at, granularity, output, args, kwargs)
+    with torch.random.fork_rng(devices=[]):  # the model draws a seed
+        model = FDFA(module, at=found[0], output=found[1], **options)
+    return model.summary(*args, **kwargs)
 
 
 def _inputs_of(module: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

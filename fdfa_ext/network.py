@@ -1,6 +1,7 @@
 """The user's module as FDFA runs it in training: by its plan, on primal and tangent."""
 
 import sys
+import warnings
 from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -100,7 +101,6 @@ class Network:
             restore_buffers(buffers)
             raise
 
-    @torch.no_grad()
     def dry_run(
         self, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
@@ -300,13 +300,30 @@ def _through_points(
             except NotImplementedError as error:
                 refuse_unknown("a function in the model's forward", error)
                 raise
-        if not torch.is_grad_enabled():  # in a dry run
-            plan.kept_activation = kept_activation(plan.own_code)
+        if module.training and not plan.was_searched:  # no dry run
+            plan.was_searched = True
+            _warn_of_activations(plan, None if dual.end is None else result)
         if dual.end is not None:
+            if dual.end.output is not None:
+                outputs.append(dual.end.output)
             return result, None
         output, tangent = unpack_dual(_check_type(result))
         outputs.append(output)
     return output, None if tangent is None else tangent.detach()
+
+
+def _warn_of_activations(plan: Plan, result: Any) -> None:
+    """Of hidden activations on which user code may have a loss: kept by a module, or in the result
+    beside the output."""
+    kept = kept_activation(plan.own_code)
+    if kept is None and _any_tangent(result):
+        kept = f"the result of the model, a {type(result).__name__},"
+    if kept is not None:
+        warnings.warn(
+            f"FDFA: {kept} keeps a hidden activation; a loss on it trains no parameter but those "
+            "between it and the points before it, which cut autograd",
+            stacklevel=2,
+        )
 
 
 def _on_dual_tensors(
@@ -360,7 +377,10 @@ def _look_for_activations(
 
 def _check_type(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
-        raise TypeError(f"FDFA: the module must return one tensor; got {type(output).__name__}")
+        raise TypeError(
+            f"FDFA: the module must return one tensor; got {type(output).__name__}. Name the module "
+            "that returns the output [N, K] by output="
+        )
     return output
 
 

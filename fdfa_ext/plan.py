@@ -45,7 +45,7 @@ from fdfa_ext.jvp import (
 )
 from fdfa_ext.layers import OVERRIDABLE, Block, FDFABlock, FDFAConv2d
 from fdfa_ext.own_code import OwnCodeRules
-from fdfa_ext.points import BLOCKS, At, find_points
+from fdfa_ext.points import BLOCKS, At, check_output_name, find_points
 
 MakeForward = Callable[[Callable[..., Any]], Callable[..., Any]]
 _BLOCK_FORWARDS = [kind.forward for kind in BLOCKS]
@@ -73,7 +73,7 @@ class Plan:
         buffers: each module's dictionary of them.
         exposes: whether user code keeps hidden activations, so that blocks return them with a graph.
         keeps_activations: whether a dry run saw that; a compiled pass then refuses the model.
-        kept_activation: what a dry run saw to be kept where there are points, in words.
+        was_searched: whether a training pass through points has looked for activations that are kept.
         has_points: whether there are such modules, or the output is that of a module within. Autograd
             then goes from point to point.
         forwards: modules that have another forward in a pass, each with the function that makes it of
@@ -90,7 +90,7 @@ class Plan:
     takes_output_weight: bool = True
     exposes: bool = False
     keeps_activations: bool = False
-    kept_activation: str | None = None
+    was_searched: bool = False
 
     def __init__(self, module: nn.Module, at: At = None, output: str | None = None) -> None:
         self.module = module
@@ -135,6 +135,7 @@ class Plan:
         ]
         self.forwards += points
         if output is not None:
+            check_output_name(module, output)
             self.forwards.append((named[output], partial(partial, _end_at_output, running, output)))
         self.guard = self._watch(named.values())
 
@@ -173,7 +174,7 @@ def _make_by_rule(
     return partial(_forward_by_rule, running, module, rule)
 
 
-def _end_at_output(running: BlockPass, name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _end_at_output(running: BlockPass, name: str, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
     """The network ends with what this forward returns; what the model makes of it is autograd's."""
     result = forward(*args, **kwargs)
     assert running.dual is not None, "a pass runs"
@@ -181,7 +182,7 @@ def _end_at_output(running: BlockPass, name: str, forward: Any, *args: Any, **kw
 
 
 def _forward_by_rule(
-    running: BlockPass, module: nn.Module, rule: ModuleRule, *args: Any, **kwargs: Any
+    running: BlockPass, module: nn.Module, rule: ModuleRule, /, *args: Any, **kwargs: Any
 ) -> Any:
     """running: any block's pass."""
     result, is_dual = call_by_rule(module, rule, *args, **kwargs)

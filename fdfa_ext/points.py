@@ -1,40 +1,28 @@
 """Perturbation points: the modules of a model that are perturbed at their output.
 
-A block brings its point along. `at` puts points on modules of any other kind, and "auto" finds them in
-what a model calls on an example.
+A block brings its point along. `at` puts points on modules of any other kind.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
-from fdfa_ext.duals import first_tensor
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
 
 BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
-GRANULARITIES = ("block", "layer")
 
 # Names, classes, or a function of name and module that says whether the module is meant.
 At = Sequence[str | type[nn.Module]] | Callable[[str, nn.Module], Any] | None
-
-_TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# They change no value, so that a point before them has the shape that patches want.
-_VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
 
 
 def check_at(at: Any) -> None:
     """Raises TypeError unless `at` is of a kind that find_points takes."""
     kinds = (str, type)
-    if at is None or (callable(at) and not isinstance(at, type)):
+    if at is None or (callable(at) and not isinstance(at, (type, nn.Module))):
         return
     if isinstance(at, (str, type)) or not isinstance(at, Sequence):
         raise TypeError(
@@ -82,7 +70,7 @@ def find_points(module: nn.Module, at: At = None) -> Iterator[tuple[str, Any]]:
         found = True
         yield name, candidate
     if names:
-        raise ValueError(_unknown_name(module, sorted(names)[0], inside))
+        raise ValueError(_wrong_name("at", module, sorted(names)[0], inside))
     if not found and at is not None:
         raise ValueError(f"FDFA: at={_shown(at)} means no module of {type(module).__name__}")
     if not found:
@@ -100,15 +88,22 @@ def _is_meant(at: At, name: str, module: nn.Module) -> bool:
     return bool(at(name, module))
 
 
-def _unknown_name(module: nn.Module, name: str, inside: Sequence[str]) -> str:
+def check_output_name(module: nn.Module, name: str) -> None:
+    """Raises ValueError unless it is that of a module within."""
+    if name not in dict(module.named_modules()):
+        raise ValueError(_wrong_name("output", module, name, []))
+
+
+def _wrong_name(argument: str, module: nn.Module, name: str, inside: Sequence[str]) -> str:
     known = dict(module.named_modules(remove_duplicate=False))
     if name not in known:
-        return f"FDFA: at names '{name}', but the model has no such module"
+        return f"FDFA: {argument} names '{name}', but the model has no such module"
     for outer in inside:
         if name.startswith(outer + "."):
-            return f"FDFA: at names '{name}', which is within block '{outer}' and learns by its error"
+            where = f"within block '{outer}' and learns by its error"
+            return f"FDFA: {argument} names '{name}', which is {where}"
     first = next(other for other, member in module.named_modules() if member is known[name])
-    return f"FDFA: at names '{name}', which is '{first}' too; use that name"
+    return f"FDFA: {argument} names '{name}', which is '{first}' too; use that name"
 
 
 def _shown(at: At) -> str:
@@ -124,7 +119,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     modes = [(member, member.training) for member in members]
     buffers = save_buffers(member._buffers for member in members)
     try:
-        module.eval()
+        # Not by the module's eval(), which may do more, such as merging weights.
+        for member in members:
+            member.training = False
         yield
     finally:
         for member, mode in modes:
@@ -149,154 +146,3 @@ def save_buffers(buffers: Iterable[dict[str, Any]]) -> SavedBuffers:
 def restore_buffers(saved: SavedBuffers) -> None:
     for entries, name, buffer, values in saved:
         entries[name] = buffer.copy_(values)
-
-
-@dataclass(slots=True)
-class ModuleCall:
-    """One call of a module, by the tensors that go in and out."""
-
-    module: nn.Module
-    inputs: list[Tensor]
-    output: Tensor | None  # the first that it returns, or None
-
-    @property
-    def makes_features(self) -> bool:
-        """Whether it returns what may be perturbed: [N, *features]."""
-        return self.output is not None and self.output.is_floating_point() and self.output.dim() >= 2
-
-
-@dataclass(slots=True)
-class Trace:
-    """One forward of a module in eval mode."""
-
-    module: nn.Module
-    calls: list[ModuleCall]  # each after those within it
-    result: Any
-
-
-@torch.no_grad()
-def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
-    calls: list[ModuleCall] = []
-    members = {*module.modules()}
-
-    def record(inner: nn.Module, inputs: Any, keywords: Any, result: Any) -> None:
-        if inner in members:
-            read = [t for t in tree_leaves((inputs, keywords)) if isinstance(t, Tensor)]
-            calls.append(ModuleCall(inner, read, first_tensor(result)))
-
-    hook = register_module_forward_hook(record, with_kwargs=True)
-    try:
-        with evaluating(module):
-            result = module(*args, **kwargs)
-    finally:
-        hook.remove()
-    return Trace(module, calls, result)
-
-
-def has_matrices(module: nn.Module) -> bool:
-    """Whether it is a layer: with weights of its own that map features, as no norm has. A module with
-    others in it may hold bare parameters, such as positions."""
-    if isinstance(module, _EMBEDDINGS) or (
-        [*module.children()] and not isinstance(module, nn.MultiheadAttention)
-    ):
-        return False
-    return any(p is not None and p.dim() >= 2 for p in module._parameters.values())
-
-
-def default_output(traced: Trace) -> str | None:
-    """Name of the module whose result is the network's output; None where that is the model's own."""
-    if isinstance(traced.result, Tensor):
-        return None
-    names = {member: name for name, member in traced.module.named_modules()}
-    with_parameters = [
-        call.module for call in traced.calls if any(True for _ in call.module.parameters(recurse=False))
-    ]
-    return names[with_parameters[-1]] if with_parameters else None
-
-
-def auto_points(traced: Trace, granularity: str) -> list[str]:
-    """Names for `at`.
-
-    A point stands after each layer with the norm, activation, pool and dropout that alone read its
-    output, and none after the output layer, the last. Where a class of the model's repeats, each of
-    several layers, a point stands after each of these instead, unless granularity is "layer". A layer
-    called several times has none, and learns by the points after it.
-
-    Raises:
-        ValueError: no place is left for a point.
-    """
-    module, calls = traced.module, traced.calls
-    times = Counter(call.module for call in calls)
-    layers = [call for call in calls if has_matrices(call.module)]
-    names = {member: name for name, member in module.named_modules()}
-    points: list[str] = []
-    if layers:
-        output = layers[-1].module
-        composites = [] if granularity == "layer" else _repeated(calls, times, output, names)
-        points += [names[composite] for composite in composites]
-        within = {inner for composite in composites for inner in composite.modules()}
-        for call in layers:
-            inner = call.module
-            if inner not in within and inner is not output and times[inner] == 1:
-                end = _end_of_group(calls, calls.index(call), times, within)
-                if end.makes_features:
-                    points.append(names[end.module])
-    if not points:
-        raise ValueError(
-            f'FDFA: at="auto" finds no hidden layer in {type(module).__name__} that is called once in '
-            'a forward; name modules, or train it by method="bp"'
-        )
-    return list(dict.fromkeys(points))
-
-
-def _repeated(
-    calls: Sequence[ModuleCall],
-    times: Counter[nn.Module],
-    output: nn.Module,
-    names: dict[nn.Module, str],
-) -> list[nn.Module]:
-    """The outermost modules of classes that repeat, such as residual blocks and transformer layers."""
-    called = {call.module: call for call in calls}
-
-    def fits(member: nn.Module) -> bool:
-        kind = type(member)
-        own = not kind.__module__.startswith("torch.nn.") or isinstance(member, _TRANSFORMER_LAYERS)
-        if not own or times[member] != 1 or not called[member].makes_features:
-            return False
-        inner = {*member.modules()}
-        return output not in inner and sum(has_matrices(m) and times[m] > 0 for m in inner) > 1
-
-    fitting = [member for member in names if fits(member)]
-    kinds = Counter(type(member) for member in fitting)
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for member in fitting:
-        if kinds[type(member)] > 1 and member not in inside:
-            found.append(member)
-            inside.update(member.modules())
-    return found
-
-
-def _end_of_group(
-    calls: Sequence[ModuleCall], start: int, times: Counter[nn.Module], within: set[nn.Module]
-) -> ModuleCall:
-    """The last of the calls, from this layer's on, of modules that each alone read what the one before
-    returns."""
-    end = calls[start]
-    while True:
-        readers = [
-            (i, call)
-            for i, call in enumerate(calls)
-            if i > start and not [*call.module.children()] and any(t is end.output for t in call.inputs)
-        ]
-        if not readers:
-            return end
-        start, reader = readers[0]
-        changes_in_place = reader.output is end.output  # later readers are its own
-        is_alone = (len(readers) == 1 or changes_in_place) and len(reader.inputs) == 1
-        joins = not has_matrices(reader.module) and not isinstance(reader.module, _VIEWS)
-        if not (is_alone and joins and times[reader.module] == 1 and reader.makes_features):
-            return end
-        if reader.module in within:
-            return end
-        end = reader

@@ -59,9 +59,7 @@ class TrainingStep:
         )
         result, _ = self.network.forward(self.module, dual, self.args, self.kwargs)
         if not end.reached:
-            raise RuntimeError(
-                f"FDFA: output module '{self.network.output}' was not used in the forward"
-            )
+            raise _unused_output(self.network.output)
         return result
 
     def run_blocks(self, takes_output_layer: bool = False) -> tuple[DualPass, Tensor, Tensor | None]:
@@ -91,8 +89,8 @@ class TrainingStep:
             output = output.detach().requires_grad_()
         return output, tangent
 
-    def dry_run(self) -> tuple[DualPass, Tensor, Tensor | None]:
-        """run_blocks in eval mode, leaving no trace."""
+    def dry_run(self, keeps_graph: bool = False) -> tuple[DualPass, Tensor, Tensor | None]:
+        """run_blocks in eval mode, leaving no trace; the graph of a training pass if that is kept."""
         dual = self._new_pass(self.noise_state.clone())
         found: list[tuple[Tensor, Tensor | None]] = []
         if self.network.output is not None:
@@ -102,11 +100,13 @@ class TrainingStep:
                 return output
 
             dual.end = NetworkEnd(keep)
-        result = self.network.dry_run(self.module, dual, self.args, self.kwargs)
+        try:
+            with torch.set_grad_enabled(keeps_graph):
+                result = self.network.dry_run(self.module, dual, self.args, self.kwargs)
+        except StrayedError:
+            return self.dry_run(keeps_graph)
         if dual.end is not None and not found:
-            raise RuntimeError(
-                f"FDFA: output module '{self.network.output}' was not used in the forward"
-            )
+            raise _unused_output(self.network.output)
         return dual, *(found[0] if found else result)
 
     def find_droppers(self) -> list[str]:
@@ -149,5 +149,6 @@ def check_output(output: Tensor) -> None:
     if output.dim() != 2:
         raise ValueError(
             "FDFA: the output must be [N, K], one row of K values a sample; got "
-            f"{list(output.shape)}. Flatten it within the module"
+            f"{list(output.shape)}. Flatten it within the module, or name the module that returns "
+            "[N, K] by output="
         )

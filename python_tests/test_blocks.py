@@ -333,7 +333,7 @@ def test_attention_alone_does_without_fused_kernels_and_leaves_them_as_they_are(
     finally:
         cuda.enable_cudnn_sdp(True)
     assert model.feedback["0"].abs().max() > 0
-    assert within == [[True, True, False]] * 6
+    assert within == [[True, True, False]] * 7
 
 
 @pytest.mark.parametrize("norm", [[], [nn.BatchNorm2d(4)]], ids=["convolution", "batch norm"])

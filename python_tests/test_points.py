@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from nets import step
 from torch import Tensor, nn
 
-from fdfa_ext import FDFA, FDFABlock, FDFALinear
+from fdfa_ext import FDFA, FDFABlock, FDFALinear, check
 from fdfa_ext.metrics import feedback_alignment, feedback_ceiling, gradient_alignment, mean_jacobian
 
 OPTIONS: dict[str, Any] = {"feedback": "ema", "feedback_lr": 0.3}
@@ -397,6 +397,7 @@ def test_a_module_that_replaces_one_at_a_point_has_its_feedback() -> None:
         ),
         ({"at": "stem"}, TypeError, 'FDFA: at must be "auto", a list of module names'),
         ({"at": nn.Linear}, TypeError, 'FDFA: at must be "auto", a list of module names'),
+        ({"at": nn.Linear(6, 6)}, TypeError, 'FDFA: at must be "auto", a list of module names'),
         ({"at": [3]}, TypeError, "FDFA: at lists names and classes of modules; got 3"),
         ({"at": ["stam"]}, ValueError, "FDFA: at names 'stam', but the model has no such module"),
         ({"at": [""]}, ValueError, "FDFA: at means the model itself"),
@@ -524,8 +525,212 @@ def test_a_kept_activation_is_warned_of_once() -> None:
         model = wrapped(Penalised(), torch.randn(4, 6), at=["stem"])
         model(torch.randn(4, 6)).sum().backward()
     said = [str(warning.message) for warning in found]
-    assert len(said) == 1
-    assert "'penalty' of a Penalised keeps a hidden activation" in said[0]
+    assert len(said) == 2
+    assert "no gradient reaches parameter 'shift' and 10 more" in said[0]
+    assert "'penalty' of a Penalised keeps a hidden activation" in said[1]
+
+
+class TwoHeads(nn.Module):
+    """Returns more than its output: the loss on it would not train what stands before a point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.aux, self.head = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        a = torch.tanh(self.a(x))
+        b = torch.tanh(self.b(a))
+        return {"aux": self.aux(a), "logits": self.head(b)}
+
+
+def test_a_second_output_is_no_point_and_is_warned_of() -> None:
+    x = torch.randn(4, 6)
+    with pytest.warns(UserWarning, match="no gradient reaches parameter 'aux.weight' and 1 more"):
+        model = wrapped(TwoHeads(), x, at="auto")
+    assert model.block_names == ["a", "b"]
+    with pytest.warns(UserWarning, match="the result of the model, a dict, keeps a hidden activation"):
+        model(x)
+
+
+@pytest.mark.parametrize(
+    ("output", "points"), [("aux", ["a"]), ("head", ["a", "b"]), ("b", ["a"]), (None, ["a", "b"])]
+)
+@pytest.mark.filterwarnings("ignore:FDFA. no gradient reaches")
+def test_auto_goes_to_the_output_that_is_named(output: str | None, points: list[str]) -> None:
+    model = wrapped(TwoHeads(), torch.randn(4, 6), at="auto", output=output)
+    assert model.block_names == points
+
+
+def test_auto_adds_points_to_the_blocks_of_a_model() -> None:
+    net = nn.Sequential(
+        FDFABlock(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
+    assert wrapped(net, torch.randn(4, 6), at="auto").block_names == ["0", "2"]
+    only_blocks = nn.Sequential(FDFALinear(6, 8), nn.Linear(8, 3))
+    assert wrapped(only_blocks, torch.randn(4, 6), at="auto").block_names == ["0"]
+
+
+class OverPositions(nn.Module):
+    """Its inner layers see no [N, *]: one takes positions, one has the batch second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.mixed = nn.Linear(2, 8), nn.Linear(6, 8)
+        self.inner, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.tanh(self.places(torch.ones(1, 2)))
+        mixed = torch.tanh(self.mixed(x.transpose(0, 1)))
+        return self.head(torch.tanh(self.inner(mixed.mean(0) + places)))
+
+
+def test_auto_leaves_out_what_does_not_keep_the_batch_first() -> None:
+    assert wrapped(OverPositions(), torch.randn(4, 5, 6), at="auto").block_names == ["inner"]
+
+
+def test_auto_sees_parametrized_layers() -> None:
+    spectral = nn.utils.parametrizations.spectral_norm
+    net = nn.Sequential(
+        spectral(nn.Linear(6, 8)), nn.ReLU(), spectral(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 3)
+    )
+    assert wrapped(net, torch.randn(4, 6), at="auto").block_names == ["1", "3"]
+
+
+class Merging(nn.Linear):
+    """Changes its weight when its mode changes, as layers of low rank do."""
+
+    def train(self, mode: bool = True) -> "Merging":
+        if mode != self.training:
+            self.weight.data += 1 if mode else -1
+        super().train(mode)
+        return self
+
+
+def test_dry_runs_do_not_call_the_modules_own_change_of_mode() -> None:
+    net = nn.Sequential(Merging(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    before = net[0].weight.detach().clone()
+    wrapped(net, torch.randn(4, 6), at="auto")
+    assert torch.equal(net[0].weight, before)
+
+
+def test_the_output_cannot_stand_within_a_point() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))
+    with pytest.raises(RuntimeError, match="FDFA: '1' was used after the output module"):
+        wrapped(net, torch.randn(4, 6), at=["0", "1"], output="1.1")
+
+
+class Reader(nn.Module):
+    """The point returns its own input, changed in place, and another layer reads it too."""
+
+    def __init__(self, passes: nn.Module) -> None:
+        super().__init__()
+        self.before, self.passes = nn.Linear(6, 6), passes
+        self.after, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        return self.head(self.after(self.passes(h)) + h)
+
+
+@pytest.mark.parametrize("passes", [nn.Identity(), nn.ReLU(inplace=True)])
+def test_the_mean_jacobian_is_that_behind_the_point(passes: nn.Module) -> None:
+    net, x = Reader(passes), torch.randn(64, 6)
+    model = wrapped(net, x, at=["passes"])
+    expected = net.head.weight @ net.after.weight
+    torch.testing.assert_close(mean_jacobian(model, x)["passes"], expected)
+
+
+class NamedInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Scaled()
+        self.head = Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x, name=2.0, module=1.0, forward=1.0), name=1.0)
+
+
+class Scaled(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+
+    def forward(self, x: Tensor, name: float, module: float = 1.0, forward: float = 1.0) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * name * module * forward
+
+
+def test_inputs_may_have_any_name() -> None:
+    model = wrapped(NamedInputs(), torch.randn(4, 6), at=["layer"], output="head")
+    model(torch.randn(4, 6)).sum().backward()
+    assert model.feedback["layer"].any()
+
+
+def test_an_output_module_that_is_gone_is_named() -> None:
+    net = ResidualNet()
+    model = wrapped(net, torch.randn(4, 6), at=["stem"], output="head")
+    del net.head
+    with pytest.raises(ValueError, match="FDFA: output names 'head', but the model has no such module"):
+        model(torch.randn(4, 6))
+
+
+def test_a_point_may_return_one_of_torchs_pairs() -> None:
+    class Largest(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return torch.max(x.unflatten(1, (3, 2)), 2)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.largest, self.head = nn.Linear(6, 6), Largest(), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.largest(self.layer(x)).values)
+
+    model = wrapped(Net(), torch.randn(4, 6), at=["largest"])
+    model(torch.randn(4, 6)).sum().backward()
+    assert model.feedback["largest"].any()
+
+
+def test_the_summary_says_what_each_parameter_learns_by() -> None:
+    net, x = ResidualNet(), torch.randn(4, 6)
+    net.unused = nn.Linear(2, 2)
+    net.body[1].first.requires_grad_(False)
+    state = torch.get_rng_state()
+    before = copy.deepcopy(net.state_dict())
+    found = check(net, x, feedback="adam")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert [point.name for point in found.points] == ["stem", "body.0", "body.1"]
+    assert [point.parameters for point in found.points] == [
+        ["shift", "stem.weight", "stem.bias"][1:],
+        ["shift", *(f"body.0.{n}" for n, _ in net.body[0].named_parameters())],
+        [f"body.1.second.{n}" for n, _ in net.body[1].second.named_parameters()],
+    ]
+    assert found.exact == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    assert found.untrained == ["unused.weight", "unused.bias"]
+    with pytest.warns(UserWarning, match="no gradient reaches parameter 'unused.weight' and 1 more"):
+        model = wrapped(net, x, at="auto", feedback="adam")
+    assert model.summary(x) == found
+    banks = (model.feedback, model.exp_avg, model.exp_avg_sq)
+    assert found.feedback_bytes == sum(t.nbytes for bank in banks for t in bank.values())
+    for word in ("body.0", "Residual", "[8]", "norm.bias", "unused.weight"):
+        assert word in str(found)
+
+
+@pytest.mark.parametrize("patch", [1, 4])
+@pytest.mark.parametrize(("method", "tensors"), [("fdfa", 1), ("dfa", 1), ("fg-a", 0)])
+def test_the_bytes_of_a_summary_are_those_of_the_model(method: str, tensors: int, patch: int) -> None:
+    net = blocks_of(plain_net())
+    model = wrapped(net, images(), method=method, patch=patch)
+    found = model.summary(images())
+    assert found == check(net, images(), at=None, method=method, patch=patch, **OPTIONS)
+    assert found.feedback_bytes == sum(t.nbytes for t in model.feedback.values()) * tensors
+
+
+def test_methods_without_points_have_no_summary() -> None:
+    model = wrapped(blocks_of(plain_net()), images(), method="bp")
+    with pytest.raises(ValueError, match="FDFA: Backpropagation has no points"):
+        model.summary(images())
 
 
 def _torchvision() -> Any:
@@ -605,6 +810,9 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 }
 
 
+POINTS = {"torch_encoder": 3, "resnet18": 9, "bert": 4}  # at least
+
+
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.filterwarnings("ignore:FDFA. the tangent of the output is zero")
 def test_one_line_trains_models_as_they_come(name: str) -> None:
@@ -624,3 +832,4 @@ def test_one_line_trains_models_as_they_come(name: str) -> None:
     assert [n for n, p in net.named_parameters() if p.grad is None] == []
     assert all(matrix.isfinite().all() for matrix in model.feedback.values())
     plain.load_state_dict(net.state_dict())
+    assert len(model.block_names) >= POINTS.get(name, 1)

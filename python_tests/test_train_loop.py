@@ -129,7 +129,7 @@ def test_a_run_learns_and_its_seed_repeats_it(config, digits):
     assert same(weights(run), weights(again))
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn", "cnn-unnormalised", "cnn-two-pool"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "cnn-pooled", "cnn-unnormalised", "cnn-two-pool"])
 def test_both_methods_start_from_the_same_weights(model):
     images, labels = torch.rand(4, 1, 16, 16), torch.arange(4)
     data = Dataset(images, labels, images, labels)
@@ -141,7 +141,13 @@ def test_both_methods_start_from_the_same_weights(model):
 
 @pytest.mark.parametrize(
     ("model", "dense_inputs"),
-    [("mlp", 784), ("cnn", 4000), ("cnn-unnormalised", 4000), ("cnn-two-pool", 640)],
+    [
+        ("mlp", 784),
+        ("cnn", 4000),
+        ("cnn-pooled", 4000),
+        ("cnn-unnormalised", 4000),
+        ("cnn-two-pool", 640),
+    ],
 )
 def test_nets_have_the_papers_shapes_and_initialisation(model, dense_inputs):
     net = build_net(model, (1, 28, 28), 10, hidden=3, width=50)
@@ -166,7 +172,8 @@ def test_random_feedback_moves_every_layer_from_zero_weights(model):
 
 
 @pytest.mark.parametrize(
-    ("model", "least"), [("cnn", 10), ("cnn-unnormalised", 10), ("cnn-two-pool", 16)]
+    ("model", "least"),
+    [("cnn", 10), ("cnn-pooled", 10), ("cnn-unnormalised", 10), ("cnn-two-pool", 16)],
 )
 def test_images_too_small_for_the_kernels_are_refused(model, least):
     build_net(model, (3, least, least), 10)

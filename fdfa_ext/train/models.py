@@ -8,13 +8,17 @@ from torch import nn
 from fdfa_ext import FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.arguments import UserError
 
-MODELS = ("mlp", "cnn", "cnn-unnormalised", "cnn-two-pool", "alexnet")
+MODELS = ("mlp", "cnn", "cnn-pooled", "cnn-unnormalised", "cnn-two-pool", "alexnet")
 IMAGE_SIDES = {"alexnet": 224}  # in pixels, of nets that the paper trains on enlarged images
-NORMALISED = ("cnn", "alexnet")  # by batch normalisation, behind which zero weights stay zero
+NORMALISED = (
+    "cnn",
+    "cnn-pooled",
+    "alexnet",
+)  # by batch normalisation, behind which zero weights stay zero
 WEIGHTS = ("random", "zero")
 _DENSE = 128  # units of the dense hidden layer of both small convolutional nets
 # Side of an image, in pixels.
-_SMALLEST = {"cnn": 10, "cnn-unnormalised": 10, "cnn-two-pool": 16, "alexnet": 63}
+_SMALLEST = {"cnn": 10, "cnn-pooled": 10, "cnn-unnormalised": 10, "cnn-two-pool": 16, "alexnet": 63}
 
 
 def build_net(
@@ -30,7 +34,9 @@ def build_net(
     - ``mlp``: ``hidden`` dense layers of ``width`` ReLU units.
     - ``cnn``: 15C5-40C5-P2-128 with one pool, as the paper's authors published it; each Conv-BN-ReLU is
       one block, perturbed after the ReLU and before the pool.
-    - ``cnn-unnormalised``: the same without batch normalisation, for ``fg-w`` (docs/results.md).
+    - ``cnn-pooled``: the same layers, the pool within the second block: perturbed after it
+      (docs/estimation.md).
+    - ``cnn-unnormalised``: ``cnn`` without batch normalisation, for ``fg-w`` (docs/results.md).
     - ``cnn-two-pool``: the one that the paper writes, 15C5-P2-40C5-P2-128 without normalisation.
     - ``alexnet``: torchvision's sizes without dropout; each Conv-BN-ReLU-Pool is one block.
 
@@ -116,6 +122,7 @@ def _pool() -> nn.Module:
 # The layers before the dense ones, for so many channels of an image.
 _CONVOLUTIONS: dict[str, Callable[[int], list[nn.Module]]] = {
     "cnn": lambda c: [_conv_block(c, 15, 5), _conv_block(15, 40, 5), _pool()],
+    "cnn-pooled": lambda c: [_conv_block(c, 15, 5), _conv_block(15, 40, 5, _pool())],
     "cnn-unnormalised": lambda c: [_conv(c, 15), _conv(15, 40), _pool()],
     "cnn-two-pool": lambda c: [_conv(c, 15), _pool(), _conv(15, 40), _pool()],
 }

@@ -1,0 +1,227 @@
+"""Points that are found in the module calls of one forward, by the tensors that go in and out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
+
+from fdfa_ext._torch_internals import is_compiled
+from fdfa_ext.duals import first_tensor, slow_attention
+from fdfa_ext.layers import Block
+from fdfa_ext.own_code import nodes_behind
+from fdfa_ext.points import evaluating
+
+GRANULARITIES = ("block", "layer")
+
+_TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# They change no value, so that a point before them has the shape that patches want.
+_VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
+
+
+@dataclass(slots=True)
+class ModuleCall:
+    """One call of a module, by the tensors that go in and out."""
+
+    module: nn.Module
+    inputs: list[Tensor]
+    output: Tensor | None  # the first that it returns, or None
+    node: Any  # of autograd, that made the output
+
+    @property
+    def makes_features(self) -> bool:
+        """Whether it returns what may be perturbed: [N, *features]."""
+        return self.output is not None and self.output.is_floating_point() and self.output.dim() >= 2
+
+
+@dataclass(slots=True)
+class Trace:
+    """One forward of a module in eval mode."""
+
+    module: nn.Module
+    calls: list[ModuleCall]  # each after those within it
+    result: Any
+
+    def names(self) -> dict[nn.Module, str]:
+        return {member: name for name, member in self.module.named_modules()}
+
+
+@torch.enable_grad()
+def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    calls: list[ModuleCall] = []
+    members = {*module.modules()}
+
+    def record(inner: nn.Module, inputs: Any, keywords: Any, result: Any) -> None:
+        if inner in members:
+            read = [t for t in tree_leaves((inputs, keywords)) if isinstance(t, Tensor)]
+            output = first_tensor(result)
+            calls.append(ModuleCall(inner, read, output, None if output is None else output.grad_fn))
+
+    # A compiled module would show no calls.
+    compiled = any(map(is_compiled, members))
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    hook = register_module_forward_hook(record, with_kwargs=True)
+    try:
+        with evaluating(module), slow_attention(), eager:
+            result = module(*args, **kwargs)
+    finally:
+        hook.remove()
+    return Trace(module, calls, result)
+
+
+def default_output(traced: Trace) -> str | None:
+    """Name of the module whose result is the network's output: the last with parameters of its own that
+    returns features. None where the output is the model's own result."""
+    if isinstance(traced.result, Tensor):
+        return None
+    names = traced.names()
+    found = [
+        call.module
+        for call in traced.calls
+        if call.makes_features and _is_layer(call.module) and _own_parameters(call.module)
+    ]
+    return names[found[-1]] if found else None
+
+
+def auto_points(traced: Trace, granularity: str, output: str | None) -> list[str]:
+    """Names for `at`. output: name of the module that returns the network's, None for the model itself.
+
+    A point stands after each layer with the norm, activation, pool and dropout that alone read its
+    output, and none after the output layer, the last. Where a class of the model's repeats, each of
+    several layers, a point stands after each of these instead, unless granularity is "layer". A layer
+    that is called several times, or that the output does not depend on, has none.
+
+    Raises:
+        ValueError: no place is left for a point.
+    """
+    names = traced.names()
+    calls, behind = _calls_to_output(traced, output, names)
+    times = Counter(call.module for call in traced.calls)
+    blocks = [member for member in names if isinstance(member, Block)]
+    # Where no point may stand: blocks have their own, and the output layer its exact gradient.
+    without = {inner for block in blocks for inner in block.modules()} | behind
+    layers = [call for call in calls if _has_matrices(call.module)]
+    if output is None and layers:
+        behind = {layers[-1].module}
+        without |= behind
+    points: list[nn.Module] = []
+    if granularity != "layer":
+        points += _repeated(calls, times, without, behind, names)
+        without |= {inner for composite in points for inner in composite.modules()}
+    for call in layers:
+        if call.module not in without and times[call.module] == 1:
+            end = _end_of_group(calls, calls.index(call), times, without)
+            points.append(end.module)
+    if not points and not blocks:
+        raise ValueError(
+            f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__} that is called '
+            'once in a forward; name modules, or train it by method="bp"'
+        )
+    return list(dict.fromkeys(names[point] for point in points))
+
+
+def _calls_to_output(
+    traced: Trace, output: str | None, names: dict[nn.Module, str]
+) -> tuple[list[ModuleCall], set[nn.Module]]:
+    """The calls that return features [N, *] on which the output [N, *] depends; and the modules of the
+    output itself."""
+    end = traced.result
+    behind: set[nn.Module] = set()
+    for call in traced.calls:
+        if output is not None and names[call.module] == output:
+            end, behind = call.output, {*call.module.modules()}
+    if not isinstance(end, Tensor):
+        return [], behind
+    nodes = nodes_behind(end)
+
+    def leads_there(call: ModuleCall) -> bool:
+        return call.node is None or not nodes or call.node in nodes
+
+    found = [
+        call
+        for call in traced.calls
+        if call.makes_features and call.output.shape[:1] == end.shape[:1] and leads_there(call)  # type: ignore[union-attr]
+    ]
+    return found, behind
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is called as a whole. A module with others in it may hold bare parameters, such as
+    positions."""
+    inner = [name for name, _ in module.named_children() if name != "parametrizations"]
+    made_of = isinstance(module, (parametrize.ParametrizationList, nn.MultiheadAttention))
+    return not inner if not made_of else isinstance(module, nn.MultiheadAttention)
+
+
+def _own_parameters(module: nn.Module) -> list[Tensor]:
+    own: list[Any] = [*module._parameters.values()]
+    if parametrize.is_parametrized(module):
+        parametrized: Any = module.parametrizations
+        own += [getattr(module, name) for name in parametrized]
+    return [p for p in own if p is not None]
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    """Whether it is a layer with weights of its own that map features, as no norm has."""
+    if isinstance(module, _EMBEDDINGS) or not _is_layer(module):
+        return False
+    return any(p.dim() >= 2 for p in _own_parameters(module))
+
+
+def _repeated(
+    calls: Sequence[ModuleCall],
+    times: Counter[nn.Module],
+    without: set[nn.Module],
+    behind: set[nn.Module],
+    names: dict[nn.Module, str],
+) -> list[nn.Module]:
+    """The outermost modules of classes that repeat, such as residual blocks and transformer layers."""
+    called = {call.module for call in calls}
+
+    def fits(member: nn.Module) -> bool:
+        kind = type(member)
+        own = not kind.__module__.startswith("torch.nn.") or isinstance(member, _TRANSFORMER_LAYERS)
+        if not own or times[member] != 1 or member not in called or member in without:
+            return False
+        inner = {*member.modules()}
+        return not inner & behind and sum(_has_matrices(m) and times[m] > 0 for m in inner) > 1
+
+    fitting = [member for member in names if fits(member)]
+    kinds = Counter(type(member) for member in fitting)
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for member in fitting:
+        if kinds[type(member)] > 1 and member not in inside:
+            found.append(member)
+            inside.update(member.modules())
+    return found
+
+
+def _end_of_group(
+    calls: Sequence[ModuleCall], start: int, times: Counter[nn.Module], without: set[nn.Module]
+) -> ModuleCall:
+    """The last of the calls, from this layer's on, of modules that each alone read what the one before
+    returns."""
+    end = calls[start]
+    while True:
+        readers = [
+            (i, call)
+            for i, call in enumerate(calls)
+            if i > start and _is_layer(call.module) and any(t is end.output for t in call.inputs)
+        ]
+        if not readers:
+            return end
+        start, reader = readers[0]
+        changes_in_place = reader.output is end.output  # later readers are its own
+        is_alone = (len(readers) == 1 or changes_in_place) and len(reader.inputs) == 1
+        joins = not _has_matrices(reader.module) and not isinstance(reader.module, _VIEWS)
+        if not (is_alone and joins and times[reader.module] == 1) or reader.module in without:
+            return end
+        end = reader
