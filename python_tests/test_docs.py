@@ -112,6 +112,13 @@ def test_the_example_of_a_forward_of_its_own_learns_its_feedback(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_the_example_of_a_model_without_blocks_learns(tmp_path: Path) -> None:
+    printed = python(EXAMPLES / "any_model.py", folder=tmp_path)
+    assert re.findall(r"^(stem\.1|blocks\.0|blocks\.2|head) ", printed, re.MULTILINE)
+    assert accuracies_in(printed)[0] > 90
+
+
+@pytest.mark.slow
 def test_the_example_of_a_rule_learns_by_each_method(tmp_path: Path) -> None:
     printed = python(EXAMPLES / "own_rule.py", folder=tmp_path)
     dfa, own, exact = accuracies_in(printed)
