@@ -130,8 +130,8 @@ def auto_points(traced: Trace, granularity: str, output: str | None) -> list[str
 def _calls_to_output(
     traced: Trace, output: str | None, names: dict[nn.Module, str]
 ) -> tuple[list[ModuleCall], set[nn.Module]]:
-    """The calls that return features [N, *] on which the output [N, *] depends; and the modules of the
-    output itself."""
+    """The calls that return features [N, *] on which the output [N, K] depends, or [N, T, *] for an
+    output [N, T, K]; and the modules of the output itself."""
     end = traced.result
     behind: set[nn.Module] = set()
     for call in traced.calls:
@@ -140,16 +140,16 @@ def _calls_to_output(
     if not isinstance(end, Tensor):
         return [], behind
     nodes = nodes_behind(end)
+    samples = end.shape[: end.dim() - 1]  # [N], or [N, T] where tokens are the samples
 
-    def leads_there(call: ModuleCall) -> bool:
-        return call.node is None or not nodes or call.node in nodes
+    def fits(call: ModuleCall) -> bool:
+        features = call.output
+        if features is None or not call.makes_features or features.shape[: len(samples)] != samples:
+            return False
+        leads_there = call.node is None or not nodes or call.node in nodes
+        return leads_there and features.dim() > len(samples)
 
-    found = [
-        call
-        for call in traced.calls
-        if call.makes_features and call.output.shape[:1] == end.shape[:1] and leads_there(call)  # type: ignore[union-attr]
-    ]
-    return found, behind
+    return [*filter(fits, traced.calls)], behind
 
 
 def _is_layer(module: nn.Module) -> bool:

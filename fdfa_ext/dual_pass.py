@@ -108,6 +108,8 @@ class DualPass:
     compiling: bool  # by torch.compile
     tangents: str  # "network", "block": they end at the next block, or "none"
     perturbs: bool
+    per_token: bool  # whether the output is [N, T, K], and each token counts as a sample
+    tokens: Sequence[int] = ()  # N and T then
     records: list[BlockRecord] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # the blocks of the records
     takes_output_layer: bool = False  # whether the method can run a linear output layer itself
@@ -173,6 +175,17 @@ class DualPass:
             output, tangent = unpack_dual(result)
             end.output = end.finish(output, None if tangent is None else tangent.detach())
             return end.output
+
+    def rows(self, output: Tensor, tangent: Tensor | None) -> PrimalTangent:
+        """The output and its tangent with a row for each sample: [N T, K], where these are tokens."""
+        if not self.per_token:
+            return output, tangent
+        self.tokens = output.shape[:2]
+        return output.flatten(0, 1), None if tangent is None else tangent.flatten(0, 1)
+
+    def of_rows(self, output: Tensor) -> Tensor:
+        """What rows of outputs are for the user: [N, T, K], where these are tokens."""
+        return output.unflatten(0, self.tokens) if self.per_token else output
 
     def use_noise(self) -> Tensor:
         """The noise state of this pass, for its backward; that of the model moves on."""
@@ -273,6 +286,10 @@ class BlockPass:
         dual = self._enter(x)
         if dual.tangents == "block":
             tangent = None
+        lead = None
+        if dual.per_token:
+            lead = self._tokens(x)
+            x, tangent = x.flatten(0, 1), None if tangent is None else tangent.flatten(0, 1)
         between = x.shape[1:-1]
         if len(between) > 1:  # noise and feedback would take four dimensions for images
             x = x.flatten(1, -2)
@@ -289,7 +306,7 @@ class BlockPass:
             ty = None
         if len(between) > 1:
             y, ty = y.unflatten(1, between), None if ty is None else ty.unflatten(1, between)
-        return y, ty
+        return (y, ty) if lead is None else _of_tokens(lead, y, ty)
 
     def conv2d(
         self, layer: Any, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None
@@ -365,6 +382,15 @@ class BlockPass:
 
     def _end(self, dual: DualPass, y: Tensor, ty: Tensor | None, channels_first: bool) -> PrimalTangent:
         """Perturbs y [N, *features] and records it, its graph as the anchor. What goes on has none."""
+        if dual.per_token:
+            lead = self._tokens(y)
+            ty = None if ty is None else ty.flatten(0, 1)
+            return _of_tokens(lead, *self._end_rows(dual, y.flatten(0, 1), ty, False))
+        return self._end_rows(dual, y, ty, channels_first)
+
+    def _end_rows(
+        self, dual: DualPass, y: Tensor, ty: Tensor | None, channels_first: bool
+    ) -> PrimalTangent:
         if 0 in y.stride():  # expanded: its elements must be apart to be perturbed
             y = y.contiguous()
         output = y.detach()
@@ -374,6 +400,15 @@ class BlockPass:
             ty = self._perturbed(dual, output, ty)
         self._record(dual, output, y, "identity", memory_format_of(y.dim()))
         return output, ty
+
+    def _tokens(self, y: Tensor) -> torch.Size:
+        """N and T of a tensor [N, T, *features]."""
+        if y.dim() < 3:
+            raise ValueError(
+                f"FDFA: the output is [N, T, K], so block '{self.name}' must have [N, T, *features]; "
+                f"got {list(y.shape)}"
+            )
+        return y.shape[:2]
 
     def _refuse_checkpoint(self, dual: DualPass) -> None:
         if is_in_checkpoint() and not dual.in_checkpoint:
@@ -561,6 +596,11 @@ class BlockPass:
                 channels_first,
             )
         )
+
+
+def _of_tokens(lead: torch.Size, y: Tensor, ty: Tensor | None) -> PrimalTangent:
+    """What the rows of tokens [N T, *] are of samples: [N, T, *]."""
+    return y.unflatten(0, lead), None if ty is None else ty.unflatten(0, lead)
 
 
 def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -198,9 +198,8 @@ class LocalGreedy(ActivityPerturbation):
         for record in hidden:
             u = step.perturbation(record.output, used, record.index)
             local, local_tangent = step.heads.run(record, u, output.shape[1])
-            step.local_outputs.append(
-                attach(self, dual, [record], local, local_tangent, used, step.feedback)
-            )
+            local = attach(self, dual, [record], local, local_tangent, used, step.feedback)
+            step.local_outputs.append(dual.of_rows(local))
         return attach(self, dual, [last], output, tangent, used, step.feedback)
 
 

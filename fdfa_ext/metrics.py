@@ -147,7 +147,7 @@ def mean_jacobian(model: FDFA, input: Tensor) -> dict[str, Tensor]:
         block → [K, *features].
 
     Raises:
-        ValueError: the model has not seen an input yet.
+        ValueError: the model has not seen an input yet, or its module does not return [N, K].
     """
     outputs: dict[str, Tensor] = {}
 
@@ -160,6 +160,9 @@ def mean_jacobian(model: FDFA, input: Tensor) -> dict[str, Tensor]:
     with _untouched(model), _at_blocks(model, keep):
         model.module.eval()
         y = model.module(input)
+        if not isinstance(y, Tensor) or y.dim() != 2:
+            got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"mean_jacobian: the module must return [N, K]; got {got}")
         kept = list(outputs.values())
         found = [
             # Zero, not None, for a block that the output does not depend on.

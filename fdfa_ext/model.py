@@ -24,7 +24,7 @@ from fdfa_ext.network import Network
 from fdfa_ext.noise import NOISES, new_state
 from fdfa_ext.patches import patch_shape
 from fdfa_ext.points import At, check_at, check_output_name
-from fdfa_ext.step import TrainingStep, check_output, no_tangent
+from fdfa_ext.step import TrainingStep, no_tangent
 from fdfa_ext.summary import Summary, summarize
 
 
@@ -47,7 +47,8 @@ class FDFA(nn.Module):
     What cannot be trained is refused when the model is made, or in its first training forward.
 
     Args:
-        module: a model whose output is [N, K], K outputs for each of N samples.
+        module: a model whose output is [N, K], K outputs for each of N samples; or [N, T, K], K outputs
+            for each of T tokens, where blocks return [N, T, *features] and B is that of a token.
         at: which modules of any kind are perturbed at their output beside the blocks, so that a model
             trains as it comes: names, classes, a function of name and module, or "auto". Each has the
             features [N, *features] that it returns, alone or first in a tuple. What made them since the
@@ -99,7 +100,7 @@ class FDFA(nn.Module):
 
     Raises:
         ValueError: an option is unknown or out of range; the module has no block or is one; its output
-            is not [N, K].
+            is not [N, K] or [N, T, K].
         TypeError: method is a class; the module returns no tensor; a dtype that the backend lacks; a
             block of a kind of its own.
         RuntimeError: no tangent, or a zero one, reaches the output; a block is unused, used twice,
@@ -377,7 +378,6 @@ class FDFA(nn.Module):
         droppers = step.find_droppers() if dual.perturbs else []
         if tangent is None and dual.perturbs:
             raise no_tangent(droppers)
-        check_output(output)
         if tangent is not None and output.shape[0] > 0 and not bool((tangent != 0).any()):
             warnings.warn(
                 "FDFA: the tangent of the output is zero, so no block learns before it is not. Do all "
@@ -527,12 +527,7 @@ def check(
 ) -> Summary:
     """What FDFA(module, ...) would perturb and train, before it makes anything.
 
-    Args:
-        module, example_input, at, granularity, output: as FDFA takes them; the blocks alone by at=None.
-        options: other arguments of FDFA.
-
-    Raises:
-        What FDFA raises where it cannot train the module.
+    Arguments are FDFA's, and so are the errors. at=None counts the blocks alone.
     """
     args, kwargs = _inputs_of(module, example_input)
     found = _found_points(module, at, granularity, output, args, kwargs)

@@ -43,11 +43,13 @@ class Network:
         checked: whether a dry run has seen these blocks.
         at: where the model has points beside its blocks.
         output: name of the module whose result is the network's output; None for the model's own.
+        per_token: whether the output is [N, T, K], as a dry run found it, so that a token is a sample.
     """
 
     def __init__(self, at: At, output: str | None) -> None:
         self.at = at
         self.output = output
+        self.per_token = False
         self.plan: Plan | None = None
         self.blocks: dict[str, Any] = {}
         self.passes: list[BlockPass] = []

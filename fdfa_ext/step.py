@@ -52,15 +52,19 @@ class TrainingStep:
         takes_output_layer: whether the method can run a linear one itself, as in run_blocks.
         """
         if self.network.output is None:
-            return finish(*self.run_blocks(takes_output_layer))
+            return self._finished(finish, *self.run_blocks(takes_output_layer))
         dual = self._new_pass(self.noise_state)
         end = dual.end = NetworkEnd(
-            lambda output, tangent: finish(dual, *self._checked(dual, output, tangent))
+            lambda output, tangent: self._finished(finish, dual, *self._checked(dual, output, tangent))
         )
         result, _ = self.network.forward(self.module, dual, self.args, self.kwargs)
         if not end.reached:
             raise _unused_output(self.network.output)
         return result
+
+    @staticmethod
+    def _finished(finish: Finish, dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
+        return dual.of_rows(finish(dual, *dual.rows(output, tangent)))
 
     def run_blocks(self, takes_output_layer: bool = False) -> tuple[DualPass, Tensor, Tensor | None]:
         """A pass through the blocks: its records, the output and its tangent.
@@ -84,13 +88,21 @@ class TrainingStep:
             # A dry run to find them would be within this pass, where the network ends within the model.
             raise no_tangent([] if dual.end is not None else self.find_droppers())
         check_output(output)
+        if dual.per_token != (output.dim() == 3):
+            before, now = ("[N, T, K]", "[N, K]")[:: 1 if dual.per_token else -1]
+            raise ValueError(
+                f"FDFA: the output was {before} in the dry run and is {now} now; wrap the module again"
+            )
         # A model whose weights are all frozen can still learn its feedback.
         if not output.requires_grad and not any(r.anchor.requires_grad for r in dual.records):
             output = output.detach().requires_grad_()
         return output, tangent
 
     def dry_run(self, keeps_graph: bool = False) -> tuple[DualPass, Tensor, Tensor | None]:
-        """run_blocks in eval mode, leaving no trace; the graph of a training pass if that is kept."""
+        """run_blocks in eval mode, leaving no trace; the graph of a training pass if that is kept.
+
+        It finds whether the output is [N, T, K]; what it returns is [N T, K] then.
+        """
         dual = self._new_pass(self.noise_state.clone())
         found: list[tuple[Tensor, Tensor | None]] = []
         if self.network.output is not None:
@@ -107,7 +119,12 @@ class TrainingStep:
             return self.dry_run(keeps_graph)
         if dual.end is not None and not found:
             raise _unused_output(self.network.output)
-        return dual, *(found[0] if found else result)
+        output, tangent = found[0] if found else result
+        check_output(output)
+        if dual.per_token != (output.dim() == 3):
+            self.network.per_token = not dual.per_token
+            return self.dry_run(keeps_graph)
+        return dual, *dual.rows(output, tangent)
 
     def find_droppers(self) -> list[str]:
         """The modules that are given a tangent and return none, by name and type."""
@@ -127,7 +144,14 @@ class TrainingStep:
             noise_state = fused.next_noise(noise_state)
         noise = self.noise if perturbs else "none"
         return DualPass(
-            noise_state, noise, self.patch, self.operators, compiling, self.tangents, perturbs
+            noise_state,
+            noise,
+            self.patch,
+            self.operators,
+            compiling,
+            self.tangents,
+            perturbs,
+            self.network.per_token,
         )
 
 
@@ -146,9 +170,10 @@ def no_tangent(droppers: list[str]) -> RuntimeError:
 
 
 def check_output(output: Tensor) -> None:
-    if output.dim() != 2:
+    if output.dim() not in (2, 3):
         raise ValueError(
-            "FDFA: the output must be [N, K], one row of K values a sample; got "
+            "FDFA: the output must be [N, K], one row of K values a sample, or [N, T, K], one a "
+            "token; got "
             f"{list(output.shape)}. Flatten it within the module, or name the module that returns "
             "[N, K] by output="
         )

@@ -691,6 +691,100 @@ def test_a_point_may_return_one_of_torchs_pairs() -> None:
     assert model.feedback["largest"].any()
 
 
+def rowwise(blocks: bool) -> nn.Sequential:
+    """[*, 6] → [*, 3], each row by itself."""
+    torch.manual_seed(5)
+    first, second = FDFALinear(6, 8, activation="tanh"), FDFABlock(nn.Linear(8, 7), nn.GELU())
+    if blocks:
+        return nn.Sequential(first, second, nn.Linear(7, 3))
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.GELU(), nn.Linear(7, 3))
+    weights = [first.weight, first.bias, second[0].weight, second[0].bias]
+    for mine, theirs in zip(net.parameters(), weights, strict=False):
+        mine.data.copy_(theirs)
+    return net
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a", "lg-fg-a", "fg-w"])
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_a_token_counts_as_a_sample(method: str, blocks: bool, backend: str) -> None:
+    options = {"method": method, "at": None if blocks else ["1", "3"], "backend": backend}
+    of_rows = wrapped(rowwise(blocks), torch.randn(4, 6), **options)
+    of_tokens = wrapped(rowwise(blocks), torch.randn(2, 5, 6), **options)
+    optimizers = [torch.optim.SGD(m.forward_parameters(), lr=0.1) for m in (of_rows, of_tokens)]
+    for tokens in (5, 3, 5):
+        x, y = torch.randn(2, tokens, 6), torch.randint(3, (2, tokens))
+        for model, optimizer in zip((of_rows, of_tokens), optimizers, strict=True):
+            optimizer.zero_grad()
+            out = model(x if model is of_tokens else x.flatten(0, 1))
+            assert out.shape == ((2, tokens, 3) if model is of_tokens else (2 * tokens, 3))
+            outputs = [out, *model.local_outputs]
+            sum(F.cross_entropy(o.reshape(-1, 3), y.flatten()) for o in outputs).backward()
+            optimizer.step()
+        mine, theirs = of_tokens.state_dict(), of_rows.state_dict()
+        for key in ("module.0.weight", *(k for k in mine if k.startswith("feedback"))):
+            torch.testing.assert_close(mine[key], theirs[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+class Mixing(nn.Module):
+    """Tokens that read each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embed(x)))
+
+
+def test_feedback_of_tokens_is_the_mean_jacobian_of_a_token_by_itself() -> None:
+    torch.manual_seed(0)
+    net = Mixing()
+    x = torch.randn(4, 5, 6)
+    model = wrapped(net, x, at=["embed", "layer"], feedback_lr=0.003)
+    model.eval()
+    model.training = True  # the exact Jacobian is that of fixed weights
+    for _ in range(3000):
+        model(x).sum().backward()
+    embedded = net.embed(x).detach()
+    jacobian = torch.autograd.functional.jacobian(
+        lambda h: net.head(net.layer(h)).sum((0,)), embedded, vectorize=True
+    )  # [T, K, N, T, D]
+    expected = torch.stack([jacobian[t, :, :, t].mean(1) for t in range(5)]).mean(0)
+    cosine = F.cosine_similarity(model.feedback["embed"].flatten(), expected.flatten(), dim=0)
+    assert cosine > 0.95
+    torch.testing.assert_close(model.feedback["layer"], net.head.weight.detach(), rtol=0.2, atol=0.1)
+
+
+def test_an_output_that_comes_to_be_of_samples_is_refused() -> None:
+    net = rowwise(blocks=False)
+    model = wrapped(net, torch.randn(2, 5, 6), at=["1", "3"])
+    with pytest.raises(ValueError, match=r"block '1' must have \[N, T, \*features\]; got \[4, 8\]"):
+        model(torch.randn(4, 6))
+    model = wrapped(net, torch.randn(4, 6), at=["1", "3"])
+    with pytest.raises(
+        ValueError, match=r"the output was \[N, K\] in the dry run and is \[N, T, K\] now"
+    ):
+        model(torch.randn(2, 5, 6))
+
+
+def test_auto_takes_what_has_the_tokens_of_the_output() -> None:
+    class Pooled(Mixing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pooler = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.head(x + self.pooler(x.mean(1)).unsqueeze(1))
+
+    with pytest.warns(UserWarning, match="no gradient reaches parameter 'layer"):
+        model = wrapped(Pooled(), torch.randn(4, 5, 6), at="auto")
+    assert model.block_names == ["embed"]
+
+
 def test_the_summary_says_what_each_parameter_learns_by() -> None:
     net, x = ResidualNet(), torch.randn(4, 6)
     net.unused = nn.Linear(2, 2)
@@ -739,7 +833,8 @@ def _torchvision() -> Any:
 
 def _text(make: Callable[[Any], nn.Module]) -> tuple[nn.Module, Any]:
     ids, labels = torch.randint(0, 100, (4, 12)), torch.randint(0, 2, (4,))
-    return make(pytest.importorskip("transformers")), {"input_ids": ids, "labels": labels}
+    net = make(pytest.importorskip("transformers"))
+    return net, {"input_ids": ids, "labels": ids if make is _gpt2 else labels}
 
 
 _BERT = {
@@ -765,6 +860,11 @@ def _timm(name: str, **options: Any) -> Callable[[], tuple[nn.Module, Any]]:
         return timm.create_model(name, num_classes=4, **options), torch.randn(2, 3, 64, 64)
 
     return make
+
+
+def _gpt2(transformers: Any) -> nn.Module:
+    config = transformers.GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=100, n_positions=16)
+    return transformers.GPT2LMHeadModel(config)
 
 
 class Recurrent(nn.Module):
@@ -804,6 +904,7 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "mixer": _timm("mixer_s32_224", img_size=64),
     "convmixer": _timm("convmixer_768_32"),
     "bert": lambda: _text(lambda t: t.BertForSequenceClassification(t.BertConfig(**_BERT))),
+    "gpt2": lambda: _text(_gpt2),
     "distilbert": lambda: _text(
         lambda t: t.DistilBertForSequenceClassification(t.DistilBertConfig(**_DISTILBERT))
     ),

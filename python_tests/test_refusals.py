@@ -59,9 +59,9 @@ class Unused(Twice):
             r"FDFA: block '1': its module 1 \(Drop\) dropped the tangent",
         ),
         (
-            nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 3), nn.Unflatten(1, (3, 1))),
+            nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 3), nn.Unflatten(1, (3, 1, 1))),
             ValueError,
-            r"FDFA: the output must be \[N, K\].*; got \[2, 3, 1\]",
+            r"FDFA: the output must be \[N, K\].*; got \[2, 3, 1, 1\]",
         ),
     ],
 )
