@@ -385,16 +385,18 @@ def test_the_documented_means_of_three_seeds_are_those_of_the_records() -> None:
 
 def test_the_documented_losses_in_patches_are_those_of_the_records() -> None:
     runs = {
-        "backpropagation": "bp-lr1e-4",
-        "FDFA": "fdfa",
-        "FDFA, patches of 4": "fdfa-patch4",
-        "FDFA, patches of 8": "fdfa-patch8",
+        "backpropagation": "cnn-bp-lr1e-4",
+        "FDFA": "cnn-fdfa",
+        "FDFA, patches of 4": "cnn-fdfa-patch4",
+        "FDFA, patches of 8": "cnn-fdfa-patch8",
+        "FDFA after the pool": "cnn-pooled-fdfa",
+        "FDFA after the pool, patches of 4": "cnn-pooled-fdfa-patch4",
     }
     losses: dict[str, list[float]] = {}
     for row in table((DOCS / "estimation.md").read_text(), "| method | loss 1 |"):
         name = row["method"]
         records = [
-            read_record(RECORDS / f"cifar10-cnn-{runs[name]}-seed{seed}.csv") for seed in range(3)
+            read_record(RECORDS / f"cifar10-{runs[name]}-seed{seed}.csv") for seed in range(3)
         ]
         losses[name] = [mean(r[epoch]["train_loss"] for r in records) for epoch in range(3)]
         for epoch, loss in enumerate(losses[name]):
