@@ -1,5 +1,6 @@
 """Points that are found in the module calls of one forward, by the tensors that go in and out."""
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._torch_internals import is_compiled
 from fdfa_ext.duals import first_tensor, slow_attention
+from fdfa_ext.fusion import channels_first
 from fdfa_ext.layers import Block
 from fdfa_ext.own_code import nodes_behind
 from fdfa_ext.points import evaluating
@@ -102,7 +104,7 @@ def auto_points(traced: Trace, granularity: str, output: str | None) -> list[str
         ValueError: no place is left for a point.
     """
     names = traced.names()
-    calls, behind = _calls_to_output(traced, output, names)
+    calls, others, behind = _calls_to_output(traced, output, names)
     times = Counter(call.module for call in traced.calls)
     blocks = [member for member in names if isinstance(member, Block)]
     # Where no point may stand: blocks have their own, and the output layer its exact gradient.
@@ -116,40 +118,53 @@ def auto_points(traced: Trace, granularity: str, output: str | None) -> list[str
         points += _repeated(calls, times, without, behind, names)
         without |= {inner for composite in points for inner in composite.modules()}
     for call in layers:
-        if call.module not in without and times[call.module] == 1:
+        if call.module not in without and times[call.module] == 1 and _learns(call.module):
             end = _end_of_group(calls, calls.index(call), times, without)
             points.append(end.module)
+    left = [names[c.module] for c in others if _has_matrices(c.module) and c.module not in without]
+    if left and points:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f'FDFA: at="auto" puts no point after layer {left[0]!r}{more}, whose features have other '
+            "samples than the output; what has no point learns by those after it",
+            stacklevel=4,
+        )
     if not points and not blocks:
         raise ValueError(
             f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__} that is called '
-            'once in a forward; name modules, or train it by method="bp"'
+            "once in a forward and returns features of the output's samples, [N, *] or [N, T, *]; name "
+            'modules, or train it by method="bp"'
         )
     return list(dict.fromkeys(names[point] for point in points))
 
 
 def _calls_to_output(
     traced: Trace, output: str | None, names: dict[nn.Module, str]
-) -> tuple[list[ModuleCall], set[nn.Module]]:
+) -> tuple[list[ModuleCall], list[ModuleCall], set[nn.Module]]:
     """The calls that return features [N, *] on which the output [N, K] depends, or [N, T, *] for an
-    output [N, T, K]; and the modules of the output itself."""
+    output [N, T, K]; those that return other features; and the modules of the output itself."""
     end = traced.result
     behind: set[nn.Module] = set()
     for call in traced.calls:
         if output is not None and names[call.module] == output:
             end, behind = call.output, {*call.module.modules()}
     if not isinstance(end, Tensor):
-        return [], behind
+        return [], [], behind
     nodes = nodes_behind(end)
     samples = end.shape[: end.dim() - 1]  # [N], or [N, T] where tokens are the samples
 
-    def fits(call: ModuleCall) -> bool:
-        features = call.output
-        if features is None or not call.makes_features or features.shape[: len(samples)] != samples:
-            return False
-        leads_there = call.node is None or not nodes or call.node in nodes
-        return leads_there and features.dim() > len(samples)
+    def leads_there(call: ModuleCall) -> bool:
+        return call.makes_features and (call.node is None or not nodes or call.node in nodes)
 
-    return [*filter(fits, traced.calls)], behind
+    def has_samples(call: ModuleCall) -> bool:
+        features = call.output
+        if features is None or features.dim() <= len(samples):
+            return False
+        has_tokens_last = len(samples) == 2 and channels_first([call.module])
+        return features.shape[: len(samples)] == samples and not has_tokens_last
+
+    leading = [*filter(leads_there, traced.calls)]
+    return [*filter(has_samples, leading)], [call for call in leading if not has_samples(call)], behind
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -173,6 +188,10 @@ def _has_matrices(module: nn.Module) -> bool:
     if isinstance(module, _EMBEDDINGS) or not _is_layer(module):
         return False
     return any(p.dim() >= 2 for p in _own_parameters(module))
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _repeated(
@@ -199,7 +218,8 @@ def _repeated(
     inside: set[nn.Module] = set()
     for member in fitting:
         if kinds[type(member)] > 1 and member not in inside:
-            found.append(member)
+            if _learns(member):
+                found.append(member)
             inside.update(member.modules())
     return found
 

@@ -110,6 +110,7 @@ class DualPass:
     perturbs: bool
     per_token: bool  # whether the output is [N, T, K], and each token counts as a sample
     tokens: Sequence[int] = ()  # N and T then
+    leads: dict[str, torch.Size] = field(default_factory=dict)  # by block, its own N and T
     records: list[BlockRecord] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # the blocks of the records
     takes_output_layer: bool = False  # whether the method can run a linear output layer itself
@@ -181,6 +182,12 @@ class DualPass:
         if not self.per_token:
             return output, tangent
         self.tokens = output.shape[:2]
+        for name, lead in self.leads.items():
+            if lead != self.tokens:
+                raise ValueError(
+                    f"FDFA: the output is {list(output.shape)}, [N, T, K], so block or point '{name}' "
+                    f"must have features [N, T, *]; got [{lead[0]}, {lead[1]}, *]"
+                )
         return output.flatten(0, 1), None if tangent is None else tangent.flatten(0, 1)
 
     def of_rows(self, output: Tensor) -> Tensor:
@@ -288,7 +295,7 @@ class BlockPass:
             tangent = None
         lead = None
         if dual.per_token:
-            lead = self._tokens(x)
+            lead = self._tokens(dual, x)
             x, tangent = x.flatten(0, 1), None if tangent is None else tangent.flatten(0, 1)
         between = x.shape[1:-1]
         if len(between) > 1:  # noise and feedback would take four dimensions for images
@@ -318,6 +325,8 @@ class BlockPass:
         dual = self._enter(x)
         if dual.tangents == "block":
             tangent = None
+        if dual.per_token:
+            self._tokens(dual, x)
         padding = layer.padding
         if isinstance(padding, str) or layer.padding_mode != "zeros":
             # Padding of its own kind is a linear map before the convolution.
@@ -356,7 +365,7 @@ class BlockPass:
         if tangent is not None:
             tangent = None if dual.tangents == "block" else tangent.detach()
         y, ty = x, tangent
-        tail = chain.tail if dual.backend is fused else None
+        tail = chain.tail if dual.backend is fused and not dual.per_token else None
         for position, call in enumerate(chain.calls):
             if tail is not None and position == tail.start and tail.takes(y):
                 # The tangent that a layer just made is nobody else's: it may be overwritten.
@@ -383,7 +392,10 @@ class BlockPass:
     def _end(self, dual: DualPass, y: Tensor, ty: Tensor | None, channels_first: bool) -> PrimalTangent:
         """Perturbs y [N, *features] and records it, its graph as the anchor. What goes on has none."""
         if dual.per_token:
-            lead = self._tokens(y)
+            if channels_first and y.dim() == 3:
+                y, ty = self._end(dual, y.mT, None if ty is None else ty.mT, False)
+                return y.mT, None if ty is None else ty.mT
+            lead = self._tokens(dual, y)
             ty = None if ty is None else ty.flatten(0, 1)
             return _of_tokens(lead, *self._end_rows(dual, y.flatten(0, 1), ty, False))
         return self._end_rows(dual, y, ty, channels_first)
@@ -401,13 +413,14 @@ class BlockPass:
         self._record(dual, output, y, "identity", memory_format_of(y.dim()))
         return output, ty
 
-    def _tokens(self, y: Tensor) -> torch.Size:
-        """N and T of a tensor [N, T, *features]."""
+    def _tokens(self, dual: DualPass, y: Tensor) -> torch.Size:
+        """N and T of a tensor [N, T, *features], which the output must have too."""
         if y.dim() < 3:
             raise ValueError(
-                f"FDFA: the output is [N, T, K], so block '{self.name}' must have [N, T, *features]; "
-                f"got {list(y.shape)}"
+                f"FDFA: the output is [N, T, K], so block or point '{self.name}' must have features "
+                f"[N, T, *]; got {list(y.shape)}"
             )
+        dual.leads[self.name] = y.shape[:2]
         return y.shape[:2]
 
     def _refuse_checkpoint(self, dual: DualPass) -> None:

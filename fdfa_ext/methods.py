@@ -168,7 +168,8 @@ class BlockMethod(Method):
 class ActivityPerturbation(BlockMethod):
     """FG-A: δ = (e · d) u for each sample  (eq. 4, 5; Algorithm 3).
 
-    Unbiased. The output layer, which is not perturbed, gets its exact gradient.
+    Unbiased, but for what a token does to the outputs of others. The output layer, which is not
+    perturbed, gets its exact gradient.
     """
 
     tangents = "network"

@@ -90,10 +90,10 @@ class FDFA(nn.Module):
         feedback: mapping from a block's name within `module` to its B, [K, *feature_shape] or in
             patches, float32.
         noise_state: int64 [3]: seed (drawn from torch's generator), step, and the global index of the
-            batch's first sample: set it to rank * batch size, with equal seeds, to make several
-            processes perturb as one. DistributedDataParallel then needs broadcast_buffers=False, or it
-            overwrites each process's state with the first one's, and feedback="grad", since it averages
-            gradients, not B.
+            batch's first sample, or first token: set it to rank * samples a batch, with equal seeds, to
+            make several processes perturb as one. DistributedDataParallel then needs
+            broadcast_buffers=False, or it overwrites each process's state with the first one's, and
+            feedback="grad", since it averages gradients, not B.
         updates: int64 [1]: number of Adam steps that B has made.
         local_outputs: method "lg-fg-a": outputs [N, K] of the local heads in the last training forward,
             each of which wants the loss too.
@@ -291,6 +291,7 @@ class FDFA(nn.Module):
             self.local_outputs,
         )
 
+    @torch.inference_mode(False)
     def summary(self, *args: Any, **kwargs: Any) -> Summary:
         """The points with their features and bytes of feedback, and what each parameter learns by, from
         one forward on these inputs in eval mode."""
@@ -394,8 +395,8 @@ class FDFA(nn.Module):
         if untrained:
             others = f" and {len(untrained) - 1} more" if len(untrained) > 1 else ""
             warnings.warn(
-                f"FDFA: no gradient reaches parameter '{untrained[0]}'{others}; print "
-                "model.summary(input), and freeze what the forward does not use: requires_grad_(False)",
+                f"FDFA: no gradient of the output reaches parameter '{untrained[0]}'{others} in eval "
+                "mode; model.summary(input) lists what each learns by",
                 stacklevel=3,
             )
         blocks = self.network.blocks
@@ -516,6 +517,7 @@ def _found_points(
     return auto_points(traced, granularity, output) if at == "auto" else at, output
 
 
+@torch.inference_mode(False)
 def check(
     module: nn.Module,
     example_input: Any,

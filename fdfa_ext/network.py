@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -408,4 +409,6 @@ def _any_tangent(value: Any) -> bool:
         return any(_any_tangent(item) for item in value)
     if isinstance(value, dict):
         return any(_any_tangent(item) for item in value.values())
+    if is_dataclass(value):
+        return any(_any_tangent(getattr(value, field.name)) for field in fields(value))
     return False

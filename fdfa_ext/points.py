@@ -114,7 +114,8 @@ def _shown(at: At) -> str:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within it the module is in eval mode; at its end, modes and buffers are what they were."""
+    """Within it the module is in eval mode; at its end modes, buffers and torch's generators are as
+    before."""
     members = [*module.modules()]
     modes = [(member, member.training) for member in members]
     buffers = save_buffers(member._buffers for member in members)
@@ -122,7 +123,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         # Not by the module's eval(), which may do more, such as merging weights.
         for member in members:
             member.training = False
-        yield
+        devices = {p.device for p in module.parameters() if p.is_cuda}
+        with torch.random.fork_rng([*devices], device_type="cuda"):
+            yield
     finally:
         for member, mode in modes:
             member.training = mode

@@ -89,10 +89,7 @@ class TrainingStep:
             raise no_tangent([] if dual.end is not None else self.find_droppers())
         check_output(output)
         if dual.per_token != (output.dim() == 3):
-            before, now = ("[N, T, K]", "[N, K]")[:: 1 if dual.per_token else -1]
-            raise ValueError(
-                f"FDFA: the output was {before} in the dry run and is {now} now; wrap the module again"
-            )
+            raise _other_output(dual.per_token)
         # A model whose weights are all frozen can still learn its feedback.
         if not output.requires_grad and not any(r.anchor.requires_grad for r in dual.records):
             output = output.detach().requires_grad_()
@@ -122,6 +119,8 @@ class TrainingStep:
         output, tangent = found[0] if found else result
         check_output(output)
         if dual.per_token != (output.dim() == 3):
+            if self.network.checked:
+                raise _other_output(dual.per_token)
             self.network.per_token = not dual.per_token
             return self.dry_run(keeps_graph)
         return dual, *dual.rows(output, tangent)
@@ -153,6 +152,14 @@ class TrainingStep:
             perturbs,
             self.network.per_token,
         )
+
+
+def _other_output(per_token: bool) -> ValueError:
+    before, now = ("[N, T, K]", "[N, K]")[:: 1 if per_token else -1]
+    return ValueError(
+        f"FDFA: the output was {before} in the dry run, in eval mode, and is {now} now; return one of "
+        "them in both modes, and wrap the module again to change it"
+    )
 
 
 def _unused_output(name: str | None) -> RuntimeError:

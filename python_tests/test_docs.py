@@ -395,9 +395,7 @@ def test_the_documented_losses_in_patches_are_those_of_the_records() -> None:
     losses: dict[str, list[float]] = {}
     for row in table((DOCS / "estimation.md").read_text(), "| method | loss 1 |"):
         name = row["method"]
-        records = [
-            read_record(RECORDS / f"cifar10-{runs[name]}-seed{seed}.csv") for seed in range(3)
-        ]
+        records = [read_record(RECORDS / f"cifar10-{runs[name]}-seed{seed}.csv") for seed in range(3)]
         losses[name] = [mean(r[epoch]["train_loss"] for r in records) for epoch in range(3)]
         for epoch, loss in enumerate(losses[name]):
             assert row[f"loss {epoch + 1}"] == f"{loss:.3f}"

@@ -526,7 +526,7 @@ def test_a_kept_activation_is_warned_of_once() -> None:
         model(torch.randn(4, 6)).sum().backward()
     said = [str(warning.message) for warning in found]
     assert len(said) == 2
-    assert "no gradient reaches parameter 'shift' and 10 more" in said[0]
+    assert "no gradient of the output reaches parameter 'shift' and 10 more" in said[0]
     assert "'penalty' of a Penalised keeps a hidden activation" in said[1]
 
 
@@ -546,7 +546,9 @@ class TwoHeads(nn.Module):
 
 def test_a_second_output_is_no_point_and_is_warned_of() -> None:
     x = torch.randn(4, 6)
-    with pytest.warns(UserWarning, match="no gradient reaches parameter 'aux.weight' and 1 more"):
+    with pytest.warns(
+        UserWarning, match="no gradient of the output reaches parameter 'aux.weight' and 1 more"
+    ):
         model = wrapped(TwoHeads(), x, at="auto")
     assert model.block_names == ["a", "b"]
     with pytest.warns(UserWarning, match="the result of the model, a dict, keeps a hidden activation"):
@@ -556,7 +558,7 @@ def test_a_second_output_is_no_point_and_is_warned_of() -> None:
 @pytest.mark.parametrize(
     ("output", "points"), [("aux", ["a"]), ("head", ["a", "b"]), ("b", ["a"]), (None, ["a", "b"])]
 )
-@pytest.mark.filterwarnings("ignore:FDFA. no gradient reaches")
+@pytest.mark.filterwarnings("ignore:FDFA. no gradient of the output reaches")
 def test_auto_goes_to_the_output_that_is_named(output: str | None, points: list[str]) -> None:
     model = wrapped(TwoHeads(), torch.randn(4, 6), at="auto", output=output)
     assert model.block_names == points
@@ -761,11 +763,12 @@ def test_feedback_of_tokens_is_the_mean_jacobian_of_a_token_by_itself() -> None:
 def test_an_output_that_comes_to_be_of_samples_is_refused() -> None:
     net = rowwise(blocks=False)
     model = wrapped(net, torch.randn(2, 5, 6), at=["1", "3"])
-    with pytest.raises(ValueError, match=r"block '1' must have \[N, T, \*features\]; got \[4, 8\]"):
+    with pytest.raises(ValueError, match=r"point '1' must have features \[N, T, \*\]; got \[4, 8\]"):
         model(torch.randn(4, 6))
     model = wrapped(net, torch.randn(4, 6), at=["1", "3"])
     with pytest.raises(
-        ValueError, match=r"the output was \[N, K\] in the dry run and is \[N, T, K\] now"
+        ValueError,
+        match=r"the output was \[N, K\] in the dry run, in eval mode, and is \[N, T, K\] now",
     ):
         model(torch.randn(2, 5, 6))
 
@@ -780,9 +783,77 @@ def test_auto_takes_what_has_the_tokens_of_the_output() -> None:
             x = self.embed(x)
             return self.head(x + self.pooler(x.mean(1)).unsqueeze(1))
 
-    with pytest.warns(UserWarning, match="no gradient reaches parameter 'layer"):
-        model = wrapped(Pooled(), torch.randn(4, 5, 6), at="auto")
+    net = Pooled()
+    del net.layer
+    with pytest.warns(
+        UserWarning, match="puts no point after layer 'pooler', whose features have other"
+    ):
+        model = wrapped(net, torch.randn(4, 5, 6), at="auto")
     assert model.block_names == ["embed"]
+
+
+class Swapped(nn.Module):
+    """A layer over [T, N, 6], as torch has sequences by default, or [N, 6, T]; the output is [N, T, 3]."""
+
+    def __init__(self, layer: nn.Module, dims: tuple[int, int]) -> None:
+        super().__init__()
+        self.layer, self.dims, self.head = layer, dims, nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x.transpose(*self.dims)).transpose(*self.dims))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 6), FDFALinear(6, 6), FDFABlock(nn.Linear(6, 6))])
+def test_features_with_the_tokens_first_are_refused(layer: nn.Module) -> None:
+    at = None if type(layer) is not nn.Linear else ["layer"]
+    with pytest.raises(ValueError, match=r"'layer' must have features \[N, T, \*\]; got \[5, 2, \*\]"):
+        wrapped(Swapped(layer, (0, 1)), torch.randn(2, 5, 6), at=at)
+
+
+@pytest.mark.parametrize("tokens", [5, 6])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_convolutions_over_tokens_have_features_of_each_token(tokens: int, blocks: bool) -> None:
+    conv = nn.Conv1d(6, 6, 1)
+    net = Swapped(FDFABlock(conv) if blocks else conv, (1, 2))
+    model = wrapped(net, torch.randn(2, tokens, 6), at=None if blocks else ["layer"])
+    model.feedback["layer"].copy_(net.head.weight.detach())
+    model.feedback_lr = 0
+    x, y = torch.randn(2, tokens, 6), torch.randint(3, (2, tokens))
+    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    found = conv.weight.grad
+    conv.weight.grad = None
+    F.cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()
+    torch.testing.assert_close(found, conv.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_summary_leaves_what_a_sample_is() -> None:
+    model = wrapped(rowwise(blocks=False), torch.randn(4, 6), at=["1", "3"])
+    with pytest.raises(ValueError, match=r"the output was \[N, K\] in the dry run"):
+        model.summary(torch.randn(2, 5, 6))
+    model(torch.randn(4, 6)).sum().backward()
+
+
+class Draws(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_dry_runs_draw_nothing_from_torchs_generator() -> None:
+    net, x = nn.Sequential(nn.Linear(6, 8), Draws(), nn.Linear(8, 3)), torch.randn(4, 6)
+    model = wrapped(net, x, at=["0"])
+    state = torch.get_rng_state()
+    check(net, x, at=["0"])
+    model.summary(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.inference_mode():
+        assert str(model.summary(x)) == str(check(net, x, at=["0"], **OPTIONS))
+
+
+def test_auto_puts_no_point_after_what_does_not_learn() -> None:
+    net = ResidualNet()
+    net.stem.requires_grad_(False)
+    net.body[0].requires_grad_(False)
+    assert wrapped(net, torch.randn(4, 6), at="auto").block_names == ["body.1"]
 
 
 def test_the_summary_says_what_each_parameter_learns_by() -> None:
@@ -802,7 +873,9 @@ def test_the_summary_says_what_each_parameter_learns_by() -> None:
     ]
     assert found.exact == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
     assert found.untrained == ["unused.weight", "unused.bias"]
-    with pytest.warns(UserWarning, match="no gradient reaches parameter 'unused.weight' and 1 more"):
+    with pytest.warns(
+        UserWarning, match="no gradient of the output reaches parameter 'unused.weight' and 1 more"
+    ):
         model = wrapped(net, x, at="auto", feedback="adam")
     assert model.summary(x) == found
     banks = (model.feedback, model.exp_avg, model.exp_avg_sq)
