@@ -23,7 +23,7 @@ from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, BlockMethod, Method
 from fdfa_ext.network import Network
 from fdfa_ext.noise import NOISES, new_state
 from fdfa_ext.patches import patch_shape
-from fdfa_ext.points import At, check_at, check_output_name
+from fdfa_ext.points import At, check_at, check_module, check_output_name
 from fdfa_ext.step import TrainingStep, no_tangent
 from fdfa_ext.summary import Summary, summarize
 
@@ -127,6 +127,7 @@ class FDFA(nn.Module):
         example_input: Tensor | tuple[Any, ...] | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_module(module)
         own_update = isinstance(feedback, FeedbackUpdate)
         choices: list[tuple[str, Any, Iterable[str]]] = [
             ("feedback", RULES[0] if own_update else feedback, RULES),
@@ -531,6 +532,7 @@ def check(
 
     Arguments are FDFA's, and so are the errors. at=None counts the blocks alone.
     """
+    check_module(module)
     args, kwargs = _inputs_of(module, example_input)
     found = _found_points(module, at, granularity, output, args, kwargs)
     with torch.random.fork_rng(devices=[]):  # the model draws a seed

@@ -23,6 +23,7 @@ from fdfa_ext.plan import MakeForward, Plan, is_overridden
 from fdfa_ext.points import (
     BLOCKS,
     At,
+    check_module,
     evaluating,
     find_points,
     restore_buffers,
@@ -65,8 +66,7 @@ class Network:
         plan = self.plan
         if plan is not None and module is plan.module and plan.guard.holds():
             return plan
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"FDFA: module must be a torch.nn.Module; got {type(module).__name__}")
+        check_module(module)
         if any(isinstance(vars(inner).get("network"), Network) for inner in module.modules()):
             raise ValueError("FDFA: the module has an FDFA within it; wrap it once, as a whole")
         plan = Plan(module, self.at, self.output)

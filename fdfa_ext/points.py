@@ -19,6 +19,11 @@ BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
 At = Sequence[str | type[nn.Module]] | Callable[[str, nn.Module], Any] | None
 
 
+def check_module(module: Any) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"FDFA: module must be a torch.nn.Module; got {type(module).__name__}")
+
+
 def check_at(at: Any) -> None:
     """Raises TypeError unless `at` is of a kind that find_points takes."""
     kinds = (str, type)

@@ -469,6 +469,12 @@ def test_models_without_place_for_a_point_are_refused(
         FDFA(net, at=at, example_input=x)
 
 
+def test_what_is_no_module_is_refused() -> None:
+    for make in (FDFA, check):
+        with pytest.raises(TypeError, match=r"FDFA: module must be a torch\.nn\.Module; got function"):
+            make(lambda x: x, at="auto", example_input=torch.randn(4, 6))  # type: ignore[operator]
+
+
 def test_a_compiled_step_is_refused() -> None:
     model = wrapped(ResidualNet(), torch.randn(4, 6), at="auto")
     with pytest.raises(Exception, match="cannot train a model by at="):
