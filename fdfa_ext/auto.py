@@ -28,7 +28,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ModuleCall:
     """One call of a module, by the tensors that go in and out."""
 
@@ -97,8 +97,10 @@ def auto_points(traced: Trace, granularity: str, output: str | None) -> list[str
 
     A point stands after each layer with the norm, activation, pool and dropout that alone read its
     output, and none after the output layer, the last. Where a class of the model's repeats, each of
-    several layers, a point stands after each of these instead, unless granularity is "layer". A layer
-    that is called several times, or that the output does not depend on, has none.
+    several layers, a point stands after each of these instead, unless granularity is "layer". If these
+    are transformer layers that normalise their input first, points stand after their norms and the norm
+    that reads the last one's output, and nothing cuts the skip connections. A layer that is called
+    several times, or that the output does not depend on, has none.
 
     Raises:
         ValueError: no place is left for a point.
@@ -114,13 +116,16 @@ def auto_points(traced: Trace, granularity: str, output: str | None) -> list[str
         behind = {layers[-1].module}
         without |= behind
     points: list[nn.Module] = []
+    start = 0  # of the calls that nothing may be cut before
     if granularity != "layer":
-        points += _repeated(calls, times, without, behind, names)
-        without |= {inner for composite in points for inner in composite.modules()}
+        composites = _repeated(calls, times, without, behind, names)
+        without |= {inner for composite in composites for inner in composite.modules()}
+        points, start = _points_of(composites, calls, times)
     for call in layers:
-        if call.module not in without and times[call.module] == 1 and _learns(call.module):
-            end = _end_of_group(calls, calls.index(call), times, without)
-            points.append(end.module)
+        place = calls.index(call)
+        once = call.module not in without and times[call.module] == 1
+        if once and place >= start and _learns(call.module):
+            points.append(_end_of_group(calls, place, times, without).module)
     left = [names[c.module] for c in others if _has_matrices(c.module) and c.module not in without]
     if left and points:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -222,6 +227,50 @@ def _repeated(
                 found.append(member)
             inside.update(member.modules())
     return found
+
+
+def _points_of(
+    composites: Sequence[nn.Module], calls: Sequence[ModuleCall], times: Counter[nn.Module]
+) -> tuple[list[nn.Module], int]:
+    """The points of repeated modules, and the place of the last call that a skip passes uncut."""
+    points: list[nn.Module] = []
+    stream: list[ModuleCall] = []  # of the modules that normalise their input first
+    for call in calls:
+        if call.module in composites:
+            norms = _first_norms(call, calls, times)
+            points += norms or [call.module]
+            if norms:
+                stream.append(call)
+            continue
+        ends_stream = any(t is before.output for t in call.inputs for before in stream)
+        if ends_stream and _normalises(call.module) and times[call.module] == 1:
+            points.append(call.module)
+    return points, calls.index(stream[-1]) if stream else 0
+
+
+def _normalises(module: nn.Module) -> bool:
+    """Whether it is a norm of each token's features by themselves."""
+    kinds = (nn.LayerNorm, nn.RMSNorm)
+    return isinstance(module, kinds) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+
+
+def _first_norms(
+    composite: ModuleCall, calls: Sequence[ModuleCall], times: Counter[nn.Module]
+) -> list[nn.Module]:
+    """The norms of the features within it, if one reads its input; else none."""
+    inner = {*composite.module.modules()}
+    output: Any = composite.output
+    norms = [
+        call
+        for call in calls
+        if call.module in inner
+        and _normalises(call.module)
+        and times[call.module] == 1
+        and call.output is not None
+        and call.output.shape == output.shape
+    ]
+    first = any(t is read for call in norms for t in call.inputs for read in composite.inputs)
+    return [call.module for call in norms] if first else []
 
 
 def _end_of_group(

@@ -53,8 +53,9 @@ class FDFA(nn.Module):
             trains as it comes: names, classes, a function of name and module, or "auto". Each has the
             features [N, *features] that it returns, alone or first in a tuple. What made them since the
             points before learns by their error, and what stands behind the last ones by exact
-            gradients. "auto" takes one forward of example_input: a point after each layer, or each of a
-            class of blocks that repeats, and none after the last layer.
+            gradients. "auto" finds them in a forward of example_input: after each layer, or each of a
+            class of blocks that repeats, or the norms in those that normalise first; none after the
+            last layer.
         granularity: of "auto": "block", or "layer" for a point after each layer even within blocks that
             repeat.
         output: name of the module whose result is the network's output, where the model returns

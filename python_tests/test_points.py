@@ -201,6 +201,38 @@ def test_auto_takes_repeated_blocks_and_groups_of_layers() -> None:
     assert layers == ["stem", "body.0.first", "body.0.second", "body.1.first", "body.1.second"]
 
 
+class PreNorm(nn.Module):
+    """Transformer layers that normalise first, with a stem and a norm at the end."""
+
+    def __init__(self, norm_first: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
+            for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(8)
+        self.neck, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(torch.relu(self.neck(self.norm(x).mean(1))))
+
+
+def test_auto_stands_behind_the_norms_of_layers_that_normalise_first() -> None:
+    x = torch.randn(4, 5, 6)
+    first = ["layers.0.norm1", "layers.0.norm2", "layers.1.norm1", "layers.1.norm2", "norm", "neck"]
+    model = wrapped(PreNorm(), x, at="auto")
+    assert model.block_names == first
+    # Nothing cuts the skip connections before the last norm.
+    learns = [point.name for point in model.summary(x).points if "stem.weight" in point.parameters]
+    assert learns == first[:-1]
+    last = wrapped(PreNorm(norm_first=False), x, at="auto").block_names
+    assert last == ["stem", "layers.0", "layers.1", "neck"]
+
+
 class Shared(nn.Module):
     """Two inputs through one encoder."""
 
