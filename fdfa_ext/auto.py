@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from fdfa_ext._torch_internals import is_compiled
 from fdfa_ext.duals import first_tensor, slow_attention
+from fdfa_ext.evaluation import evaluating
 from fdfa_ext.fusion import channels_first
 from fdfa_ext.layers import Block
 from fdfa_ext.own_code import nodes_behind
-from fdfa_ext.points import evaluating
 
 GRANULARITIES = ("block", "layer")
 

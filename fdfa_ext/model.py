@@ -5,7 +5,7 @@ import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -191,7 +191,8 @@ class FDFA(nn.Module):
         args, kwargs = _inputs_of(module, example_input)
         if example_input is not None:
             at, output = _found_points(module, at, granularity, output, args, kwargs)
-        self.network = Network(at, output)
+        # A list of the user's may change, and the plan would not know.
+        self.network = Network(tuple(at) if isinstance(at, Sequence) else at, output)
         self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
         self.network.look_at(module)
 

@@ -16,19 +16,12 @@ from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import GLOBAL_HOOKS, is_in_checkpoint, traced_unpack_dual
 from fdfa_ext.dual_pass import BlockPass, DualPass
 from fdfa_ext.duals import forward_mode, has_tangent, refuse_unknown, slow_attention, unpack_dual
+from fdfa_ext.evaluation import evaluating, restore_buffers, save_buffers
 from fdfa_ext.jvp import function_rules
 from fdfa_ext.layers import Block
 from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, kept_activation, nodes_behind
 from fdfa_ext.plan import MakeForward, Plan, is_overridden
-from fdfa_ext.points import (
-    BLOCKS,
-    At,
-    check_module,
-    evaluating,
-    find_points,
-    restore_buffers,
-    save_buffers,
-)
+from fdfa_ext.points import BLOCKS, At, check_module, find_points
 
 
 class StrayedError(Exception):

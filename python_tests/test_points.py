@@ -270,6 +270,15 @@ def test_at_takes_names_classes_and_functions(at: Any) -> None:
     assert model.block_names == ["stem", "body.0", "body.1"]
 
 
+def test_a_list_that_changes_later_changes_no_point() -> None:
+    at: list[Any] = ["stem"]
+    model = wrapped(ResidualNet(), torch.randn(4, 6), at=at)
+    at.append("body.0")
+    model.module.body[0] = Residual(8)  # so that the model is planned again
+    model(torch.randn(4, 6)).sum().backward()
+    assert model.block_names == ["stem"]
+
+
 def test_points_may_stand_within_each_other_and_beside_blocks() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(FDFALinear(6, 8, activation="tanh"), Residual(8), nn.Linear(8, 3))
