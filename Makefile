@@ -2,6 +2,7 @@
 #   make train     train digits by FDFA and by backpropagation, side by side
 #   make test      the fast Python tests
 #   make test-all  all Python tests
+#   make test-zoo  models of torchvision, timm and transformers, which it installs
 #   make coverage  all Python tests, and the lines of the package that they reach
 #   make cpp-test  the C++ tests of the kernels
 #   make lint      formatting, linting and types
@@ -17,7 +18,7 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-all coverage cpp-test lint docs clean
+.PHONY: train test test-all test-zoo coverage cpp-test lint docs clean
 
 train: .venv/built
 	$(BIN)/python -m fdfa_ext train --dataset digits --method fdfa,bp
@@ -27,6 +28,10 @@ test: .venv/built
 
 test-all: .venv/built
 	$(BIN)/python -m $(PYTEST) python_tests
+
+test-zoo: .venv/built
+	$(BIN)/pip install --quiet -r requirements-zoo.txt
+	$(BIN)/python -m $(PYTEST) python_tests/test_zoo.py
 
 coverage: .venv/built
 	$(BIN)/coverage erase

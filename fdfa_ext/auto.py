@@ -19,6 +19,8 @@ from fdfa_ext.evaluation import evaluating
 from fdfa_ext.fusion import channels_first
 from fdfa_ext.layers import Block
 from fdfa_ext.own_code import nodes_behind
+from fdfa_ext.points import channels_first_at
+from fdfa_ext.positions import Positions
 
 GRANULARITIES = ("block", "layer")
 
@@ -79,34 +81,44 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
 
 
 def default_output(traced: Trace) -> str | None:
-    """Name of the module whose result is the network's output: the last with parameters of its own that
-    returns features. None where the output is the model's own result."""
-    if isinstance(traced.result, Tensor):
-        return None
+    """Name of the module whose result is the network's output: the layer that returns the model's
+    result, or the last behind that of its tensors which most layers are behind. None where the output
+    is what the model makes of one."""
     names = traced.names()
-    found = [
-        call.module
-        for call in traced.calls
-        if call.makes_features and _is_layer(call.module) and _own_parameters(call.module)
-    ]
-    return names[found[-1]] if found else None
+    times = Counter(call.module for call in traced.calls)
+    layers = [call for call in traced.calls if _is_layer(call.module) and _own_parameters(call.module)]
+    if isinstance(traced.result, Tensor):
+        # In training mode the model may return more.
+        ends = [call for call in layers if call.output is traced.result and times[call.module] == 1]
+        return names[ends[-1].module] if ends and ends[-1].module is not traced.module else None
+    layers = [call for call in layers if call.makes_features]
+    behind: list[ModuleCall] = []
+    for t in tree_leaves(traced.result):
+        if isinstance(t, Tensor) and t.dim() > 0:  # else a loss
+            nodes = nodes_behind(t)
+            behind = max(behind, [call for call in layers if call.node in nodes], key=len)
+    found = behind or layers
+    return names[found[-1].module] if found else None
 
 
-def auto_points(traced: Trace, granularity: str, output: str | None) -> list[str]:
+def auto_points(
+    traced: Trace, granularity: str, output: str | None, rows: int | None = None
+) -> list[str]:
     """Names for `at`. output: name of the module that returns the network's, None for the model itself.
+    rows: number of parts that samples have, such as the nodes of graphs.
 
     A point stands after each layer with the norm, activation, pool and dropout that alone read its
     output, and none after the output layer, the last. Where a class of the model's repeats, each of
     several layers, a point stands after each of these instead, unless granularity is "layer". If these
-    are transformer layers that normalise their input first, points stand after their norms and the norm
-    that reads the last one's output, and nothing cuts the skip connections. A layer that is called
-    several times, or that the output does not depend on, has none.
+    are transformer layers that normalise their input first, points stand after their norms and the
+    norm that reads the last one's output, and nothing cuts the skip connections. A layer that the
+    output does not depend on has none.
 
     Raises:
         ValueError: no place is left for a point.
     """
     names = traced.names()
-    calls, others, behind = _calls_to_output(traced, output, names)
+    calls, others, behind = _calls_to_output(traced, output, names, rows)
     times = Counter(call.module for call in traced.calls)
     blocks = [member for member in names if isinstance(member, Block)]
     # Where no point may stand: blocks have their own, and the output layer its exact gradient.
@@ -123,9 +135,10 @@ def auto_points(traced: Trace, granularity: str, output: str | None) -> list[str
         points, start = _points_of(composites, calls, times)
     for call in layers:
         place = calls.index(call)
-        once = call.module not in without and times[call.module] == 1
-        if once and place >= start and _learns(call.module):
-            points.append(_end_of_group(calls, place, times, without).module)
+        if call.module not in without and place >= start and _learns(call.module):
+            uses = [i for i, other in enumerate(calls) if other.module is call.module]
+            ends = {_end_of_group(traced, calls, use, times, without).module for use in uses}
+            points.append(ends.pop() if len(ends) == 1 else call.module)
     left = [names[c.module] for c in others if _has_matrices(c.module) and c.module not in without]
     if left and points:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -136,18 +149,18 @@ def auto_points(traced: Trace, granularity: str, output: str | None) -> list[str
         )
     if not points and not blocks:
         raise ValueError(
-            f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__} that is called '
-            "once in a forward and returns features of the output's samples, [N, *] or [N, T, *]; name "
+            f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__} that returns '
+            "features of the output's samples, tokens or pixels; name "
             'modules, or train it by method="bp"'
         )
     return list(dict.fromkeys(names[point] for point in points))
 
 
 def _calls_to_output(
-    traced: Trace, output: str | None, names: dict[nn.Module, str]
+    traced: Trace, output: str | None, names: dict[nn.Module, str], rows: int | None
 ) -> tuple[list[ModuleCall], list[ModuleCall], set[nn.Module]]:
-    """The calls that return features [N, *] on which the output [N, K] depends, or [N, T, *] for an
-    output [N, T, K]; those that return other features; and the modules of the output itself."""
+    """The calls that return features of the output's samples, tokens or pixels, on which it depends;
+    those that return other features; and the modules of the output itself."""
     end = traced.result
     behind: set[nn.Module] = set()
     for call in traced.calls:
@@ -156,17 +169,23 @@ def _calls_to_output(
     if not isinstance(end, Tensor):
         return [], [], behind
     nodes = nodes_behind(end)
-    samples = end.shape[: end.dim() - 1]  # [N], or [N, T] where tokens are the samples
+    own = None
+    if end.dim() > 2:
+        first = channels_first([traced.module])
+        if output is not None:
+            first = channels_first_at(traced.module, output)
+        own = Positions.of(end.shape, end.dim() - 2, first)
 
     def leads_there(call: ModuleCall) -> bool:
         return call.makes_features and (call.node is None or not nodes or call.node in nodes)
 
     def has_samples(call: ModuleCall) -> bool:
-        features = call.output
-        if features is None or features.dim() <= len(samples):
-            return False
-        has_tokens_last = len(samples) == 2 and channels_first([call.module])
-        return features.shape[: len(samples)] == samples and not has_tokens_last
+        features: Any = call.output
+        if own is None:
+            return features.shape[0] in (end.shape[0], rows)
+        first = channels_first_at(traced.module, names[call.module])
+        found = Positions.of(features.shape, len(own.grid), first)
+        return found is not None and found.fits(own)
 
     leading = [*filter(leads_there, traced.calls)]
     return [*filter(has_samples, leading)], [call for call in leading if not has_samples(call)], behind
@@ -206,23 +225,30 @@ def _repeated(
     behind: set[nn.Module],
     names: dict[nn.Module, str],
 ) -> list[nn.Module]:
-    """The outermost modules of classes that repeat, such as residual blocks and transformer layers."""
+    """The outermost modules of classes that repeat, such as residual blocks and transformer layers, or
+    that read themselves what they return."""
     called = {call.module for call in calls}
 
     def fits(member: nn.Module) -> bool:
         kind = type(member)
         own = not kind.__module__.startswith("torch.nn.") or isinstance(member, _TRANSFORMER_LAYERS)
-        if not own or times[member] != 1 or member not in called or member in without:
+        if not own or member not in called or member in without:
             return False
         inner = {*member.modules()}
         return not inner & behind and sum(_has_matrices(m) and times[m] > 0 for m in inner) > 1
 
     fitting = [member for member in names if fits(member)]
     kinds = Counter(type(member) for member in fitting)
+
+    def repeats(member: nn.Module) -> bool:
+        own = [call for call in calls if call.module is member]
+        again = any(t is before.output for call in own for t in call.inputs for before in own)
+        return kinds[type(member)] > 1 or again
+
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for member in fitting:
-        if kinds[type(member)] > 1 and member not in inside:
+        if member not in inside and repeats(member):
             if _learns(member):
                 found.append(member)
             inside.update(member.modules())
@@ -274,11 +300,21 @@ def _first_norms(
 
 
 def _end_of_group(
-    calls: Sequence[ModuleCall], start: int, times: Counter[nn.Module], without: set[nn.Module]
+    traced: Trace,
+    calls: Sequence[ModuleCall],
+    start: int,
+    times: Counter[nn.Module],
+    without: set[nn.Module],
 ) -> ModuleCall:
     """The last of the calls, from this layer's on, of modules that each alone read what the one before
-    returns."""
+    returns, and tell of a sequence whether its channels come first."""
     end = calls[start]
+    names = traced.names()
+
+    def has_channels_first(call: ModuleCall) -> bool:
+        is_sequence = call.output is not None and call.output.dim() == 3
+        return is_sequence and bool(channels_first_at(traced.module, names[call.module]))
+
     while True:
         readers = [
             (i, call)
@@ -291,6 +327,8 @@ def _end_of_group(
         changes_in_place = reader.output is end.output  # later readers are its own
         is_alone = (len(readers) == 1 or changes_in_place) and len(reader.inputs) == 1
         joins = not _has_matrices(reader.module) and not isinstance(reader.module, _VIEWS)
-        if not (is_alone and joins and times[reader.module] == 1) or reader.module in without:
+        joins = joins and has_channels_first(reader) == has_channels_first(end)
+        as_often = times[reader.module] == times[end.module]
+        if not (is_alone and joins and as_often) or reader.module in without:
             return end
         end = reader

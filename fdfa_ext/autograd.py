@@ -3,7 +3,7 @@ block."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from fdfa_ext.dual_pass import BlockRecord, DualPass
 from fdfa_ext.feedback import FeedbackBank, FeedbackStep
 from fdfa_ext.noise import flatten_features, perturbation, unflatten_features
 from fdfa_ext.patches import patch_means, patch_pixels, patch_shape, spread
+from fdfa_ext.positions import Source
 from fdfa_ext.reference import refuse_second_derivative, through_activation
 
 _Given = TypeVar("_Given")
@@ -325,6 +326,60 @@ def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int
                 f"FDFA: block '{record.name}': its feedback must lie in {record.memory_format}, the "
                 f"order of the noise; got strides {matrix.stride()}"
             )
+
+
+Finish = Callable[[DualPass, Tensor, Tensor | None, FeedbackStep], Tensor]
+
+
+def attach_parts(
+    finish: Finish, dual: DualPass, output: Tensor, tangent: Tensor | None, feedback: FeedbackStep
+) -> Tensor:
+    """The output [N, K] by finish(dual, output, tangent, feedback), once for each part of the pass."""
+    parts = dual.parts(len(output))
+    if parts[0] is dual:
+        return finish(dual, output, tangent, feedback)
+    if dual.compiling:
+        raise RuntimeError(
+            "FDFA: torch.compile cannot train blocks that have other positions than the output; train "
+            "the model uncompiled"
+        )
+    # One part moves the noise and Adam's counter on; each other takes both as they are before.
+    states = [dual.noise_state, *(dual.noise_state.clone() for _ in parts[1:])]
+    counts = [feedback.updates, *(feedback.updates.clone() for _ in parts[1:])]
+    ends: list[Tensor] = []
+    sources: list[Source] = []
+    for part, state, updates in zip(parts, states, counts, strict=True):
+        step = replace(feedback, updates=updates)
+        part.noise_state = state
+        source = part.source
+        if source is None:
+            output = finish(part, output, tangent, step)
+            continue
+        end = output.new_zeros(source.rows, output.shape[1])
+        ends.append(finish(part, end, None if tangent is None else source.tangents(tangent), step))
+        sources.append(source)
+    result: Tensor = _Branches.apply(sources, counts, output, *ends)
+    return result
+
+
+class _Branches(torch.autograd.Function):
+    """The output, whose error goes to the ends of other parts too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sources: Sequence[Source], counts: Sequence[Tensor], output: Tensor, *ends: Tensor
+    ) -> Tensor:
+        ctx.sources, ctx.counts = sources, counts
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative()
+        (error,) = grads
+        count, *copies = ctx.counts
+        for copy in copies:  # of the time of the backward, before any part of it
+            copy.copy_(count)
+        return None, None, error, *[source.errors(error) for source in ctx.sources]
 
 
 Direction = Callable[[Tensor, int, Tensor], Tensor]

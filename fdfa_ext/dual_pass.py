@@ -6,8 +6,9 @@ known, and else on torch's forward-mode dual tensors, so that any torch module m
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fdfa_ext import reference
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import is_in_checkpoint, traced_make_dual, traced_unpack_dual
 from fdfa_ext.duals import first_tensor, make_dual, refuse_unknown, unpack_dual, with_first
-from fdfa_ext.fusion import Chain, FusedTail, channels_first, norm_arguments
+from fdfa_ext.fusion import Chain, FusedTail, norm_arguments
 from fdfa_ext.jvp import (
     Call,
     PrimalTangent,
@@ -31,6 +32,7 @@ from fdfa_ext.jvp import (
 from fdfa_ext.noise import channels_last, memory_format_of
 from fdfa_ext.own_code import OutputLayer, OwnCodeRules, expose, leaves_behind
 from fdfa_ext.patches import as_image, as_sequence
+from fdfa_ext.positions import Cells, Members, Positions, Source
 from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 
 BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
@@ -50,13 +52,18 @@ class BlockRecord:
     version: int  # of output: counts changes in place
     donated: bool  # nobody else reads the saved activation: δ may take its memory
     channels_first: bool | None  # of a sequence that is recorded as an image; None: no such
+    positions: Positions | None  # whose rows the tensors are; None: of samples
+
+    def of_user(self, t: Tensor) -> Tensor:
+        """A tensor of the output's shape as the block returns it, but that FDFALinear takes several
+        dimensions as one."""
+        if self.channels_first is not None:
+            t = as_sequence(t, self.channels_first)
+        return t if self.positions is None else self.positions.of_rows(t)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the output as the block returns it, where FDFALinear takes several dimensions as one."""
-        if self.channels_first is None:
-            return self.output.shape
-        return as_sequence(self.output, self.channels_first).shape
+        return self.of_user(self.output).shape
 
     def kept_output(self, compiling: bool) -> Tensor:
         """y for a node of autograd, beside the saved activation: a compiler wants each tensor once."""
@@ -93,6 +100,7 @@ class NetworkEnd:
     """What becomes of the output, where a module within the model returns it."""
 
     finish: Callable[[Tensor, Tensor | None], Tensor]  # of output and tangent; its result goes on
+    channels_first: bool | None = None  # of the output, as that module tells
     reached: bool = False
     output: Tensor | None = None  # that result
 
@@ -108,11 +116,13 @@ class DualPass:
     compiling: bool  # by torch.compile
     tangents: str  # "network", "block": they end at the next block, or "none"
     perturbs: bool
-    per_token: bool  # whether the output is [N, T, K], and each token counts as a sample
-    tokens: Sequence[int] = ()  # N and T then
-    leads: dict[str, torch.Size] = field(default_factory=dict)  # by block, its own N and T
+    dimensions: int  # of the output
+    sample_index: Tensor | None = None  # int64 [rows]: the sample that each row of features is of
+    output_positions: Positions | None = None  # once it is there, if it has any
+    source: Source | None = None  # where rows have their errors from, in a part; None: the output's own
     records: list[BlockRecord] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)  # the blocks of the records
+    unforeseen: Counter[str] | None = None  # uses of blocks beyond those that are known, if counted
     takes_output_layer: bool = False  # whether the method can run a linear output layer itself
     output_layer: OutputLayer | None = None  # one that was left to it
     takes_biases: bool = False  # whether the method gives biases of dense blocks their gradients itself
@@ -160,7 +170,7 @@ class DualPass:
             lists.changed = lists.changed or (not self.compiling and r.output._version != r.version)
         return lists
 
-    def end_at(self, name: str, result: Any) -> Any:
+    def end_at(self, name: str, result: Any, channels_first: bool | None) -> Any:
         """What goes on from the module of this name, whose result is the network's output."""
         end = self.end
         if end is None:  # a pass that asks for something else
@@ -171,28 +181,85 @@ class DualPass:
             )
         if end.reached:
             raise RuntimeError(f"FDFA: output module '{name}' was used twice in one forward pass")
-        end.reached = True
+        end.reached, end.channels_first = True, channels_first
         with without_rules():
             output, tangent = unpack_dual(result)
             end.output = end.finish(output, None if tangent is None else tangent.detach())
             return end.output
 
-    def rows(self, output: Tensor, tangent: Tensor | None) -> PrimalTangent:
-        """The output and its tangent with a row for each sample: [N T, K], where these are tokens."""
-        if not self.per_token:
+    @property
+    def has_positions(self) -> bool:
+        """Whether a token or pixel counts as a sample."""
+        return self.dimensions > 2
+
+    def positions_of(self, what: str, t: Tensor, channels_first: bool | None) -> Positions:
+        """Those of a tensor, which is `what`."""
+        found = Positions.of(t.shape, self.dimensions - 2, channels_first)
+        if found is None:
+            kind = "token" if self.dimensions == 3 else "pixel"
+            raise ValueError(
+                f"FDFA: the output has K values for each {kind}, so {what} must have features of each; "
+                f"got {list(t.shape)}"
+            )
+        return found
+
+    def rows(
+        self, output: Tensor, tangent: Tensor | None, channels_first: bool | None
+    ) -> PrimalTangent:
+        """The output and its tangent with a row [K] for each sample, token or pixel."""
+        if self.dimensions == 1:
+            return output.unsqueeze(1), None if tangent is None else tangent.unsqueeze(1)
+        if not self.has_positions:
             return output, tangent
-        self.tokens = output.shape[:2]
-        for name, lead in self.leads.items():
-            if lead != self.tokens:
+        own = self.output_positions = self.positions_of("the output", output, channels_first)
+        for r in self.records:
+            assert r.positions is not None, "all have them"
+            if not r.positions.fits(own):
                 raise ValueError(
-                    f"FDFA: the output is {list(output.shape)}, [N, T, K], so block or point '{name}' "
-                    f"must have features [N, T, *]; got [{lead[0]}, {lead[1]}, *]"
+                    f"FDFA: the output is {list(output.shape)}, of {own}, so block or point '{r.name}' "
+                    f"must have features of each; got {list(r.shape)}, of {r.positions}"
                 )
-        return output.flatten(0, 1), None if tangent is None else tangent.flatten(0, 1)
+        return own.rows(output), None if tangent is None else own.rows(tangent)
 
     def of_rows(self, output: Tensor) -> Tensor:
-        """What rows of outputs are for the user: [N, T, K], where these are tokens."""
-        return output.unflatten(0, self.tokens) if self.per_token else output
+        """What rows of outputs are for the user."""
+        if self.dimensions == 1:
+            return output.squeeze(1)
+        return output if self.output_positions is None else self.output_positions.of_rows(output)
+
+    def parts(self, samples: int) -> "list[DualPass]":
+        """The pass of the blocks whose rows are the output's, and of others by where their rows have
+        their errors from. samples: rows of the output."""
+        if self.output_positions is None and self.sample_index is None:
+            return [self]
+        sources = [self._source_of(record, samples) for record in self.records]
+        if not any(sources):
+            return [self]
+        found: dict[Any, DualPass] = {}
+        for place, (record, source) in enumerate(zip(self.records, sources, strict=True)):
+            key = source if source is None or isinstance(source, Cells) else Members
+            if key not in found:
+                found[key] = replace(self, source=source, records=[], biases=[], biased=[])
+            part = found[key]
+            if place in self.biased:
+                part.biases.append(self.biases[self.biased.index(place)])
+                part.biased.append(len(part.records))
+            part.records.append(record)
+        return sorted(found.values(), key=lambda part: part.source is not None)
+
+    def _source_of(self, record: BlockRecord, samples: int) -> Source | None:
+        own, index = self.output_positions, self.sample_index
+        if record.positions is not None and own is not None:
+            return None if record.positions.grid == own.grid else Cells(own, record.positions.grid)
+        rows = record.output.shape[0]
+        if index is None or rows != len(index):
+            return None
+        if rows == samples and not torch.equal(index, torch.arange(rows, device=index.device)):
+            raise ValueError(
+                f"FDFA: block or point '{record.name}' has {rows} rows, and these may be the {samples} "
+                "samples or what sample_index has samples of; give a batch whose numbers differ"
+            )
+        return None if rows == samples else Members(index)
 
     def use_noise(self) -> Tensor:
         """The noise state of this pass, for its backward; that of the model moves on."""
@@ -203,19 +270,26 @@ class DualPass:
 
 
 class BlockPass:
-    """A block's own name, place in the noise and planned call, and the dual pass while one runs."""
+    """A block's own name, place in the noise and planned call, and the dual pass while one runs.
 
-    __slots__ = ("call", "dual", "index", "name")
+    A block that is used several times in a forward has one of these for each use: the first hands over
+    to the `later` ones.
+    """
 
-    def __init__(self, name: str, index: int) -> None:
+    __slots__ = ("call", "dual", "index", "later", "module", "name")
+
+    def __init__(self, name: str, index: int, module: str) -> None:
         self.name = name
         self.index = index
+        self.module = module  # the block's name in the model
         self.call: Call  # as Block.plan has it
         self.dual: DualPass | None = None
+        self.later: BlockPass | None = None  # of the next use
 
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
         """Without the call, which copies plan for their own block; a rule in it cannot be pickled."""
-        return None, {"name": self.name, "index": self.index, "dual": None}
+        state = {name: getattr(self, name) for name in ("name", "index", "module", "later")}
+        return None, state | {"dual": None}
 
     def on_dual_tensor(self, x: Tensor, call: Call) -> Tensor:
         """The dual tensor of a block's output, by its call, which takes primal and tangent apart.
@@ -249,25 +323,22 @@ class BlockPass:
             if dual.exposes:
                 r = dual.records[-1]
                 dual.exposed.append(expose(r.output, r.anchor, r.saved_activation, r.activation))
-                exposed = dual.exposed[-1]
-                if r.channels_first is not None:
-                    exposed = as_sequence(exposed, r.channels_first)
-                y = exposed.view(y.shape)
+                y = r.of_user(dual.exposed[-1]).view(y.shape)
             result: Tensor = y if ty is None else make_dual(y, ty)
             if rules is not None and ty is not None:
                 rules.made.append(weakref.ref(result))
             return result
 
-    def point(self, module: nn.Module, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def point(self, channels_first: bool | None, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
         """What this forward of a module of any kind returns, perturbed: the tensor, or the first of a
         tuple. Autograd goes on from its gradient δ to all that made it behind the points before."""
         dual = self._running_pass()
         if self.index in dual.seen:
-            raise RuntimeError(
-                f"FDFA: module '{self.name}' has a point and was used twice in one forward pass; its "
-                "feedback matrix belongs to one place in the network. Let `at` leave it out, and it "
-                "learns by the points after it"
-            )
+            if self.later is not None:
+                return self.later.point(channels_first, forward, *args, **kwargs)
+            if dual.unforeseen is None:  # it learns by the points after it
+                return forward(*args, **kwargs)
+            dual.unforeseen[self.module] += 1
         self._refuse_checkpoint(dual)
         result = forward(*args, **kwargs)
         self._running_pass()  # whose end may be within
@@ -283,7 +354,7 @@ class BlockPass:
             if dual.tangents == "block":
                 ty = None
             tangent = None if ty is None else ty.detach()
-            output, ty = self._end(dual, y, tangent, channels_first([module]))
+            output, ty = self._end(dual, y, tangent, channels_first)
             perturbed = output if ty is None else make_dual(output, ty)
         return with_first(result, perturbed)
 
@@ -291,12 +362,14 @@ class BlockPass:
         """An FDFALinear: x [N, *, in_features] → y, ty [N, *, out_features]. Algorithm 1, lines 10 to
         16."""
         dual = self._enter(x)
+        if dual is None:
+            return self._of_next_use().linear(layer, x, tangent)
         if dual.tangents == "block":
             tangent = None
-        lead = None
-        if dual.per_token:
-            lead = self._tokens(dual, x)
-            x, tangent = x.flatten(0, 1), None if tangent is None else tangent.flatten(0, 1)
+        positions = None
+        if dual.has_positions:
+            positions = dual.positions_of(f"block '{self.name}'", x, channels_first=False)
+            x, tangent = positions.rows(x), None if tangent is None else positions.rows(tangent)
         between = x.shape[1:-1]
         if len(between) > 1:  # noise and feedback would take four dimensions for images
             x = x.flatten(1, -2)
@@ -306,14 +379,23 @@ class BlockPass:
         options = self._options(dual, layer.activation, perturbs=not in_patches)
         y, ty, pre = dual.backend.linear(x, tangent, weight, bias, **options)
         if in_patches:
-            ty = self._end_sequence(dual, y, None if tangent is None else ty, pre, layer.activation)
+            ty = None if tangent is None else ty
+            ty = self._end_sequence(dual, y, ty, pre, layer.activation, False, positions)
         else:
-            self._record(dual, y, pre, layer.activation, torch.contiguous_format, taken_bias=taken)
+            self._record(
+                dual,
+                y,
+                pre,
+                layer.activation,
+                torch.contiguous_format,
+                taken_bias=taken,
+                positions=positions,
+            )
         if not dual.perturbs:
             ty = None
         if len(between) > 1:
             y, ty = y.unflatten(1, between), None if ty is None else ty.unflatten(1, between)
-        return (y, ty) if lead is None else _of_tokens(lead, y, ty)
+        return _of_rows(positions, y, ty)
 
     def conv2d(
         self, layer: Any, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None
@@ -323,10 +405,10 @@ class BlockPass:
         With a pool these go through it, but it is no part of the block.
         """
         dual = self._enter(x)
+        if dual is None:
+            return self._of_next_use().conv2d(layer, x, tangent, pool)
         if dual.tangents == "block":
             tangent = None
-        if dual.per_token:
-            self._tokens(dual, x)
         padding = layer.padding
         if isinstance(padding, str) or layer.padding_mode != "zeros":
             # Padding of its own kind is a linear map before the convolution.
@@ -336,7 +418,8 @@ class BlockPass:
             tangent = None if tangent is None else F.pad(tangent, sides, mode=mode)
             padding = (0, 0)
         activation = layer.activation
-        fused_pool = _fused_pool(dual, pool, x)
+        has_positions = dual.has_positions
+        fused_pool = None if has_positions else _fused_pool(dual, pool, x)
         y, ty, pre, pooled = dual.backend.conv2d(
             x,
             tangent,
@@ -346,10 +429,13 @@ class BlockPass:
             padding,
             layer.dilation,
             layer.groups,
-            **self._options(dual, activation),
+            **self._options(dual, activation, perturbs=not has_positions),
             pool=fused_pool,
             patch=dual.patch,
         )
+        if has_positions:
+            ty = None if tangent is None else ty
+            return _behind(pool, None, *self._end(dual, y, ty, None, pre, activation))
         own_output = fused_pool is not None
         self._record(dual, y, pre, activation, torch.channels_last, own_output)
         return _behind(pool, None if fused_pool is None else pooled, y, ty if dual.perturbs else None)
@@ -359,13 +445,15 @@ class BlockPass:
     ) -> PrimalTangent:
         """Calls one after the other, perturbed at the end of the last; pool as in conv2d."""
         dual = self._enter(x)
+        if dual is None:
+            return self._of_next_use().chain(chain, x, tangent, pool)
         x = x.detach()
         if x.dim() == 4:
             x = channels_last(x)
         if tangent is not None:
             tangent = None if dual.tangents == "block" else tangent.detach()
         y, ty = x, tangent
-        tail = chain.tail if dual.backend is fused and not dual.per_token else None
+        tail = chain.tail if dual.backend is fused else None
         for position, call in enumerate(chain.calls):
             if tail is not None and position == tail.start and tail.takes(y):
                 # The tangent that a layer just made is nobody else's: it may be overwritten.
@@ -389,39 +477,38 @@ class BlockPass:
                 )
         return _behind(pool, None, *self._end(dual, y, ty, chain.channels_first))
 
-    def _end(self, dual: DualPass, y: Tensor, ty: Tensor | None, channels_first: bool) -> PrimalTangent:
-        """Perturbs y [N, *features] and records it, its graph as the anchor. What goes on has none."""
-        if dual.per_token:
-            if channels_first and y.dim() == 3:
-                y, ty = self._end(dual, y.mT, None if ty is None else ty.mT, False)
-                return y.mT, None if ty is None else ty.mT
-            lead = self._tokens(dual, y)
-            ty = None if ty is None else ty.flatten(0, 1)
-            return _of_tokens(lead, *self._end_rows(dual, y.flatten(0, 1), ty, False))
-        return self._end_rows(dual, y, ty, channels_first)
-
-    def _end_rows(
-        self, dual: DualPass, y: Tensor, ty: Tensor | None, channels_first: bool
+    def _end(
+        self,
+        dual: DualPass,
+        y: Tensor,
+        ty: Tensor | None,
+        channels_first: bool | None,
+        anchor: Tensor | None = None,
+        activation: str = "identity",
     ) -> PrimalTangent:
+        """Perturbs y [N, *features] and records it. What goes on has no graph.
+
+        anchor: y by default, whose graph then has the activation.
+        """
+        positions = None
+        if dual.has_positions:
+            positions = dual.positions_of(f"block or point '{self.name}'", y, channels_first)
+            y, anchor = positions.rows(y), None if anchor is None else positions.rows(anchor)
+            ty = None if ty is None else positions.rows(ty)
+            channels_first = False
         if 0 in y.stride():  # expanded: its elements must be apart to be perturbed
             y = y.contiguous()
-        output = y.detach()
+        output, anchor = y.detach(), y if anchor is None else anchor
         if dual.patch > 1 and y.dim() == 3:
-            return output, self._end_sequence(dual, output, ty, y, "identity", channels_first)
-        if dual.perturbs:
-            ty = self._perturbed(dual, output, ty)
-        self._record(dual, output, y, "identity", memory_format_of(y.dim()))
-        return output, ty
-
-    def _tokens(self, dual: DualPass, y: Tensor) -> torch.Size:
-        """N and T of a tensor [N, T, *features], which the output must have too."""
-        if y.dim() < 3:
-            raise ValueError(
-                f"FDFA: the output is [N, T, K], so block or point '{self.name}' must have features "
-                f"[N, T, *]; got {list(y.shape)}"
+            first = bool(channels_first)
+            ty = self._end_sequence(dual, output, ty, anchor, activation, first, positions)
+        else:
+            if dual.perturbs:
+                ty = self._perturbed(dual, output, ty)
+            self._record(
+                dual, output, anchor, activation, memory_format_of(y.dim()), positions=positions
             )
-        dual.leads[self.name] = y.shape[:2]
-        return y.shape[:2]
+        return _of_rows(positions, output, ty)
 
     def _refuse_checkpoint(self, dual: DualPass) -> None:
         if is_in_checkpoint() and not dual.in_checkpoint:
@@ -438,7 +525,8 @@ class BlockPass:
         ty: Tensor | None,
         anchor: Tensor,
         activation: str,
-        channels_first: bool = False,
+        channels_first: bool,
+        positions: Positions | None,
     ) -> Tensor | None:
         """Perturbs a sequence in patches and records it, both as an image; returns its tangent."""
         image = as_image(y, channels_first)
@@ -452,6 +540,7 @@ class BlockPass:
             activation,
             torch.channels_last,
             channels_first=channels_first,
+            positions=positions,
         )
         return ty
 
@@ -473,9 +562,10 @@ class BlockPass:
         module: Any = tail.first
         taken: Tensor | None = None
         pooled: Tensor | None = None
-        fused_pool = None if tail.pool is not None else _fused_pool(dual, pool, x)
+        has_positions = dual.has_positions
+        fused_pool = None if tail.pool is not None or has_positions else _fused_pool(dual, pool, x)
         # Where a pool follows within the block, it is that which perturbs.
-        options = self._options(dual, tail.activation, perturbs=tail.pool is None)
+        options = self._options(dual, tail.activation, perturbs=tail.pool is None and not has_positions)
         memory_format = memory_format_of(x.dim())
         ty: Tensor | None
         if tail.normalizes:
@@ -519,9 +609,12 @@ class BlockPass:
                 *pool_geometry(tail.pool),
                 dual.noise_state,
                 self.index,
-                dual.noise,
+                "none" if has_positions else dual.noise,
                 dual.patch,
             )
+        if has_positions:
+            ty = None if tangent is None else ty
+            return _behind(pool, None, *self._end(dual, y, ty, None, pre, tail.activation))
         own_output = fused_pool is not None
         self._record(dual, y, pre, tail.activation, memory_format, own_output, taken_bias=taken)
         return _behind(pool, pooled if own_output else None, y, ty if dual.perturbs else None)
@@ -556,14 +649,24 @@ class BlockPass:
             )
         return dual
 
-    def _enter(self, x: Tensor) -> DualPass:
-        """The pass that runs, once it is clear that it may go through this block."""
+    def _of_next_use(self) -> "BlockPass":
+        assert self.later is not None, "as _enter has it"
+        return self.later
+
+    def _enter(self, x: Tensor) -> DualPass | None:
+        """The pass that runs, once it is clear that it may go through this block; None where that of a
+        later use is meant."""
         dual = self._running_pass()
         if self.index in dual.seen:
-            raise RuntimeError(
-                f"FDFA: block '{self.name}' was used twice in one forward pass; its feedback matrix "
-                "belongs to one place in the network, so use two blocks (they may share a weight)"
-            )
+            if self.later is not None:
+                return None
+            if dual.unforeseen is None:
+                raise RuntimeError(
+                    f"FDFA: block '{self.module}' was used more often in this forward pass than in "
+                    "the dry run, and each use has a feedback matrix of its own; wrap the module again "
+                    "with an example_input that uses it most, or use a plain torch module by at="
+                )
+            dual.unforeseen[self.module] += 1
         if x.requires_grad:
             raise RuntimeError(
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
@@ -582,9 +685,10 @@ class BlockPass:
         own_output: bool = False,
         taken_bias: Tensor | None = None,
         channels_first: bool | None = None,
+        positions: Positions | None = None,
     ) -> None:
         """own_output: no module after the block sees it. taken_bias: one that is left to the method.
-        channels_first: of a sequence as an image."""
+        channels_first: of a sequence as an image. positions: whose rows the tensors are."""
         has_pre = activation in NEEDS_PRE_ACTIVATION
         if dual.compiling:
             # A compiler cannot trace versions. It leaves the copy out if no module changes the output.
@@ -607,13 +711,16 @@ class BlockPass:
                 0 if dual.compiling else output._version,
                 donated and not (dual.compiling or dual.exposes),
                 channels_first,
+                positions,
             )
         )
 
 
-def _of_tokens(lead: torch.Size, y: Tensor, ty: Tensor | None) -> PrimalTangent:
-    """What the rows of tokens [N T, *] are of samples: [N, T, *]."""
-    return y.unflatten(0, lead), None if ty is None else ty.unflatten(0, lead)
+def _of_rows(positions: Positions | None, y: Tensor, ty: Tensor | None) -> PrimalTangent:
+    """What these rows are the rows of."""
+    if positions is None:
+        return y, ty
+    return positions.of_rows(y), None if ty is None else positions.of_rows(ty)
 
 
 def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:

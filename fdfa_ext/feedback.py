@@ -32,6 +32,10 @@ class FeedbackBank(nn.Module):
         """Names of buffers may hold no dot."""
         return name.replace(".", "/")
 
+    @staticmethod
+    def name(key: str) -> str:
+        return key.replace("/", ".")
+
     def declare(self, name: str) -> None:
         """A parameter of a shape to come, which an optimizer can hold already."""
         declared: Any = UninitializedParameter()
@@ -94,7 +98,7 @@ class FeedbackBank(nn.Module):
         return len(self._tensors)
 
     def keys(self) -> list[str]:
-        return [key.replace("/", ".") for key in self._tensors]
+        return [*map(self.name, self._tensors)]
 
     def values(self) -> list[Tensor]:
         return list(self._tensors.values())

@@ -77,10 +77,10 @@ class Chain:
     names: Sequence[str]  # of the modules that they call, for errors
     tail: FusedTail | None = None
     makes_tangent: bool = False  # whether the tangent that the tail is given is nobody else's
-    channels_first: bool = False  # whether a sequence that it returns is [N, C, L], and not [N, T, D]
+    channels_first: bool | None = None  # of what it returns, as `channels_first` has it
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module], channels_first: bool) -> "Chain":
+    def of(cls, modules: Sequence[nn.Module], channels_first: bool | None) -> "Chain":
         """The shortest way through modules one after the other, as long as none of them changes."""
         tail = find_tail(modules)
         before = [] if tail is None else modules[: tail.start]
@@ -93,12 +93,20 @@ class Chain:
         )
 
 
-def channels_first(modules: Sequence[nn.Module]) -> bool:
-    """Whether a chain returns a sequence as [N, C, L], not [N, T, D], by its last module that tells."""
+def channels_first(modules: Sequence[nn.Module]) -> bool | None:
+    """Whether a chain returns a sequence as [N, C, L], not [N, T, D], by its last module that tells;
+    None where none does, or a module of the user's own comes after it."""
     for module in reversed(list(_flattened(modules))):
-        if (found := _tells(module)) is not None:
-            return found
-    return False
+        if isinstance(module, _CHANNELS_FIRST):
+            return True
+        if isinstance(module, nn.Flatten):
+            if module.start_dim > 1:  # an image's pixels
+                return True
+        elif not type(module).__module__.startswith("torch.nn."):
+            return None
+        elif isinstance(module, _FEATURES_LAST):
+            return False
+    return None
 
 
 def _flattened(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
@@ -107,17 +115,6 @@ def _flattened(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
             yield from _flattened(module)
         else:
             yield module
-
-
-def _tells(module: nn.Module) -> bool | None:
-    """Whether channels come first in what it returns; None if it leaves them where they are. A module
-    of the user's own returns [N, T, D]."""
-    if isinstance(module, _CHANNELS_FIRST):
-        return True
-    if isinstance(module, nn.Flatten):
-        return True if module.start_dim > 1 else None  # an image's pixels
-    is_torchs = type(module).__module__.startswith("torch.nn.")
-    return None if is_torchs and not isinstance(module, _FEATURES_LAST) else False
 
 
 def find_tail(modules: Sequence[nn.Module]) -> FusedTail | None:

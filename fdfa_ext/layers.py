@@ -46,6 +46,10 @@ class Block:
             return self.plain(x)
         return own.on_dual_tensor(x, self.traced_call(own) if own.dual.compiling else own.call)
 
+    def returns_channels_first(self) -> bool | None:
+        """As fusion has it, of what the block returns."""
+        return None
+
     def plain(self, x: Tensor) -> Tensor:
         """What the block computes outside FDFA's training step."""
         raise NotImplementedError
@@ -167,6 +171,9 @@ class FDFABlock(Block, nn.Sequential):
             raise ValueError("FDFABlock: needs at least one module")
         super().__init__(*modules)
 
+    def returns_channels_first(self) -> bool | None:
+        return channels_first(list(self)) if self._is_torchs() else None
+
     def plain(self, x: Tensor) -> Tensor:
         return nn.Sequential.forward(self, x)
 
@@ -175,17 +182,10 @@ class FDFABlock(Block, nn.Sequential):
             return partial(own.chain, self._whole())
         calls = [partial(forward_dual, module) for module in self]
         names = [type(module).__name__ for module in self]
-        return partial(own.chain, Chain(calls, names, channels_first=returns_channels_first(self)))
+        return partial(own.chain, Chain(calls, names, channels_first=self.returns_channels_first()))
 
     def _fused_call(self, own: BlockPass) -> Call:
-        return partial(own.chain, Chain.of(list(self), returns_channels_first(self)))
-
-
-def returns_channels_first(module: nn.Module) -> bool:
-    """Whether a sequence that a block, or any other module, returns is [N, C, L], and not [N, T, D]."""
-    if not isinstance(module, Block):
-        return channels_first([module])
-    return isinstance(module, FDFABlock) and module._is_torchs() and channels_first(list(module))
+        return partial(own.chain, Chain.of(list(self), self.returns_channels_first()))
 
 
 def joins_positions(module: nn.Module) -> bool:

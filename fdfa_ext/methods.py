@@ -21,8 +21,10 @@ from fdfa_ext.autograd import BlockStep as BlockStep
 from fdfa_ext.autograd import attach, attach_fused, attach_weights, check_blocks
 from fdfa_ext.dual_pass import DualPass
 from fdfa_ext.duals import forward_mode
+from fdfa_ext.feedback import FeedbackStep
 from fdfa_ext.jvp import function_rules
 from fdfa_ext.noise import perturbation
+from fdfa_ext.positions import Cells
 from fdfa_ext.step import TrainingStep, check_output
 
 TANGENTS = ("none", "network", "block")
@@ -158,11 +160,16 @@ class BlockMethod(Method):
         return step.run(partial(self._attach, step))
 
     def _attach(
-        self, step: TrainingStep, dual: DualPass, output: Tensor, tangent: Tensor | None
+        self,
+        step: TrainingStep,
+        dual: DualPass,
+        output: Tensor,
+        tangent: Tensor | None,
+        feedback: FeedbackStep,
     ) -> Tensor:
-        check_blocks(self, dual, step.feedback.matrices, *output.shape)
+        check_blocks(self, dual, feedback.matrices, *output.shape)
         used = dual.use_noise() if tangent is not None else None
-        return attach(self, dual, dual.records, output, tangent, used, step.feedback)
+        return attach(self, dual, dual.records, output, tangent, used, feedback)
 
 
 class ActivityPerturbation(BlockMethod):
@@ -176,6 +183,25 @@ class ActivityPerturbation(BlockMethod):
 
     def delta(self, block: BlockStep) -> Tensor:
         return block.perturbation.mul_((block.error * block.tangent).sum(1, keepdim=True))
+
+    def _attach(
+        self,
+        step: TrainingStep,
+        dual: DualPass,
+        output: Tensor,
+        tangent: Tensor | None,
+        feedback: FeedbackStep,
+    ) -> Tensor:
+        self._refuse_cells(dual)
+        return super()._attach(step, dual, output, tangent, feedback)
+
+    def _refuse_cells(self, dual: DualPass) -> None:
+        """(e · d) of a cell is not the sum over its positions of theirs."""
+        if dual.source is not None and (self.local_heads or isinstance(dual.source, Cells)):
+            raise ValueError(
+                f"FDFA: {type(self).__name__} needs features of the output's own samples or positions; "
+                f"block or point '{dual.records[0].name}' has {list(dual.records[0].shape)}"
+            )
 
 
 class LocalGreedy(ActivityPerturbation):
@@ -191,17 +217,23 @@ class LocalGreedy(ActivityPerturbation):
     local_heads = True
 
     def _attach(
-        self, step: TrainingStep, dual: DualPass, output: Tensor, tangent: Tensor | None
+        self,
+        step: TrainingStep,
+        dual: DualPass,
+        output: Tensor,
+        tangent: Tensor | None,
+        feedback: FeedbackStep,
     ) -> Tensor:
-        check_blocks(self, dual, step.feedback.matrices, *output.shape)
+        self._refuse_cells(dual)
+        check_blocks(self, dual, feedback.matrices, *output.shape)
         used = dual.use_noise()
         *hidden, last = dual.records
         for record in hidden:
             u = step.perturbation(record.output, used, record.index)
             local, local_tangent = step.heads.run(record, u, output.shape[1])
-            local = attach(self, dual, [record], local, local_tangent, used, step.feedback)
+            local = attach(self, dual, [record], local, local_tangent, used, feedback)
             step.local_outputs.append(dual.of_rows(local))
-        return attach(self, dual, [last], output, tangent, used, step.feedback)
+        return attach(self, dual, [last], output, tangent, used, feedback)
 
 
 def kaiming_feedback(feedback: Tensor) -> None:
@@ -224,12 +256,12 @@ class ProjectedError(BlockMethod):
     def forward(self, step: TrainingStep) -> Any:
         if type(self) not in _FUSED or step.feedback.own is not None:
             return super().forward(step)
-        return step.run(partial(self._attach_fused, step), takes_output_layer=True)
+        return step.run(self._attach_fused, takes_output_layer=True)
 
     def _attach_fused(
-        self, step: TrainingStep, dual: DualPass, output: Tensor, tangent: Tensor | None
+        self, dual: DualPass, output: Tensor, tangent: Tensor | None, feedback: FeedbackStep
     ) -> Tensor:
-        return attach_fused(self, dual, output, tangent, step.feedback, self.decay)
+        return attach_fused(self, dual, output, tangent, feedback, self.decay)
 
 
 class DirectFeedback(ProjectedError):

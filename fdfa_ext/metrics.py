@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from fdfa_ext.duals import first_tensor, with_first
 from fdfa_ext.feedback import FeedbackUpdate
-from fdfa_ext.layers import joins_positions, returns_channels_first
+from fdfa_ext.layers import joins_positions
 from fdfa_ext.model import FDFA
 from fdfa_ext.patches import as_image, as_sequence, patch_means, spread
+from fdfa_ext.points import channels_first_at
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor]  # input, target
@@ -128,7 +130,7 @@ def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
     for name, jacobian in mean_jacobian(model, input).items():
         matrix = model.feedback[name]
         if model.patch > 1:
-            jacobian = _as_image(model.module.get_submodule(name), jacobian)
+            jacobian = _as_image(model, name, jacobian)
             matrix = spread(matrix, jacobian.shape, model.patch)
         angles[name] = _angle(matrix, jacobian)
     return angles
@@ -214,10 +216,9 @@ def feedback_ceiling(
         for name, output in outputs.items():
             jacobian = jacobians[name]
             if patch > 1:
-                block = model.module.get_submodule(name)
-                image = _as_image(block, jacobian)
+                image = _as_image(model, name, jacobian)
                 means = spread(patch_means(image, patch), image.shape, patch)
-                jacobian = _as_output(block, means, jacobian.shape)
+                jacobian = _as_output(model, name, means, jacobian.shape)
             ends.append((output, (error @ jacobian.flatten(1)).view_as(output)))
         model.zero_grad(set_to_none=True)
         for output, delta in ends:
@@ -227,18 +228,24 @@ def feedback_ceiling(
         return {name: _angle(found[name], value) for name, value in exact.items()}
 
 
-def _as_image(block: nn.Module, values: Tensor) -> Tensor:
+def _as_image(model: FDFA, name: str, values: Tensor) -> Tensor:
     """[*, *features] of a block's output in the shape in which a block in patches counts them."""
-    if joins_positions(block) and values.dim() > 3:
+    if joins_positions(model.network.blocks[name]) and values.dim() > 3:
         values = values.flatten(1, -2)
-    return as_image(values, returns_channels_first(block)) if values.dim() == 3 else values
+    first = _has_channels_first(model, name)
+    return as_image(values, first) if values.dim() == 3 else values
 
 
-def _as_output(block: nn.Module, values: Tensor, shape: torch.Size) -> Tensor:
+def _as_output(model: FDFA, name: str, values: Tensor, shape: torch.Size) -> Tensor:
     """The values that `_as_image` was given, of this shape."""
-    if values.dim() == 4 and (len(shape) == 3 or joins_positions(block)):
-        values = as_sequence(values, returns_channels_first(block))
+    if values.dim() == 4 and (len(shape) == 3 or joins_positions(model.network.blocks[name])):
+        values = as_sequence(values, _has_channels_first(model, name))
     return values.reshape(shape)
+
+
+def _has_channels_first(model: FDFA, name: str) -> bool:
+    own = next(own for own in model.network.passes if own.name == name)
+    return bool(channels_first_at(model.module, own.module))
 
 
 @contextmanager
@@ -248,9 +255,8 @@ def _images_in_channels_last(model: FDFA) -> Iterator[None]:
     def before(_: object, args: Any) -> Any:
         return tree_map(_in_channels_last, args)
 
-    hooks = [
-        model.module.get_submodule(name).register_forward_pre_hook(before) for name in model.block_names
-    ]
+    blocks = {*model.network.blocks.values()}
+    hooks = [block.register_forward_pre_hook(before) for block in blocks]
     try:
         with _at_blocks(model, lambda _, output: _in_channels_last(output)):
             yield
@@ -272,23 +278,28 @@ def _in_channels_last(value: Any) -> Any:
 def _at_blocks(model: FDFA, function: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Within it each block hands out what function(name, output) returns."""
 
-    def hook_of(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: Any, result: Any) -> Any:
-            first = first_tensor(result)
-            assert first is not None, "training has seen the same"
-            return with_first(result, function(name, first))
+    uses: dict[nn.Module, Iterator[str]] = {}
+    names: dict[nn.Module, list[str]] = {}
+    for name, block in model.network.blocks.items():
+        names.setdefault(block, []).append(name)
 
-        return hook
+    def start(module: nn.Module, inputs: Any) -> None:
+        uses.clear()
+        uses.update({block: iter(of_block) for block, of_block in names.items()})
 
-    hooks = [
-        model.module.get_submodule(name).register_forward_hook(hook_of(name))
-        for name in model.block_names
-    ]
+    def hook(module: nn.Module, inputs: Any, result: Any) -> Any:
+        first = first_tensor(result)
+        assert first is not None, "training has seen the same"
+        name = next(uses[module], None)  # more uses than training has seen have no feedback
+        return result if name is None else with_first(result, function(name, first))
+
+    handles: list[RemovableHandle] = [model.module.register_forward_pre_hook(start)]
+    handles += [block.register_forward_hook(hook) for block in names]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _estimates(

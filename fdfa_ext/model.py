@@ -5,7 +5,7 @@ import inspect
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,42 @@ from fdfa_ext.heads import LocalHeads
 from fdfa_ext.layers import NOT_SCRIPTABLE
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, BlockMethod, Method
-from fdfa_ext.network import Network
+from fdfa_ext.network import Network, sample_index_of
 from fdfa_ext.noise import NOISES, new_state
 from fdfa_ext.patches import patch_shape
 from fdfa_ext.points import At, check_at, check_module, check_output_name
 from fdfa_ext.step import TrainingStep, no_tangent
 from fdfa_ext.summary import Summary, summarize
+
+
+class _with_signature_of_module:
+    """A forward whose signature, as `inspect` tells, is that of the module within: trainers read it to
+    know which inputs to give."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, model: Any, kind: type | None = None) -> Any:
+        return self.function if model is None else _Forward(self.function, model)
+
+
+class _Forward:
+    __slots__ = ("__func__", "__self__")
+
+    def __init__(self, function: Callable[..., Any], model: "FDFA") -> None:
+        self.__func__ = function
+        self.__self__ = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __code__(self) -> Any:  # which torch.jit.trace reads
+        return self.__func__.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__self__.module.forward)
 
 
 class FDFA(nn.Module):
@@ -47,8 +77,10 @@ class FDFA(nn.Module):
     What cannot be trained is refused when the model is made, or in its first training forward.
 
     Args:
-        module: a model whose output is [N, K], K outputs for each of N samples; or [N, T, K], K outputs
-            for each of T tokens, where blocks return [N, T, *features] and B is that of a token.
+        module: a model whose output is [N, K], K outputs for each of N samples, or [N], one for each.
+            Or [N, T, K], K outputs for each of T tokens, or [N, K, H, W] and [N, K, D, H, W], for each
+            of an image's pixels: a token or pixel is a sample then, blocks have features of each, and
+            B is that of one of them.
         at: which modules of any kind are perturbed at their output beside the blocks, so that a model
             trains as it comes: names, classes, a function of name and module, or "auto". Each has the
             features [N, *features] that it returns, alone or first in a tuple. What made them since the
@@ -61,6 +93,10 @@ class FDFA(nn.Module):
         output: name of the module whose result is the network's output, where the model returns
             something else: a dict, a loss of its own. What it makes of it is plain autograd. With `at`
             the last called that has parameters, where the model returns no tensor.
+        sample_index: name of the argument of the model's forward that says of which sample each row of
+            features is, int64 [V] for features [V, *]: the graph of each node, where the nodes of N
+            graphs are concatenated and the output is that of the graphs. A row then has B in common
+            with all others, and the error of its sample.
         method: "fdfa", "dfa", "dkp", "fg-a", "lg-fg-a", "fg-w" or "bp", or a Method of your own
             (fdfa_ext.methods, which has their equations). Arguments that a method has no use for, such
             as those of feedback where it does not learn, are ignored.
@@ -101,7 +137,7 @@ class FDFA(nn.Module):
 
     Raises:
         ValueError: an option is unknown or out of range; the module has no block or is one; its output
-            is not [N, K] or [N, T, K].
+            has no row of K values for each sample, token or pixel.
         TypeError: method is a class; the module returns no tensor; a dtype that the backend lacks; a
             block of a kind of its own.
         RuntimeError: no tangent, or a zero one, reaches the output; a block is unused, used twice,
@@ -117,6 +153,7 @@ class FDFA(nn.Module):
         at: str | At = None,
         granularity: str = "block",
         output: str | None = None,
+        sample_index: str | None = None,
         method: str | Method = "fdfa",
         feedback: str | FeedbackUpdate = "adam",
         feedback_lr: float = 1e-4,
@@ -190,9 +227,9 @@ class FDFA(nn.Module):
         self.local_outputs: list[Tensor] = []
         args, kwargs = _inputs_of(module, example_input)
         if example_input is not None:
-            at, output = _found_points(module, at, granularity, output, args, kwargs)
+            at, output = _found_points(module, at, granularity, output, sample_index, args, kwargs)
         # A list of the user's may change, and the plan would not know.
-        self.network = Network(tuple(at) if isinstance(at, Sequence) else at, output)
+        self.network = Network(tuple(at) if isinstance(at, Sequence) else at, output, sample_index)
         self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
         self.network.look_at(module)
 
@@ -248,6 +285,7 @@ class FDFA(nn.Module):
         """In the order in which the module defines them."""
         return list(self.network.blocks)
 
+    @_with_signature_of_module
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module returns; in training its backward does the whole step of the method."""
         if self.local_outputs:
@@ -415,7 +453,10 @@ class FDFA(nn.Module):
                 )
             for record in dual.records:
                 self._create(record, output.shape[1])
-            check_blocks(method, dual, self.feedback, *output.shape)
+            samples, outputs = output.shape
+            for part in dual.parts(samples):
+                rows = samples if part.source is None else part.source.rows
+                check_blocks(method, part, self.feedback, rows, outputs)
         if method.local_heads:
             like = next(self.module.parameters())
             self.heads.prepare(dual.records[:-1], output.shape[1], like)
@@ -473,6 +514,11 @@ class FDFA(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback and heads that a saved model has and this one has not yet."""
         self.network.look_at(self.module)
+        kept = f"{prefix}feedback."
+        self.network.count_saved(
+            FeedbackBank.name(key.removeprefix(kept)) for key in state_dict if key.startswith(kept)
+        )
+        self.network.look_at(self.module)
         self._keep_blocks()
         blocks = self.network.blocks
         for tensors, name in (
@@ -509,6 +555,7 @@ def _found_points(
     at: Any,
     granularity: str,
     output: str | None,
+    sample_index: str | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[At, str | None]:
@@ -517,7 +564,10 @@ def _found_points(
         return at, output
     traced = trace(module, args, kwargs)
     output = output or default_output(traced)
-    return auto_points(traced, granularity, output) if at == "auto" else at, output
+    if at != "auto":
+        return at, output
+    index = None if sample_index is None else sample_index_of(module, sample_index, args, kwargs)
+    return auto_points(traced, granularity, output, None if index is None else len(index)), output
 
 
 @torch.inference_mode(False)
@@ -528,6 +578,7 @@ def check(
     at: str | At = "auto",
     granularity: str = "block",
     output: str | None = None,
+    sample_index: str | None = None,
     **options: Any,
 ) -> Summary:
     """What FDFA(module, ...) would perturb and train, before it makes anything.
@@ -536,9 +587,9 @@ def check(
     """
     check_module(module)
     args, kwargs = _inputs_of(module, example_input)
-    found = _found_points(module, at, granularity, output, args, kwargs)
+    found = _found_points(module, at, granularity, output, sample_index, args, kwargs)
     with torch.random.fork_rng(devices=[]):  # the model draws a seed
-        model = FDFA(module, at=found[0], output=found[1], **options)
+        model = FDFA(module, at=found[0], output=found[1], sample_index=sample_index, **options)
     return model.summary(*args, **kwargs)
 
 

@@ -1,8 +1,9 @@
 """The user's module as FDFA runs it in training: by its plan, on primal and tangent."""
 
+import inspect
 import sys
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -38,17 +39,22 @@ class Network:
         checked: whether a dry run has seen these blocks.
         at: where the model has points beside its blocks.
         output: name of the module whose result is the network's output; None for the model's own.
-        per_token: whether the output is [N, T, K], as a dry run found it, so that a token is a sample.
+        sample_index: name of the argument that says of which sample each row of features is.
+        uses: how often a forward uses a block, as a dry run found it, where that is more than once.
+        dimensions: of the output, as a dry run found them: beyond two a token or pixel is a sample.
     """
 
-    def __init__(self, at: At, output: str | None) -> None:
+    def __init__(self, at: At, output: str | None, sample_index: str | None) -> None:
         self.at = at
         self.output = output
-        self.per_token = False
+        self.sample_index = sample_index
+        self.dimensions = 2
+        self.uses: dict[str, int] = {}
         self.plan: Plan | None = None
         self.blocks: dict[str, Any] = {}
         self.passes: list[BlockPass] = []
         self.checked = False
+        self._perturbed: dict[str, Any] = {}
         self._overriding: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,12 +68,29 @@ class Network:
         check_module(module)
         if any(isinstance(vars(inner).get("network"), Network) for inner in module.modules()):
             raise ValueError("FDFA: the module has an FDFA within it; wrap it once, as a whole")
-        plan = Plan(module, self.at, self.output)
-        if plan.blocks != self.blocks or plan.overriding != self._overriding:
+        plan = Plan(module, self.at, self.output, self.uses)
+        if plan.perturbed != self._perturbed or plan.overriding != self._overriding:
             self.checked = False
-        self._overriding = plan.overriding
+            if self.uses and plan.perturbed != self._perturbed:  # they may be used otherwise
+                self.uses = {}
+                plan = Plan(module, self.at, self.output)
+        self._perturbed, self._overriding = plan.perturbed, plan.overriding
         self._use(plan)
         return plan
+
+    def count(self, unforeseen: Mapping[str, int]) -> None:
+        """Adds uses, for which the module will be planned anew."""
+        for name, count in unforeseen.items():
+            self.uses[name] = self.uses.get(name, 1) + count
+        self.plan = None
+
+    def count_saved(self, names: Iterable[str]) -> None:
+        """Adds those that a saved model has, by the names of its feedback."""
+        for name in names:
+            block, _, use = name.rpartition(":")
+            if block in self._perturbed and use.isdecimal() and name not in self._perturbed:
+                self.uses[block] = max(self.uses.get(block, 1), int(use))
+                self.plan = None
 
     def forward(
         self, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -139,10 +162,12 @@ class Network:
                 args = tuple(map(_without_grad, args))
                 kwargs = {name: _without_grad(value) for name, value in kwargs.items()}
                 break
+        if self.sample_index is not None:
+            dual.sample_index = sample_index_of(module, self.sample_index, args, kwargs)
         outer = self.passes[0].dual  # of a pass that computes itself again within, as a checkpoint does
         for block, own in zip(self.blocks.values(), self.passes, strict=True):
             own.dual = dual
-            if isinstance(block, Block) and block.block_pass is not own:
+            if isinstance(block, Block) and block.block_pass is not own and own.name == own.module:
                 block.block_pass = own
         plan = self.plan
         replaced: list[tuple[nn.Module, Any]] = []
@@ -188,7 +213,7 @@ class Network:
                 "FDFA: torch.compile cannot train a model by at= or output=; train it uncompiled, or "
                 "use FDFALinear, FDFAConv2d and FDFABlock"
             )
-        if dict(find_points(module, self.at)) != self.blocks:
+        if dict(find_points(module, self.at)) != self._perturbed:
             raise RuntimeError(
                 "FDFA: blocks were exchanged since the last training forward; run one without "
                 "torch.compile, or wrap the module again"
@@ -202,7 +227,7 @@ class Network:
     def _check_overridden(self, dual: DualPass) -> None:
         """A block may be left out of a forward, but not run by another function than perturbs it."""
         run = [record.name for record in dual.records]
-        for name, block in self.blocks.items():
+        for name, block in self._perturbed.items():
             if name not in run and isinstance(block, Block) and is_overridden(block):
                 base = next(kind for kind in BLOCKS if isinstance(block, kind))
                 raise RuntimeError(
@@ -219,6 +244,25 @@ class Network:
         for name in hooked:
             if of is None or name in of:
                 raise _uncalled_hook(f"module '{name}' has a backward hook")
+
+
+def sample_index_of(
+    module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """The tensor of sample indices [V] among these arguments of the module's forward."""
+    try:
+        value = inspect.signature(module.forward).bind(*args, **kwargs).arguments[name]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"FDFA: sample_index names argument '{name}', which {type(module).__name__}.forward was "
+            "not given"
+        ) from None
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
+        got = (
+            f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        )
+        raise TypeError(f"FDFA: sample_index '{name}' must be an int64 tensor [V]; got {got}")
+    return value
 
 
 @contextmanager

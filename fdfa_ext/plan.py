@@ -8,7 +8,7 @@ anew. The comparison itself is in csrc/guard.h.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -45,9 +45,10 @@ from fdfa_ext.jvp import (
 )
 from fdfa_ext.layers import OVERRIDABLE, Block, FDFABlock, FDFAConv2d
 from fdfa_ext.own_code import OwnCodeRules
-from fdfa_ext.points import BLOCKS, At, check_output_name, find_points
+from fdfa_ext.points import BLOCKS, At, channels_first_at, check_output_name, find_points
 
 MakeForward = Callable[[Callable[..., Any]], Callable[..., Any]]
+_ONCE: Mapping[str, int] = {}
 _BLOCK_FORWARDS = [kind.forward for kind in BLOCKS]
 
 
@@ -57,8 +58,9 @@ class Plan:
     Attributes:
         module: the one planned.
         guard: `holds()` says whether the module stands as it did.
-        blocks: by name, in the order of the module. Where the model has points, so are the modules of
-            other kinds that are perturbed at their output.
+        perturbed: by name, in the order of the module: its blocks and, where the model has points, the
+            modules of other kinds that are perturbed at their output.
+        blocks: the same for each of their uses in a forward, those after the first as "name:2".
         passes: those of the blocks, each with the block's calls.
         calls: the calls of a sequence, each given primal and tangent of what the one before returned.
             Blocks and modules with a JVP rule take them apart; any other module gets a dual tensor, as
@@ -92,23 +94,39 @@ class Plan:
     keeps_activations: bool = False
     was_searched: bool = False
 
-    def __init__(self, module: nn.Module, at: At = None, output: str | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        at: At = None,
+        output: str | None = None,
+        uses: Mapping[str, int] = _ONCE,
+    ) -> None:
+        """uses: of blocks that a forward uses several times."""
         self.module = module
-        self.blocks = dict(find_points(module, at))
+        self.perturbed = dict(find_points(module, at))
         named = dict(module.named_modules())
-        self.passes = [BlockPass(name, index) for index, name in enumerate(self.blocks)]
+        self.blocks: dict[str, Any] = {}
+        self.passes: list[BlockPass] = []
         points = []
-        for block, own in zip(self.blocks.values(), self.passes, strict=True):
-            if isinstance(block, Block):
-                own.call = block.plan(own)
-                block.block_pass = own
-            else:
-                points.append((block, partial(partial, own.point, block)))
+        for name, block in self.perturbed.items():
+            first = None if isinstance(block, Block) else channels_first_at(module, name)
+            for use in range(1, uses.get(name, 1) + 1):
+                own = BlockPass(name if use == 1 else f"{name}:{use}", len(self.passes), name)
+                self.blocks[own.name] = block
+                self.passes.append(own)
+                if isinstance(block, Block):
+                    own.call = block.plan(own)
+                if use > 1:
+                    self.passes[-2].later = own
+                elif isinstance(block, Block):
+                    block.block_pass = own
+                else:
+                    points.append((block, partial(partial, own.point, first)))
         self.has_points = bool(points) or output is not None
         self.backward_hooked = [name for name, member in named.items() if any(hooks_of(member)[2:])]
         self.overriding = {
             name: (type(block).forward, vars(block).get("forward"))
-            for name, block in self.blocks.items()
+            for name, block in self.perturbed.items()
             if isinstance(block, Block) and is_overridden(block)
         }
         self.is_compiled = any(map(is_compiled, named.values()))
@@ -136,7 +154,9 @@ class Plan:
         self.forwards += points
         if output is not None:
             check_output_name(module, output)
-            self.forwards.append((named[output], partial(partial, _end_at_output, running, output)))
+            first = channels_first_at(module, output)
+            end = partial(partial, _end_at_output, running, output, first)
+            self.forwards.append((named[output], end))
         self.guard = self._watch(named.values())
 
     def _watch(self, members: Iterable[nn.Module]) -> Any:
@@ -174,11 +194,19 @@ def _make_by_rule(
     return partial(_forward_by_rule, running, module, rule)
 
 
-def _end_at_output(running: BlockPass, name: str, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
+def _end_at_output(
+    running: BlockPass,
+    name: str,
+    channels_first: bool | None,
+    forward: Any,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """The network ends with what this forward returns; what the model makes of it is autograd's."""
     result = forward(*args, **kwargs)
     assert running.dual is not None, "a pass runs"
-    return running.dual.end_at(name, result)
+    return running.dual.end_at(name, result, channels_first)
 
 
 def _forward_by_rule(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fdfa_ext.fusion import channels_first
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
 
 BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
@@ -80,6 +81,20 @@ def find_points(module: nn.Module, at: At = None) -> Iterator[tuple[str, Any]]:
             'FDFA: the module has no block; give at="auto" and an example_input, or use FDFALinear, '
             "FDFAConv2d or FDFABlock for hidden layers"
         )
+
+
+def channels_first_at(root: nn.Module, name: str) -> bool | None:
+    """`channels_first` of what the module of this name returns. In a torch.nn.Sequential those before
+    it may tell."""
+    module = root.get_submodule(name)
+    if isinstance(module, Block):
+        return module.returns_channels_first()
+    parent = root.get_submodule(name.rpartition(".")[0])
+    chain = [module]
+    if name and type(parent) is nn.Sequential:
+        chain = [*parent]
+        chain = chain[: chain.index(module) + 1]
+    return channels_first(chain)
 
 
 def _is_meant(at: At, name: str, module: nn.Module) -> bool:

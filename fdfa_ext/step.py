@@ -1,6 +1,6 @@
 """One training forward, as its method sees it."""
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fdfa_ext._ops import fused
+from fdfa_ext.autograd import Finish, attach_parts
 from fdfa_ext.dual_pass import DualPass, NetworkEnd
 from fdfa_ext.feedback import FeedbackStep
+from fdfa_ext.fusion import channels_first
 from fdfa_ext.heads import LocalHeads
 from fdfa_ext.network import Network, StrayedError
 from fdfa_ext.noise import perturbation
-
-Finish = Callable[[DualPass, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class TrainingStep:
     local_outputs: list[Tensor]
 
     def run(self, finish: Finish, takes_output_layer: bool = False) -> Any:
-        """What the module returns, its output by finish(pass, output, tangent).
+        """What the module returns, its output by finish(pass, output, tangent, feedback).
 
         takes_output_layer: whether the method can run a linear one itself, as in run_blocks.
         """
@@ -62,9 +62,19 @@ class TrainingStep:
             raise _unused_output(self.network.output)
         return result
 
-    @staticmethod
-    def _finished(finish: Finish, dual: DualPass, output: Tensor, tangent: Tensor | None) -> Tensor:
-        return dual.of_rows(finish(dual, *dual.rows(output, tangent)))
+    def _finished(
+        self, finish: Finish, dual: DualPass, output: Tensor, tangent: Tensor | None
+    ) -> Tensor:
+        output, tangent = self._rows(dual, output, tangent)
+        return dual.of_rows(attach_parts(finish, dual, output, tangent, self.feedback))
+
+    def _rows(
+        self, dual: DualPass, output: Tensor, tangent: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        end = dual.end
+        return dual.rows(
+            output, tangent, channels_first([self.module]) if end is None else end.channels_first
+        )
 
     def run_blocks(self, takes_output_layer: bool = False) -> tuple[DualPass, Tensor, Tensor | None]:
         """A pass through the blocks: its records, the output and its tangent.
@@ -88,8 +98,8 @@ class TrainingStep:
             # A dry run to find them would be within this pass, where the network ends within the model.
             raise no_tangent([] if dual.end is not None else self.find_droppers())
         check_output(output)
-        if dual.per_token != (output.dim() == 3):
-            raise _other_output(dual.per_token)
+        if output.dim() != dual.dimensions:
+            raise _other_output(dual.dimensions, output.dim())
         # A model whose weights are all frozen can still learn its feedback.
         if not output.requires_grad and not any(r.anchor.requires_grad for r in dual.records):
             output = output.detach().requires_grad_()
@@ -98,9 +108,11 @@ class TrainingStep:
     def dry_run(self, keeps_graph: bool = False) -> tuple[DualPass, Tensor, Tensor | None]:
         """run_blocks in eval mode, leaving no trace; the graph of a training pass if that is kept.
 
-        It finds whether the output is [N, T, K]; what it returns is [N T, K] then.
+        It finds the output's dimensions; what it returns is rows [K], whatever these are.
         """
         dual = self._new_pass(self.noise_state.clone())
+        if not self.network.checked:
+            dual.unforeseen = Counter()
         found: list[tuple[Tensor, Tensor | None]] = []
         if self.network.output is not None:
 
@@ -114,16 +126,19 @@ class TrainingStep:
                 result = self.network.dry_run(self.module, dual, self.args, self.kwargs)
         except StrayedError:
             return self.dry_run(keeps_graph)
+        if dual.unforeseen:
+            self.network.count(dual.unforeseen)
+            return self.dry_run(keeps_graph)
         if dual.end is not None and not found:
             raise _unused_output(self.network.output)
         output, tangent = found[0] if found else result
         check_output(output)
-        if dual.per_token != (output.dim() == 3):
+        if output.dim() != dual.dimensions:
             if self.network.checked:
-                raise _other_output(dual.per_token)
-            self.network.per_token = not dual.per_token
+                raise _other_output(dual.dimensions, output.dim())
+            self.network.dimensions = output.dim()
             return self.dry_run(keeps_graph)
-        return dual, *dual.rows(output, tangent)
+        return dual, *self._rows(dual, output, tangent)
 
     def find_droppers(self) -> list[str]:
         """The modules that are given a tangent and return none, by name and type."""
@@ -150,15 +165,23 @@ class TrainingStep:
             compiling,
             self.tangents,
             perturbs,
-            self.network.per_token,
+            self.network.dimensions,
         )
 
 
-def _other_output(per_token: bool) -> ValueError:
-    before, now = ("[N, T, K]", "[N, K]")[:: 1 if per_token else -1]
+# By the output's dimensions, what they are.
+_OUTPUTS = {1: "[N]", 2: "[N, K]", 3: "[N, T, K]"}
+
+
+def _shape_of(dimensions: int) -> str:
+    return _OUTPUTS.get(dimensions) or f"[N, K, {', '.join('DHW'[2 - dimensions :])}]"
+
+
+def _other_output(before: int, now: int) -> ValueError:
     return ValueError(
-        f"FDFA: the output was {before} in the dry run, in eval mode, and is {now} now; return one of "
-        "them in both modes, and wrap the module again to change it"
+        f"FDFA: the output was {_shape_of(before)} in the dry run, in eval mode, and is "
+        f"{_shape_of(now)} now; return one of them in both modes, and wrap the module again to change "
+        "it"
     )
 
 
@@ -177,10 +200,9 @@ def no_tangent(droppers: list[str]) -> RuntimeError:
 
 
 def check_output(output: Tensor) -> None:
-    if output.dim() not in (2, 3):
+    if not 1 <= output.dim() <= 5:
         raise ValueError(
-            "FDFA: the output must be [N, K], one row of K values a sample, or [N, T, K], one a "
-            "token; got "
-            f"{list(output.shape)}. Flatten it within the module, or name the module that returns "
-            "[N, K] by output="
+            "FDFA: the output must be [N, K], one row of K values a sample, or [N, T, K], one a token, "
+            f"or [N, K, H, W], one a pixel; got {list(output.shape)}. Name the module that returns it "
+            "by output="
         )

@@ -77,7 +77,6 @@ def summarize(step: TrainingStep, matrices: int) -> Summary:
     """Of one dry run. matrices: number of tensors of B's shape that a point has."""
     dual, output, _ = step.dry_run(keeps_graph=True)
     names = {parameter: name for name, parameter in step.module.named_parameters()}
-    members = dict(step.module.named_modules())
     points = []
     trained: set[str] = set()
     for record in dual.records:
@@ -86,7 +85,7 @@ def summarize(step: TrainingStep, matrices: int) -> Summary:
         size = output.shape[1]
         for side in patch_shape(record.output.shape, step.patch)[1:]:
             size *= side
-        kind = type(members[record.name]).__name__
+        kind = type(step.network.blocks[record.name]).__name__
         features = tuple(record.shape[1:])
         points.append(Point(record.name, kind, features, learning, matrices * size * _FLOAT32))
     exact = _names_behind(output, names)
