@@ -3,6 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_make_dual.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <optional>
 #include <utility>
@@ -20,25 +21,37 @@ inline constexpr uint64_t kLevel = 0;
 
 inline bool has_tangent(const at::Tensor& x) { return x._fw_grad(kLevel).defined(); }
 
-// Whether no graph leads to it, and it is no wrapper of torch.func and no subclass with a dispatch of
-// its own.
-inline bool needs_no_view(const at::Tensor& x) {
+// Whether it is no wrapper of torch.func and no subclass with a dispatch of its own.
+inline bool is_plain(const at::Tensor& x) {
   static constexpr c10::DispatchKeySet others{
       c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize};
-  return !x.requires_grad() && !x.key_set().has_any(others);
+  return !x.key_set().has_any(others);
 }
+inline bool needs_no_view(const at::Tensor& x) { return !x.requires_grad() && is_plain(x); }
 
 inline at::Tensor share(const at::Tensor& x) {
   const auto* impl = x.unsafeGetTensorImpl();
   return at::Tensor(impl->shallow_copy_and_detach(impl->version_counter(), true));
 }
 
+// Its primal, with the same place in the graph. A view would have x for its base, and keep the tangent
+// alive as long as autograd keeps the primal.
+inline at::Tensor primal_of(const at::Tensor& x) {
+  if (!is_plain(x) || (x.requires_grad() && x.is_leaf())) return x._fw_primal(kLevel);
+  const at::Tensor primal = share(x);
+  if (x.requires_grad()) {
+    using namespace torch::autograd::impl;
+    set_gradient_edge(primal, gradient_edge(x));
+  }
+  return primal;
+}
+
 // Primal and tangent, if it has one.
 inline std::pair<at::Tensor, std::optional<at::Tensor>> unpack_dual(const at::Tensor& x) {
   const at::Tensor& tangent = x._fw_grad(kLevel);
   if (!tangent.defined()) return {x, std::nullopt};
-  return {needs_no_view(x) ? share(x) : x._fw_primal(kLevel), tangent};
+  return {primal_of(x), tangent};
 }
 
 inline at::Tensor make_dual(const at::Tensor& primal, const at::Tensor& tangent) {
@@ -46,6 +59,15 @@ inline at::Tensor make_dual(const at::Tensor& primal, const at::Tensor& tangent)
   const at::Tensor dual = share(primal);
   dual._set_fw_grad(tangent, kLevel, /*is_inplace_op=*/false);
   return dual;
+}
+
+// The same of a primal that nobody else has: it becomes the dual tensor. A view, as _make_dual returns
+// one for a primal with a graph, costs copies where it is changed in place.
+inline at::Tensor make_dual_of_fresh(const at::Tensor& primal, const at::Tensor& tangent) {
+  if (!is_plain(primal) || primal.is_leaf() || primal.is_view() || has_tangent(primal))
+    return make_dual(primal, tangent);
+  primal._set_fw_grad(tangent, kLevel, /*is_inplace_op=*/false);
+  return primal;
 }
 
 // The result of a linear output layer as a dual tensor without a graph, and the layer's input; nothing

@@ -40,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_tangent", &fdfa::has_tangent);
   m.def("unpack_dual", &fdfa::unpack_dual);
   m.def("make_dual", &fdfa::make_dual);
+  m.def("make_dual_of_fresh", &fdfa::make_dual_of_fresh);
   m.def("dual_output_layer", &fdfa::dual_output_layer);
   pybind11::class_<fdfa::Guard>(m, "Guard", pybind11::custom_type_setup(collect_guards))
       .def(pybind11::init<>())

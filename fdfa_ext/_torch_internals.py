@@ -107,6 +107,9 @@ def has_kernel(operator: str, device: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper())
 
 
+# Softmax, but zero in a row of -inf alone, as scaled_dot_product_attention has it.
+safe_softmax = torch._safe_softmax
+
 # What torch.optim.Adam(fused=True) calls, without its 0.1 ms of bookkeeping.
 fused_adam_ = torch.ops.aten._fused_adam_
 

@@ -87,18 +87,30 @@ def default_output(traced: Trace) -> str | None:
     names = traced.names()
     times = Counter(call.module for call in traced.calls)
     layers = [call for call in traced.calls if _is_layer(call.module) and _own_parameters(call.module)]
-    if isinstance(traced.result, Tensor):
+    if isinstance(traced.result, Tensor) and traced.result.dim() > 0:
         # In training mode the model may return more.
         ends = [call for call in layers if call.output is traced.result and times[call.module] == 1]
         return names[ends[-1].module] if ends and ends[-1].module is not traced.module else None
     layers = [call for call in layers if call.makes_features]
     behind: list[ModuleCall] = []
     for t in tree_leaves(traced.result):
-        if isinstance(t, Tensor) and t.dim() > 0:  # else a loss
+        if isinstance(t, Tensor) and t.numel() > 1:  # else a loss
             nodes = nodes_behind(t)
             behind = max(behind, [call for call in layers if call.node in nodes], key=len)
     found = behind or layers
-    return names[found[-1].module] if found else None
+    if not found or times[found[-1].module] > 1:
+        return None
+    end = found[-1]
+    before = nodes_behind(end.output) if end.output is not None else set()
+    beside = [call for call in found if call.node not in before]
+    if beside:
+        warnings.warn(
+            f"FDFA: the output is taken to be that of {names[end.module]!r}, but the model's result "
+            f"depends on layer {names[beside[-1].module]!r} beside it, through which points get no "
+            "error; name the module that returns the output by output=",
+            stacklevel=4,
+        )
+    return names[end.module]
 
 
 def auto_points(
@@ -108,11 +120,11 @@ def auto_points(
     rows: number of parts that samples have, such as the nodes of graphs.
 
     A point stands after each layer with the norm, activation, pool and dropout that alone read its
-    output, and none after the output layer, the last. Where a class of the model's repeats, each of
-    several layers, a point stands after each of these instead, unless granularity is "layer". If these
-    are transformer layers that normalise their input first, points stand after their norms and the
-    norm that reads the last one's output, and nothing cuts the skip connections. A layer that the
-    output does not depend on has none.
+    output, and none after one that leads to no other layer, as the output's. Where a class of the
+    model's repeats, each of several layers, a point stands after each of these instead, unless
+    granularity is "layer". If these are transformer layers that normalise their input first, points
+    stand after their norms and the norm that reads the last one's output, and nothing cuts the skip
+    connections. A layer that the output does not depend on has none.
 
     Raises:
         ValueError: no place is left for a point.
@@ -124,9 +136,10 @@ def auto_points(
     # Where no point may stand: blocks have their own, and the output layer its exact gradient.
     without = {inner for block in blocks for inner in block.modules()} | behind
     layers = [call for call in calls if _has_matrices(call.module)]
-    if output is None and layers:
-        behind = {layers[-1].module}
-        without |= behind
+    # A layer that leads to no other has its exact gradient, as the output's own.
+    ends = _ends([call for call in traced.calls if _has_matrices(call.module)])
+    behind |= ends
+    without |= ends
     points: list[nn.Module] = []
     start = 0  # of the calls that nothing may be cut before
     if granularity != "layer":
@@ -148,12 +161,28 @@ def auto_points(
             stacklevel=4,
         )
     if not points and not blocks:
-        raise ValueError(
-            f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__} that returns '
-            "features of the output's samples, tokens or pixels; name "
-            'modules, or train it by method="bp"'
-        )
+        raise ValueError(_no_point(traced, output, names))
     return list(dict.fromkeys(names[point] for point in points))
+
+
+def _no_point(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> str:
+    result: Any = traced.result
+    for call in traced.calls:
+        if output is not None and names[call.module] == output:
+            result = call.output
+    shape = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+    hidden = [call for call in traced.calls if call.makes_features and _has_matrices(call.module)]
+    found = "no layer returns features"
+    if hidden:
+        features: Any = hidden[0].output
+        found = f"layer {names[hidden[0].module]!r} returns {list(features.shape)}"
+    return (
+        f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__} that returns '
+        f"features of the output's samples, tokens or pixels: the output is {shape}, and {found}. "
+        "Where the model permutes a layer's result, name that layer in output=; where rows are parts "
+        "of a sample, as a graph's nodes, give sample_index=; else name modules in at=, or train it by "
+        'method="bp"'
+    )
 
 
 def _calls_to_output(
@@ -165,9 +194,14 @@ def _calls_to_output(
     behind: set[nn.Module] = set()
     for call in traced.calls:
         if output is not None and names[call.module] == output:
-            end, behind = call.output, {*call.module.modules()}
+            end, behind = call.output, {call.module}
     if not isinstance(end, Tensor):
         return [], [], behind
+    if end.dim() == 0:
+        raise ValueError(
+            f"FDFA: the output of {type(traced.module).__name__} is a single number; name the module "
+            "that returns the outputs [N, K] by output="
+        )
     nodes = nodes_behind(end)
     own = None
     if end.dim() > 2:
@@ -189,6 +223,13 @@ def _calls_to_output(
 
     leading = [*filter(leads_there, traced.calls)]
     return [*filter(has_samples, leading)], [call for call in leading if not has_samples(call)], behind
+
+
+def _ends(layers: Sequence[ModuleCall]) -> set[nn.Module]:
+    """Those of these calls that never lead to another of them."""
+    before = nodes_behind(*(t for call in layers for t in call.inputs))
+    leading = {call.module for call in layers if call.node in before}
+    return {call.module for call in layers} - leading
 
 
 def _is_layer(module: nn.Module) -> bool:

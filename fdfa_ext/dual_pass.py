@@ -333,15 +333,17 @@ class BlockPass:
         """What this forward of a module of any kind returns, perturbed: the tensor, or the first of a
         tuple. Autograd goes on from its gradient δ to all that made it behind the points before."""
         dual = self._running_pass()
-        if self.index in dual.seen:
-            if self.later is not None:
-                return self.later.point(channels_first, forward, *args, **kwargs)
-            if dual.unforeseen is None:  # it learns by the points after it
-                return forward(*args, **kwargs)
-            dual.unforeseen[self.module] += 1
         self._refuse_checkpoint(dual)
         result = forward(*args, **kwargs)
         self._running_pass()  # whose end may be within
+        own: BlockPass | None = self  # or that of a later use, also one that began within this one
+        while own is not None and own.index in dual.seen:
+            own = own.later
+        if own is None:
+            if dual.unforeseen is None:  # it learns by the points after it
+                return result
+            own = self
+            dual.unforeseen[self.module] += 1
         first = first_tensor(result)
         if first is None or not first.is_floating_point() or first.dim() < 2:
             got = type(result).__name__ if first is None else f"{first.dtype} {list(first.shape)}"
@@ -354,7 +356,7 @@ class BlockPass:
             if dual.tangents == "block":
                 ty = None
             tangent = None if ty is None else ty.detach()
-            output, ty = self._end(dual, y, tangent, channels_first)
+            output, ty = own._end(dual, y, tangent, channels_first)
             perturbed = output if ty is None else make_dual(output, ty)
         return with_first(result, perturbed)
 

@@ -23,6 +23,7 @@ _one_thread = threading.RLock()
 
 # For eager steps; a compiler traces torch's own.
 make_dual = extension.make_dual
+make_dual_of_fresh = extension.make_dual_of_fresh  # of a primal that nobody else has
 unpack_dual = extension.unpack_dual  # primal and tangent, None for none
 has_tangent = extension.has_tangent
 
@@ -55,8 +56,19 @@ def refuse_unknown(what: str, error: NotImplementedError) -> None:
     if "forward AD" in str(error) or "jvp" in str(error):
         raise RuntimeError(
             f"FDFA: {what} cannot carry a tangent, since torch has no forward mode for it; use a "
-            f"method without tangents, such as dfa or dkp, or another module. torch says: {error}"
+            f"method without tangents, such as dfa or dkp, or another module{_remedy(error)}. torch "
+            f"says: {error}"
         ) from error
+
+
+def _remedy(error: NotImplementedError) -> str:
+    """For an LSTM, which has one outside oneDNN."""
+    if "mkldnn_rnn" not in str(error):
+        return ""
+    return (
+        ". An LSTM has one where torch.backends.mkldnn.enabled is False, and needs none before the "
+        "first point"
+    )
 
 
 def forward_mode() -> AbstractContextManager[object]:

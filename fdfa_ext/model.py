@@ -17,7 +17,7 @@ from fdfa_ext.autograd import check_blocks
 from fdfa_ext.dual_pass import BACKENDS, BlockRecord
 from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
 from fdfa_ext.heads import LocalHeads
-from fdfa_ext.layers import NOT_SCRIPTABLE
+from fdfa_ext.layers import NOT_SCRIPTABLE, Block
 from fdfa_ext.memory import keep_freed_memory
 from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, BlockMethod, Method
 from fdfa_ext.network import Network, sample_index_of
@@ -48,6 +48,12 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Forward) and other.__self__ is self.__self__
+
+    def __hash__(self) -> int:
+        return hash((self.__func__, id(self.__self__)))
 
     @property
     def __code__(self) -> Any:  # which torch.jit.trace reads
@@ -432,7 +438,15 @@ class FDFA(nn.Module):
                 "leads through it learn no feedback",
                 stacklevel=3,
             )
-        untrained = summarize(step, 0).untrained
+        summary = summarize(step, 0)
+        untrained = summary.untrained
+        at_output = [r for r in dual.records if not isinstance(self.network.blocks[r.name], Block)]
+        if at_output and not summary.exact:
+            warnings.warn(
+                f"FDFA: no parameter learns by the output's exact gradient, since point "
+                f"'{dual.records[-1].name}' stands at the output itself; let `at` leave it out",
+                stacklevel=3,
+            )
         if untrained:
             others = f" and {len(untrained) - 1} more" if len(untrained) > 1 else ""
             warnings.warn(

@@ -20,9 +20,10 @@ from fdfa_ext.duals import forward_mode, has_tangent, refuse_unknown, slow_atten
 from fdfa_ext.evaluation import evaluating, restore_buffers, save_buffers
 from fdfa_ext.jvp import function_rules
 from fdfa_ext.layers import Block
+from fdfa_ext.noise import channels_last
 from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, kept_activation, nodes_behind
 from fdfa_ext.plan import MakeForward, Plan, is_overridden
-from fdfa_ext.points import BLOCKS, At, check_module, find_points
+from fdfa_ext.points import BLOCKS, At, channels_first_at, check_module, find_points
 
 
 class StrayedError(Exception):
@@ -39,6 +40,7 @@ class Network:
         checked: whether a dry run has seen these blocks.
         at: where the model has points beside its blocks.
         output: name of the module whose result is the network's output; None for the model's own.
+        returning: name of the innermost module whose result the model returned as it is, in a dry run.
         sample_index: name of the argument that says of which sample each row of features is.
         uses: how often a forward uses a block, as a dry run found it, where that is more than once.
         dimensions: of the output, as a dry run found them: beyond two a token or pixel is a sample.
@@ -50,6 +52,7 @@ class Network:
         self.sample_index = sample_index
         self.dimensions = 2
         self.uses: dict[str, int] = {}
+        self.returning = ""
         self.plan: Plan | None = None
         self.blocks: dict[str, Any] = {}
         self.passes: list[BlockPass] = []
@@ -77,6 +80,11 @@ class Network:
         self._perturbed, self._overriding = plan.perturbed, plan.overriding
         self._use(plan)
         return plan
+
+    def channels_first(self, module: nn.Module) -> bool | None:
+        """Of the output, as the module that returns it tells."""
+        known = any(self.returning == name for name, _ in module.named_modules())
+        return channels_first_at(module, self.returning) if known else None
 
     def count(self, unforeseen: Mapping[str, int]) -> None:
         """Adds uses, for which the module will be planned anew."""
@@ -125,8 +133,33 @@ class Network:
     ) -> tuple[Tensor, Tensor | None]:
         """The same in eval mode; buffers and modes stay as they are."""
         self.look_at(module)
-        with evaluating(module), slow_attention():
+        seeks = dual.dimensions == 3 and not self.checked
+        with (
+            evaluating(module),
+            slow_attention(),
+            self._seek_returning(module) if seeks else nullcontext(),
+        ):
             return self._run(module, dual, args, kwargs)
+
+    @contextmanager
+    def _seek_returning(self, module: nn.Module) -> Iterator[None]:
+        """Finds the innermost module whose result the model returns as it is."""
+        names = {inner: name for name, inner in module.named_modules()}
+        results: list[tuple[str, Any]] = []
+
+        def keep(inner: nn.Module, inputs: Any, result: Any) -> None:
+            if inner in names:
+                results.append((names[inner], result))
+
+        plan = self.plan
+        hook = register_module_forward_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+        self.plan = plan
+        _, returned = results[-1] if results else ("", None)
+        self.returning = next((name for name, result in results if result is returned), "")
 
     @contextmanager
     def watch_droppers(self, module: nn.Module) -> Iterator[list[str]]:
@@ -333,6 +366,7 @@ def _through_points(
     hooks: AbstractContextManager[list[Tensor]] = nullcontext([])
     if plan.backward_hooked:
         hooks = _backward_hooks_called(plan, dual)
+    args, kwargs = tree_map(_in_channels_last, (args, kwargs))
     with forward_mode() if dual.perturbs else nullcontext(), hooks as outputs:
         with function_rules():
             try:
@@ -352,6 +386,12 @@ def _through_points(
     return output, None if tangent is None else tangent.detach()
 
 
+def _in_channels_last(value: Any) -> Any:
+    """An image [N, C, H, W] in the memory order of the noise, in which convolutions are fast."""
+    is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+    return channels_last(value) if is_image and not value.requires_grad else value
+
+
 def _warn_of_activations(plan: Plan, result: Any) -> None:
     """Of hidden activations on which user code may have a loss: kept by a module, or in the result
     beside the output."""
@@ -361,7 +401,8 @@ def _warn_of_activations(plan: Plan, result: Any) -> None:
     if kept is not None:
         warnings.warn(
             f"FDFA: {kept} keeps a hidden activation; a loss on it trains no parameter but those "
-            "between it and the points before it, which cut autograd",
+            "between it and the points before it, which cut autograd. Return in one tensor what has a "
+            "loss, and split it there",
             stacklevel=2,
         )
 

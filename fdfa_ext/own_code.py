@@ -169,10 +169,10 @@ def leaves_behind(x: Tensor) -> list[Tensor]:
     return [node.variable for node in nodes_behind(x) if hasattr(node, "variable")]
 
 
-def nodes_behind(x: Tensor) -> set[Any]:
-    """The nodes of the graph of x, up to those that blocks expose."""
+def nodes_behind(*tensors: Tensor) -> set[Any]:
+    """The nodes of their graph, up to those that blocks expose."""
     seen: set[Any] = set()
-    nodes: list[Any] = [x.grad_fn]
+    nodes: list[Any] = [t.grad_fn for t in tensors]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen and not isinstance(node, _EXPOSED_NODE):

@@ -112,6 +112,11 @@ class Plan:
             first = None if isinstance(block, Block) else channels_first_at(module, name)
             for use in range(1, uses.get(name, 1) + 1):
                 own = BlockPass(name if use == 1 else f"{name}:{use}", len(self.passes), name)
+                if own.name in self.blocks or (use > 1 and own.name in self.perturbed):
+                    raise ValueError(
+                        f"FDFA: block or point '{own.name}' has the name of a use of '{name}'; rename "
+                        "it"
+                    )
                 self.blocks[own.name] = block
                 self.passes.append(own)
                 if isinstance(block, Block):

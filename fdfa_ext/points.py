@@ -75,7 +75,7 @@ def find_points(module: nn.Module, at: At = None) -> Iterator[tuple[str, Any]]:
     if names:
         raise ValueError(_wrong_name("at", module, sorted(names)[0], inside))
     if not found and at is not None:
-        raise ValueError(f"FDFA: at={_shown(at)} means no module of {type(module).__name__}")
+        raise ValueError(f"FDFA: no module of {type(module).__name__} is meant by at={_shown(at)}")
     if not found:
         raise ValueError(
             'FDFA: the module has no block; give at="auto" and an example_input, or use FDFALinear, '

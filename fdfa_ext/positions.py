@@ -118,13 +118,15 @@ class Cells:
         for dimension, (old, new) in enumerate(zip(before, self.grid, strict=True), 1):
             cells = torch.arange(new, device=rows.device)
             if new > old:
-                values = values.index_select(dimension, cells * old // new)
+                around = (cells // _stride(new, old)).clamp(max=old - 1)
+                values = values.index_select(dimension, around)
             elif new < old:
-                # Position i is of cell i * new // old. Not by index_add, which on CUDA adds in no fixed
-                # order.
-                start = (cells * old + new - 1) // new
-                size = ((cells + 1) * old + new - 1) // new - start
-                place = torch.arange(-(-old // new), device=rows.device)
+                # Not by index_add, which on CUDA adds in no fixed order. The last cell has the rest.
+                stride = _stride(old, new)
+                start = cells * stride
+                size = torch.full_like(start, stride)
+                size[-1:] = old - start[-1:]
+                place = torch.arange(max(stride, old - stride * (new - 1)), device=rows.device)
                 members = (start.unsqueeze(1) + place).clamp(max=old - 1)
                 spread = values.index_select(dimension, members.flatten())
                 spread = spread.unflatten(dimension, members.shape)
@@ -136,10 +138,14 @@ class Cells:
         return values.flatten(0, len(self.grid))
 
 
+def _stride(large: int, small: int) -> int:
+    return round(large / small)
+
+
 def _strided(side: int, other: int) -> bool:
-    """Whether one of two sides is a whole part of the other, but for what is cut at the edges."""
+    """Whether a stride leads from one of two sides to the other, but for what is cut at the edges."""
     small, large = min(side, other), max(side, other)
-    if small == 0:
-        return large == 0
-    ratio = round(large / small)
-    return side == other or (ratio > 1 and abs(large - ratio * small) <= ratio)
+    if small == 0 or small == large:
+        return small == large
+    stride = _stride(large, small)
+    return stride > 1 and abs(large - stride * small) < stride

@@ -11,7 +11,6 @@ from fdfa_ext._ops import fused
 from fdfa_ext.autograd import Finish, attach_parts
 from fdfa_ext.dual_pass import DualPass, NetworkEnd
 from fdfa_ext.feedback import FeedbackStep
-from fdfa_ext.fusion import channels_first
 from fdfa_ext.heads import LocalHeads
 from fdfa_ext.network import Network, StrayedError
 from fdfa_ext.noise import perturbation
@@ -71,10 +70,11 @@ class TrainingStep:
     def _rows(
         self, dual: DualPass, output: Tensor, tangent: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        end = dual.end
-        return dual.rows(
-            output, tangent, channels_first([self.module]) if end is None else end.channels_first
-        )
+        first = None
+        if dual.has_positions:
+            end = dual.end
+            first = self.network.channels_first(self.module) if end is None else end.channels_first
+        return dual.rows(output, tangent, first)
 
     def run_blocks(self, takes_output_layer: bool = False) -> tuple[DualPass, Tensor, Tensor | None]:
         """A pass through the blocks: its records, the output and its tangent.
@@ -82,7 +82,7 @@ class TrainingStep:
         For a method that takes the output layer these may be what goes into it, if it is in the pass.
         """
         dual = self._new_pass(self.noise_state)
-        dual.takes_output_layer = takes_output_layer
+        dual.takes_output_layer = takes_output_layer and self.network.sample_index is None
         try:
             output, tangent = self.network.forward(self.module, dual, self.args, self.kwargs)
         except StrayedError:  # as seldom as user code changes its course

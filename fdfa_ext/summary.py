@@ -57,19 +57,19 @@ class Summary:
     def __str__(self) -> str:
         rows = [("point", "module", "features", "feedback", "parameters")]
         rows += [
-            (p.name, p.kind, str(list(p.features)), _mebibytes(p.feedback_bytes), _listed(p.parameters))
+            (p.name, p.kind, str(list(p.features)), _readable(p.feedback_bytes), _listed(p.parameters))
             for p in self.points
         ]
-        ends = (self.output or "", "output", str([self.outputs]), "exact", _listed(self.exact))
+        ends = (self.output or "(result)", "output", str([self.outputs]), "exact", _listed(self.exact))
         rows.append(ends)
         if self.untrained:
-            rows.append(("", "", "", "none", _listed(self.untrained)))
+            rows.append(("", "", "", "not by the output", _listed(self.untrained)))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
             "  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[4]]) for r in rows
         ]
         return "\n".join(
-            [*(line.rstrip() for line in lines), f"feedback {_mebibytes(self.feedback_bytes)}"]
+            [*(line.rstrip() for line in lines), f"feedback {_readable(self.feedback_bytes)}"]
         )
 
 
@@ -101,8 +101,8 @@ def _names_behind(end: Tensor, names: dict[nn.Parameter, str]) -> list[str]:
     return [name for parameter, name in names.items() if parameter in leaves]
 
 
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB"
+def _readable(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from nets import Residue
 from torch import Tensor, nn
 
-from fdfa_ext.duals import forward_mode
+from fdfa_ext.duals import forward_mode, has_tangent
 from fdfa_ext.jvp import FunctionRules, forward_dual, function_rules
 
 
@@ -109,6 +109,10 @@ def test_max_pool_tangents_are_those_of_forward_mode(
 IMAGES = (5, 4, 6, 6)
 NORM = {"weight": torch.randn(4) + 2, "bias": torch.randn(4)}
 KERNEL = torch.randn(4, 4, 3, 3)
+KEYS = torch.ones(1, 6, 6, dtype=torch.bool).tril(1)
+BIAS = torch.randn(6, 6)
+QUERIES = torch.randn(2, *IMAGES).unbind()
+HEADS = nn.MultiheadAttention(6, 2).requires_grad_(False)
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: F.linear(x, KERNEL[0, 0].repeat(1, 2), torch.ones(3)),
     "conv1d": lambda x: F.conv1d(x[:, :, 0], KERNEL[..., 0], torch.ones(4)),
@@ -143,7 +147,31 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "max_pool2d": lambda x: F.max_pool2d(x, 2),
     "torch.max_pool2d": lambda x: torch.max_pool2d(x, [3, 2], [1, 2], 1),
     "max_pool2d of one image": lambda x: F.max_pool2d(x[0], 2, dilation=2),
+    "batch_norm, then in place": lambda x: F.batch_norm(x, None, None, **NORM, training=True).add_(x),
+    "conv2d, then in place": lambda x: F.conv2d(x, KERNEL).mul_(2).relu_(),
+    "softmax": lambda x: F.softmax(x, dim=1),
+    "Tensor.softmax": lambda x: x.softmax(-1),
+    "softmax of another type": lambda x: F.softmax(x, dim=1, dtype=torch.float64).float(),
     "attention": lambda x: F.scaled_dot_product_attention(x, x * 2, x),
+    "causal attention": lambda x: F.scaled_dot_product_attention(x, x * 2, x, is_causal=True),
+    "masked attention": lambda x: F.scaled_dot_product_attention(x, x * 2, x, attn_mask=KEYS),
+    "biased attention": lambda x: F.scaled_dot_product_attention(x, x, x, BIAS, scale=0.3),
+    "attention of queries": lambda x: F.scaled_dot_product_attention(x, *QUERIES),
+    "attention of keys": lambda x: F.scaled_dot_product_attention(QUERIES[0], x, QUERIES[1]),
+    "attention of values": lambda x: F.scaled_dot_product_attention(*QUERIES, x),
+    "attention with a moving bias": lambda x: F.scaled_dot_product_attention(x, x, x, x * 2),
+    "grouped attention": lambda x: F.scaled_dot_product_attention(
+        x, x[:, :2], x[:, :2], enable_gqa=True
+    ),
+    "multi-head attention": lambda x: HEADS(*[x[:, 0]] * 3, need_weights=False)[0],
+    "multi-head attention, masked": lambda x: HEADS(
+        *[x[:, 0]] * 3, need_weights=False, attn_mask=~KEYS[:, :5, :5].squeeze(0)
+    )[0],
+    "multi-head attention, biased": lambda x: HEADS(*[x[:, 0]] * 3, attn_mask=BIAS[:5, :5])[0],
+    "multi-head attention, padded": lambda x: HEADS(
+        *[x[:, 0]] * 3, need_weights=False, key_padding_mask=torch.ones(6, 5).triu(3).bool()
+    )[0],
+    "multi-head attention of two": lambda x: HEADS(x[:, 0], x[:, 1], x[:, 2], need_weights=False)[0],
     "a weight with a tangent": lambda x: F.linear(x[0, 0], x[0, 1], x[0, 2, 0]),
     "by its name": lambda x: F.relu(input=x),
 }
@@ -203,3 +231,82 @@ def test_functions_of_complex_numbers_are_torchs() -> None:
             with forward_mode(), rules:
                 tangents.append(forward_ad.unpack_dual(function(forward_ad.make_dual(z, t))).tangent)
         torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_batch_norm_moves_its_statistics_as_torchs_does(needs_gradient: bool) -> None:
+    x, tangent = (
+        t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, *IMAGES).unbind()
+    )
+    norms = [nn.BatchNorm2d(4) for _ in range(2)]
+    with forward_mode(), function_rules():
+        leaf = x.clone().requires_grad_(needs_gradient)
+        y = norms[0](forward_ad.make_dual(leaf * 1 if needs_gradient else leaf, tangent))
+        assert type(y.grad_fn).__name__.startswith("Cpp"), "by the operator"
+    norms[1](x)
+    torch.testing.assert_close(norms[0].state_dict(), norms[1].state_dict())
+
+
+def test_dropped_weights_of_attention_are_dropped_from_the_tangent_too() -> None:
+    """d = J u for the mask that was drawn, by the Jacobian of the same draw."""
+    q, k, v, tq, tk, tv = torch.randn(6, 2, 3, 7, 4, dtype=torch.double).unbind()
+
+    def attention(*inputs: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return F.scaled_dot_product_attention(*inputs, dropout_p=0.5)
+
+    with forward_mode(), function_rules():
+        duals = [forward_ad.make_dual(*pair) for pair in ((q, tq), (k, tk), (v, tv))]
+        y, ty = forward_ad.unpack_dual(attention(*duals))
+        shifted = []
+        for size in (1e-6, -1e-6):
+            moved = [forward_ad.make_dual(a + size * b, b) for a, b in ((q, tq), (k, tk), (v, tv))]
+            shifted.append(forward_ad.unpack_dual(attention(*moved)).primal)
+    torch.testing.assert_close(ty, (shifted[0] - shifted[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(y, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_result_of_a_rule_takes_its_tangent_without_a_view() -> None:
+    """A view would be copied where the next function changes it in place."""
+    x, weight = torch.randn(2, 5, 6).unbind()
+    with forward_mode(), function_rules():
+        leaf = weight.requires_grad_()
+        y = F.linear(forward_ad.make_dual(x, x), leaf)
+        assert forward_ad.unpack_dual(y).tangent is not None
+        assert not y._is_view()
+
+
+def test_no_gradient_goes_into_the_tangent_that_a_rule_is_given() -> None:
+    """torch's forward mode, before a rule, records its graph; and has no second derivative of some."""
+    norm, conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+    x, tangent = (
+        t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, *IMAGES).unbind()
+    )
+    with forward_mode(), function_rules():
+        leaf = x.requires_grad_()
+        y = norm(conv(F.hardsigmoid(forward_ad.make_dual(leaf * 1, tangent))))
+        primal = forward_ad.unpack_dual(y).primal
+    primal.pow(3).sum().backward()
+    found = leaf.grad
+    leaf.grad = None
+    norm(conv(F.hardsigmoid(leaf))).pow(3).sum().backward()
+    torch.testing.assert_close(found, leaf.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_primal_does_not_keep_its_tangent_alive() -> None:
+    """What autograd saves of inputs is the primal alone: tangents go with the duals."""
+    weight = torch.randn(64, 64, requires_grad=True)
+    kept: list[Any] = []
+
+    class Watch(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self) -> None:
+            super().__init__(lambda t: kept.append(t) or t, lambda t: t)
+
+    with forward_mode(), function_rules(), Watch():
+        y = F.linear(forward_ad.make_dual(*torch.randn(2, 5, 64).unbind()), weight)
+        for function in (F.gelu, F.silu, lambda t: F.layer_norm(t, (64,))):
+            y = F.linear(function(y), weight)
+        activations = [t for t in kept if t.shape == (5, 64)]
+        assert len(activations) > 6
+        assert not any(has_tangent(t) for t in activations)
+        assert all(t._base is None or not has_tangent(t._base) for t in activations)

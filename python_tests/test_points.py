@@ -418,8 +418,16 @@ def test_a_module_that_replaces_one_at_a_point_has_its_feedback() -> None:
         ({"at": [3]}, TypeError, "FDFA: at lists names and classes of modules; got 3"),
         ({"at": ["stam"]}, ValueError, "FDFA: at names 'stam', but the model has no such module"),
         ({"at": [""]}, ValueError, "FDFA: at means the model itself"),
-        ({"at": [nn.Conv2d]}, ValueError, r"FDFA: at=\['Conv2d'\] means no module of ResidualNet"),
-        ({"at": lambda name, module: False}, ValueError, "FDFA: at=<lambda> means no module"),
+        (
+            {"at": [nn.Conv2d]},
+            ValueError,
+            r"FDFA: no module of ResidualNet is meant by at=\['Conv2d'\]",
+        ),
+        (
+            {"at": lambda name, module: False},
+            ValueError,
+            "FDFA: no module of ResidualNet is meant by at=<lambda>",
+        ),
         (
             {"at": ["stem"], "output": "hat"},
             ValueError,
@@ -602,6 +610,97 @@ def test_a_model_may_return_more_in_training_than_in_eval_mode() -> None:
     (logits.square().sum() + aux.square().sum()).backward()
     assert all(p.grad is not None for p in net.parameters())
     assert model.eval()(x).shape == (4, 3)
+
+
+class Summed(nn.Module):
+    """A dict of what two layers add up to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.low = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.b, self.high = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        a = torch.tanh(self.a(x))
+        return {"out": self.low(a) + self.high(torch.tanh(self.b(a)))}
+
+
+@pytest.mark.filterwarnings("ignore:FDFA. no gradient of the output reaches")
+def test_layers_beside_that_of_the_output_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="taken to be that of 'high', but .* depends on layer 'low'"):
+        wrapped(Summed(), torch.randn(4, 6), at="auto")
+
+
+class OwnLoss(ResidualNet):
+    """Returns its loss alone, of whatever shape, or with the logits."""
+
+    def __init__(self, shape: tuple[int, ...], both: bool) -> None:
+        super().__init__()
+        self.shape, self.both = shape, both
+        self.penalty = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        penalty = self.penalty(self.stem(x)).square().mean()
+        logits = super().forward(x)
+        loss = (logits.square().mean() + penalty).view(self.shape)
+        return {"loss": loss, "logits": logits} if self.both else loss
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.filterwarnings("ignore:FDFA. no gradient of the output reaches parameter 'penalty")
+@pytest.mark.filterwarnings("ignore:FDFA. the output is taken to be that of 'head'")
+@pytest.mark.filterwarnings("ignore:FDFA. the result of the model, a")
+def test_a_loss_is_no_output(shape: tuple[int, ...]) -> None:
+    for both in (True, False):
+        net = OwnLoss(shape, both)
+        if not shape or both:
+            model = wrapped(net, torch.randn(4, 6), at="auto")
+            assert model.network.output == "head"
+            result = model(torch.randn(4, 6))
+            (result["loss"] if both else result).sum().backward()
+            assert net.body[0].first.weight.grad.any()
+
+
+def test_a_single_number_without_layers_is_refused() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.scale).sum()
+
+    with pytest.raises(ValueError, match="FDFA: the output of Scale is a single number"):
+        wrapped(Scale(), torch.randn(4, 6), at="auto")
+
+
+def test_layers_within_the_output_module_have_points() -> None:
+    net = nn.Sequential(nn.Sequential(*plain_net()[7:]), nn.Softmax(1))
+    assert wrapped(net, torch.randn(4, 54), at="auto", output="0").block_names == ["0.2"]
+
+
+class Parallel(nn.Module):
+    """Two heads, joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.boxes, self.classes = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.body(x))
+        return torch.cat([self.boxes(h), self.classes(h)], 1)
+
+
+def test_layers_that_lead_to_no_other_learn_exactly() -> None:
+    x = torch.randn(4, 6)
+    model = wrapped(Parallel(), x, at="auto")
+    assert model.block_names == ["body"]
+    assert model.summary(x).exact == ["boxes.weight", "boxes.bias", "classes.weight", "classes.bias"]
+
+
+def test_a_point_at_the_output_itself_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="since point 'classes' stands at the output itself"):
+        wrapped(Parallel(), torch.randn(4, 6), at=[nn.Linear])
 
 
 class OutputFirst(TwoHeads):

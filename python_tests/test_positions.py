@@ -156,6 +156,49 @@ def test_feedback_of_cells_is_the_mean_jacobian_of_a_position(side: int) -> None
     torch.testing.assert_close(model.feedback["layer"], expected, rtol=0.25, atol=0.05)
 
 
+@pytest.mark.parametrize("side", [6, 7, 9, 17])
+def test_what_a_stride_cuts_at_the_edges_moves_no_cell(side: int) -> None:
+    """With exact B all gradients are exact but for the output at the cut edge, which has no loss."""
+    torch.manual_seed(0)
+    finer = nn.Sequential(nn.Conv2d(3, 5, 1), nn.AvgPool2d(2), nn.Conv2d(5, 4, 1))
+    up = nn.Upsample(scale_factor=2)
+    pad = nn.ZeroPad2d((0, side % 2, 0, side % 2))
+    coarser = nn.Sequential(nn.Conv2d(3, 5, 1), nn.MaxPool2d(2), up, pad, nn.Conv2d(5, 4, 1))
+    even = side // 2 * 2
+    for net, point, part in ((finer, "0", 0.25), (coarser, "1", 1.0)):
+        x = torch.randn(2, 3, side, side)
+        if net is finer:
+            x[:, :, even:] = x[:, :, :, even:] = 0
+        model = wrapped(net, x, at=[point])
+        model.feedback[point].copy_(net[-1].weight.detach()[:, :, 0, 0] * part)
+        model.feedback_lr = 0
+        found = []
+        for m in (model, net):
+            net.zero_grad()
+            m(x)[:, :, :even, :even].square().sum().backward()
+            found.append(net[0].weight.grad.clone())
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+class Permuted(nn.Module):
+    """[N, 3, T] → [N, K, T] by a forward of its own."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.a, self.o = FDFABlock(nn.Conv1d(3, 5, 1)), nn.Conv1d(5, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.a(x))
+
+
+@pytest.mark.parametrize(("outputs", "length"), [(4, 9), (8, 16), (8, 8), (16, 8), (1, 8)])
+def test_the_layer_that_returns_the_output_tells_its_layout(outputs: int, length: int) -> None:
+    model = wrapped(Permuted(outputs), torch.randn(2, 3, length))
+    assert model.feedback["a"].shape == (outputs, 5)
+    assert model.network.returning == "o"
+    model(torch.randn(2, 3, length)).sum().backward()
+
+
 class UNet(nn.Module):
     """[N, 1, H, W] → [N, 3, H, W] in two scales, with a skip connection."""
 
@@ -244,17 +287,18 @@ def test_features_of_other_positions_are_refused() -> None:
 @pytest.mark.parametrize(
     ("before", "after"), [(6, 3), (7, 3), (33, 16), (33, 17), (5, 1), (3, 6), (3, 7)]
 )
-def test_cells_are_those_of_nearest_interpolation(before: int, after: int) -> None:
+def test_cells_are_those_of_a_stride(before: int, after: int) -> None:
     rows = torch.randn(2 * before, 3)
     cells = Cells(Positions(2, (before,), True), (after,))
     sums, means = (f(rows).view(2, after, 3) for f in (cells.errors, cells.tangents))
     values = rows.view(2, before, 3)
+    stride = round(max(before, after) / min(before, after))
     if after > before:
-        expected = F.interpolate(values.mT, size=after).mT
+        expected = values[:, (torch.arange(after) // stride).clamp(max=before - 1)]
         torch.testing.assert_close(sums, expected)
         torch.testing.assert_close(means, expected)
         return
-    index = torch.arange(before) * after // before
+    index = (torch.arange(before) // stride).clamp(max=after - 1)
     expected = torch.zeros(2, after, 3).index_add_(1, index, values)
     torch.testing.assert_close(sums, expected)
     torch.testing.assert_close(means, expected / index.bincount().view(-1, 1))
@@ -305,6 +349,20 @@ def test_feedback_of_nodes_is_the_mean_jacobian_of_a_node() -> None:
         model(torch.randn(30, 4), graph).sum().backward()
     expected = net.head.weight.detach() @ net.neck.weight.detach()
     torch.testing.assert_close(model.feedback["layer"], expected, rtol=0.25, atol=0.05)
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp"])
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_an_output_layer_behind_parts_is_autograds(method: str, backend: str) -> None:
+    """The last linear layer of a net of blocks may be left to the method, but where rows differ."""
+    net = OfGraphs(FDFALinear(4, 5))
+    net.neck = nn.Identity()
+    options = {"sample_index": "graph", "method": method, "backend": backend}
+    model = wrapped(net, (torch.randn(6, 4), GRAPH), **options)
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.randn(6, 4), GRAPH).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
 
 @pytest.mark.parametrize("method", ["dfa", "dkp", "fg-a"])

@@ -73,6 +73,7 @@ def test_a_sequence_may_have_a_block_twice() -> None:
     model(torch.randn(4, 6)).sum().backward()
     assert model.block_names == ["0", "0:2"]
     assert all(matrix.any() for matrix in model.feedback.values())
+    torch._dynamo.reset()  # or a refusal of another test would have it skip our forward
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     twin, x = copy.deepcopy(model), torch.randn(4, 6)
     for m in (compiled, twin):
@@ -188,6 +189,31 @@ def test_uses_are_counted_anew_when_blocks_are_exchanged() -> None:
     model(x).sum().backward()
     assert model.block_names == ["0"]
     assert model.feedback["0"].any()
+
+
+class Recursive(nn.Module):
+    """Calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+        return self.layer(x if depth == 0 else self(x, depth - 1))
+
+
+def test_uses_within_each_other_are_told_apart() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Recursive(), nn.Linear(6, 3))
+    model = wrapped(net, torch.randn(4, 6), at=["0"], feedback_lr=0.01)
+    assert model.block_names == ["0", "0:2", "0:3"]
+    for _ in range(1500):
+        model(torch.randn(64, 6)).sum().backward()
+    layer, head = net[0].layer.weight.detach(), net[1].weight.detach()
+    for name, expected in zip(
+        model.block_names, (head @ layer @ layer, head @ layer, head), strict=True
+    ):
+        torch.testing.assert_close(model.feedback[name], expected, rtol=0.3, atol=0.06)
 
 
 class Tied(nn.Module):

@@ -103,26 +103,60 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     auto [y, pre, mean, inverse_std, pooled, pooled_tangent] =
         op.call(x, tangent, ty, weight, bias, running_mean, running_var, num_batches_tracked, training,
                 momentum, eps, noise_state, block, activation, noise, pool, patch);
-    ctx->save_for_backward({x, weight.value_or(Tensor()), mean, inverse_std});
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["has_bias"] = bias.has_value();
+    save(ctx, x, weight, bias, mean, inverse_std, training);
     ctx->mark_non_differentiable({y, mean, inverse_std, pooled, pooled_tangent});
     ctx->set_materialize_grads(false);
     return {y, pre, mean, inverse_std, pooled, pooled_tangent};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find<decltype(fdfa::batch_norm_backward)>("fdfa::batch_norm_backward");
     variable_list result(17);
-    const Tensor& delta = grads[1];
-    if (!delta.defined()) return result;
+    if (grads[1].defined()) std::tie(result[0], result[3], result[4]) = gradients(ctx, grads[1]);
+    return result;
+  }
+
+  static void save(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
+                   const OptionalTensor& bias, const Tensor& mean, const Tensor& inverse_std,
+                   bool training) {
+    ctx->save_for_backward({x, weight.value_or(Tensor()), mean, inverse_std});
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["has_bias"] = bias.has_value();
+  }
+
+  // Of x, weight and bias, for delta at the normalised values.
+  static std::tuple<Tensor, Tensor, Tensor> gradients(AutogradContext* ctx, const Tensor& delta) {
+    static const auto op = find<decltype(fdfa::batch_norm_backward)>("fdfa::batch_norm_backward");
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
     auto [dx, dweight, dbias] =
         op.call(delta, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool());
-    result[0] = dx;
-    if (weight) result[3] = dweight;
-    if (ctx->saved_data["has_bias"].toBool()) result[4] = dbias;
+    return {dx, weight ? dweight : Tensor(), ctx->saved_data["has_bias"].toBool() ? dbias : Tensor()};
+  }
+};
+
+// The same between points: y carries the gradient, and nothing is perturbed.
+struct DualBatchNorm : torch::autograd::Function<DualBatchNorm> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& tangent,
+                               const OptionalTensor& weight, const OptionalTensor& bias,
+                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                               bool training, double momentum, double eps) {
+    static const auto op = find<decltype(fdfa::batch_norm)>("fdfa::batch_norm");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor ty = at::empty_like(x);
+    const Tensor no_noise = at::empty({3}, x.options().dtype(at::kLong));
+    auto [y, pre, mean, inverse_std, pooled, pooled_tangent] =
+        op.call(x, tangent, ty, weight, bias, running_mean, running_var, std::nullopt, training,
+                momentum, eps, no_noise, /*block=*/0, "identity", "none", std::nullopt, /*patch=*/1);
+    BatchNorm::save(ctx, x, weight, bias, mean, inverse_std, training);
+    ctx->mark_non_differentiable({ty});
+    ctx->set_materialize_grads(false);
+    return {y, ty};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(9);
+    if (grads[0].defined())
+      std::tie(result[0], result[2], result[3]) = BatchNorm::gradients(ctx, grads[0]);
     return result;
   }
 };
@@ -248,6 +282,16 @@ std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, c
   return {std::move(y), call_mm(tangent, weight.t())};
 }
 
+std::tuple<Tensor, Tensor> dual_batch_norm(const Tensor& x, const Tensor& tangent,
+                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                           const OptionalTensor& running_mean,
+                                           const OptionalTensor& running_var, bool training,
+                                           double momentum, double eps) {
+  const auto out = DualBatchNorm::apply(x, tangent, weight, bias, running_mean, running_var, training,
+                                        momentum, eps);
+  return {out[0], out[1]};
+}
+
 }  // namespace
 }  // namespace fdfa
 
@@ -261,4 +305,5 @@ TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
 TORCH_LIBRARY_IMPL(fdfa, CompositeImplicitAutograd, m) {
   m.impl("product", fdfa::product);
   m.impl("dual_linear", fdfa::dual_linear);
+  m.impl("dual_batch_norm", fdfa::dual_batch_norm);
 }

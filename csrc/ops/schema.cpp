@@ -55,6 +55,12 @@ TORCH_LIBRARY(fdfa, m) {
       "batch_norm_backward(Tensor delta, Tensor x, Tensor? weight, Tensor mean, Tensor inverse_std, "
       "bool training) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
+  // `batch_norm` without activation and noise, whose y has the gradient: between points.
+  m.def(
+      "dual_batch_norm(Tensor x, Tensor tangent, Tensor? weight, Tensor? bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps) "
+      "-> (Tensor y, Tensor ty)");
+
   // torch's linear, with its own autograd; by `mm` where no gradient of x is asked for.
   m.def("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
 

@@ -1,0 +1,113 @@
+"""Steps of models as they come, by FDFA and by backpropagation: times in turns, and peaks of memory.
+
+Needs requirements-zoo.txt. Backpropagation is the faster of row-major and channels_last memory; the
+peak is that of what torch allocates in a step, beyond weights and the optimizer's state.
+
+    python scripts/converted_nets.py [NAME ...]
+"""
+
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from fdfa_ext import FDFA
+
+TURNS = 12
+
+
+def _torchvision(name: str, samples: int, side: int, **options: Any) -> tuple[nn.Module, Tensor]:
+    from torchvision import models
+
+    if name == "vit":
+        net = models.VisionTransformer(32, 4, 4, 4, 128, 256, num_classes=10)
+    else:
+        net = getattr(models, name)(num_classes=10, **options)
+    return net, torch.randn(samples, 3, side, side)
+
+
+def _cnn() -> tuple[nn.Module, Tensor]:
+    """The paper's, of torch's modules."""
+    layers = [nn.Conv2d(3, 15, 5, bias=False), nn.BatchNorm2d(15), nn.ReLU()]
+    layers += [nn.Conv2d(15, 40, 5, bias=False), nn.BatchNorm2d(40), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Flatten(), nn.Linear(5760, 128), nn.ReLU(), nn.Linear(128, 10)]
+    return nn.Sequential(*layers), torch.randn(64, 3, 32, 32)
+
+
+NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "cnn": _cnn,
+    "resnet18": lambda: _torchvision("resnet18", 32, 64),
+    "vgg11_bn": lambda: _torchvision("vgg11_bn", 16, 64),
+    "vit": lambda: _torchvision("vit", 32, 32),
+}
+
+
+class Trained:
+    """A model with its optimizer and input."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.model, self.x, self.y = model, x, torch.arange(len(x)) % 10
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.x), self.y).backward()
+        self.optimizer.step()
+
+    def time(self) -> float:
+        start = time.perf_counter()
+        self.step()
+        return 1e3 * (time.perf_counter() - start)
+
+    def peak(self) -> float:
+        """In MiB."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            self.step()
+        recorded: Any = profiled.profiler
+        events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+        size = largest = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            size += event.nbytes()
+            largest = max(largest, size)
+        return largest / 2**20
+
+
+def measure(name: str) -> str:
+    torch.manual_seed(0)
+    net, x = NETS[name]()
+    order = torch.channels_last
+    ways = {
+        "BP": Trained(copy.deepcopy(net), x),
+        "BP, channels_last": Trained(
+            copy.deepcopy(net).to(memory_format=order), x.contiguous(memory_format=order)
+        ),
+        "FDFA": Trained(FDFA(copy.deepcopy(net), at="auto", example_input=x), x),
+        "DFA": Trained(FDFA(net, at="auto", method="dfa", example_input=x), x),
+    }
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(2):
+        for trained in ways.values():
+            trained.step()
+    for _ in range(TURNS):
+        for way, trained in ways.items():
+            times[way].append(trained.time())
+    medians = {way: statistics.median(measured) for way, measured in times.items()}
+    fastest = min(("BP", "BP, channels_last"), key=medians.__getitem__)
+    fdfa, dfa, bp = medians["FDFA"], medians["DFA"], medians[fastest]
+    memory = ways["FDFA"].peak() / ways[fastest].peak()
+    figures = f"{fdfa:.1f} | {bp:.1f} | {fdfa / bp:.2f} | {dfa / bp:.2f} | {memory:.2f}"
+    return f"| {name} | {len(x)}×{'×'.join(map(str, x.shape[1:]))} | {figures} |"
+
+
+if __name__ == "__main__":
+    print("| net | input | FDFA, ms | backpropagation, ms | FDFA / BP | DFA / BP | memory, FDFA / BP |")
+    print("|---|---|---|---|---|---|---|")
+    for chosen in sys.argv[1:] or NETS:
+        print(measure(chosen), flush=True)
