@@ -25,6 +25,10 @@ _Given = TypeVar("_Given")
 class BlockStep:
     """A block in the backward of one step. D features, in the memory order of the block's output.
 
+    N counts samples, or the tokens or pixels that count as such. Where features have other positions
+    than the output, N counts theirs: an error is the sum over the output's positions in one, a tangent
+    their mean.
+
     Of images and sequences in patches these are their patches, channel by channel: an error is every
     pixel's of its patch, and an output the pixels' mean.
     """

@@ -381,10 +381,11 @@ def _softmax(
     x: Tensor,
     tangent: Tensor,
     dim: int | None = None,
-    _stacklevel: int = 3,
+    *rest: Any,  # in F.softmax and torch.softmax another argument each
     dtype: torch.dtype | None = None,
+    **named: Any,
 ) -> tuple[Tensor, Tensor] | None:
-    if dim is None or dtype not in (None, x.dtype):
+    if dim is None or rest or dtype not in (None, x.dtype):
         return None
     y = function(x, dim)
     return y, aten._softmax_backward_data(tangent, y.detach(), dim, x.dtype)

@@ -152,6 +152,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: F.softmax(x, dim=1),
     "Tensor.softmax": lambda x: x.softmax(-1),
     "softmax of another type": lambda x: F.softmax(x, dim=1, dtype=torch.float64).float(),
+    "torch.softmax of another type": lambda x: torch.softmax(x, 1, torch.float64).float(),
     "attention": lambda x: F.scaled_dot_product_attention(x, x * 2, x),
     "causal attention": lambda x: F.scaled_dot_product_attention(x, x * 2, x, is_causal=True),
     "masked attention": lambda x: F.scaled_dot_product_attention(x, x * 2, x, attn_mask=KEYS),
