@@ -39,6 +39,7 @@ from fdfa_ext._torch_internals import (
     EnableTorchFunction,
     has_kernel,
     hooks_of,
+    is_in_checkpoint,
     safe_softmax,
     traced_make_dual,
     traced_unpack_dual,
@@ -189,9 +190,8 @@ def _convolution(
     *geometry: Any,
     **named: Any,
 ) -> tuple[Tensor, Tensor]:
-    convolve = _STAND_INS.get(function, function)
-    y = convolve(x, weight, bias, *geometry, **named)
-    return y, convolve(tangent, weight.detach(), None, *geometry, **named)
+    y = function(x, weight, bias, *geometry, **named)
+    return y, function(tangent, weight.detach(), None, *geometry, **named)
 
 
 def _relu(
@@ -255,6 +255,7 @@ def _batch_norm(
         and single_precision(x)
         and _is_float32(weight, bias, *fixed)
         and x.numel() > x.shape[1]
+        and not is_in_checkpoint()  # which computes it again without rules
     ):
         pair: tuple[Tensor, Tensor] = fused.dual_batch_norm(
             x, tangent, weight, bias, *fixed, training, momentum, eps
@@ -387,6 +388,8 @@ def _softmax(
 ) -> tuple[Tensor, Tensor] | None:
     if dim is None or rest or dtype not in (None, x.dtype):
         return None
+    if torch.is_autocast_enabled(x.device.type):  # which may change the type
+        return None
     y = function(x, dim)
     return y, aten._softmax_backward_data(tangent, y.detach(), dim, x.dtype)
 
@@ -421,7 +424,6 @@ _FUNCTION_RULES: dict[Any, FunctionRule] = {
 # Rules for attention, whose inputs may all have tangents. torch's fused kernels have no forward mode:
 # the weights are computed again for the tangent. Each gives None where it does not apply.
 
-_VIEW = Tensor.view
 _ATTENTION = F.scaled_dot_product_attention
 
 
@@ -464,7 +466,7 @@ def _attention(
         output = _ATTENTION(q, k, v, attn_mask, 0.0, is_causal, scale=scale)
     with torch.no_grad():
         weights = weights_of(q, k) if kept is None else weights.detach()
-        rest = None if kept is None else kept / (1 - dropout_p)
+        rest = None if kept is None else kept.to(weights.dtype) / (1 - dropout_p)
         terms = []
         if tv is not None:
             terms.append(torch.matmul(weights if rest is None else weights * rest, tv))
@@ -500,15 +502,17 @@ def _self_attention(
 ) -> tuple[Tensor, None] | None:
     """That of nn.MultiheadAttention, of one sequence [L, N, E]."""
     x, tx = unpack_dual(query)
+    parameters = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
     is_one = query is key and key is value and x.dim() == 3 and tx is not None
     is_simple = (
         bias_k is None
         and bias_v is None
         and not (add_zero_attn or need_weights)
         and key_padding_mask is None
-        and (not others.get("is_causal") if attn_mask is None else attn_mask.dim() == 2)
-        and others.get("static_k") is None
-        and others.get("static_v") is None
+        and (attn_mask is None or attn_mask.shape == (x.shape[0], x.shape[0]))
+        and not any(others.get(name) for name in ("is_causal", "use_separate_proj_weight"))
+        and all(others.get(name) is None for name in ("static_k", "static_v"))
+        and not any(p is not None and has_tangent(p) for p in parameters)
         and not torch.is_autocast_enabled(x.device.type)
     )
     if not is_one or not is_simple or in_proj_weight is None or x.shape[2] != embed_dim_to_check:
@@ -517,7 +521,8 @@ def _self_attention(
     # In [N, L, E], as nn.MultiheadAttention most often has them.
     pair = fused.dual_linear(x.transpose(0, 1), tx.transpose(0, 1), in_proj_weight, in_proj_bias)
     n, length, _ = pair[0].shape
-    heads = [t.view(n, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0) for t in pair]
+    shape = n, length, 3, num_heads, embed_dim_to_check // num_heads
+    heads = [t.view(shape).permute(2, 0, 3, 1, 4).unbind(0) for t in pair]
     parts = [make_dual(*both) for both in zip(*heads, strict=True)]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = ~attn_mask  # where it is true attention has none here, and some there
@@ -562,34 +567,41 @@ def _relu_in_place(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _conv2d(input: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
-    """F.conv2d of images in channels_last.
+    """F.conv2d, whose result lies in channels_last.
 
     Where it has more row-major weights than pixels, oneDNN takes half the time in row-major order: from
     512 to 512 channels with 2x2 pixels of 32 samples 4.8, 9.9 and 6.1 ms for result and gradients of
     weight and input, against 10.2, 24.4 and 11.4. With 64 channels and 16x16 pixels channels_last takes
     half.
     """
+    if input.dim() != 4 or input.layout != torch.strided:
+        return reference.convolve(input, weight, *rest, **named)
+    last = torch.channels_last
     by_rows = (
         input.device.type == "cpu"
         and weight.numel() > input.numel()
-        and _is_image_in_channels_last(input)
         and weight.is_contiguous()
-        and not weight.is_contiguous(memory_format=torch.channels_last)
+        and not weight.is_contiguous(memory_format=last)
     )
-    if not by_rows:
-        return reference.convolve(input, weight, *rest, **named)
-    output = reference.convolve(input.contiguous(), weight, *rest, **named)
-    return output.contiguous(memory_format=torch.channels_last)
+    input = input.contiguous() if by_rows else input.contiguous(memory_format=last)
+    output = reference.convolve(input, weight, *rest, **named)
+    return output.contiguous(memory_format=last) if by_rows else output
 
 
 def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor:
-    """Tensor.view, which images in another memory order than the caller's may not have."""
+    """Tensor.view, for which an image in channels_last is put into row-major order, as the caller has
+    it: in place, so that the view has its memory."""
     try:
-        return _VIEW(input, *shape, **named)
+        return Tensor.view(input, *shape, **named)
     except RuntimeError:
-        if named or not _is_image_in_channels_last(input):
+        is_shape = not named and not any(isinstance(value, torch.dtype) for value in shape)
+        if not is_shape or input._is_view() or not _is_image_in_channels_last(input):
             raise
-        return input.reshape(*shape)
+        tangent = unpack_dual(input)[1]
+        for t in (input, tangent):
+            if t is not None:
+                t.data = t.data.contiguous()
+        return Tensor.view(input, *shape)
 
 
 def _by_products(function: Any, *args: Any, **named: Any) -> Any:
@@ -602,10 +614,9 @@ def _by_products(function: Any, *args: Any, **named: Any) -> Any:
 
 # What stands in for functions that no rule applied to.
 _STAND_INS: dict[Any, Callable[..., Any]] = {
-    F.conv2d: _conv2d,
+    F.conv2d: reference.convolve,
     F.group_norm: _contiguous_group_norm,
     F.relu: _relu_in_place,
-    _VIEW: _view,
     **{function: partial(_by_products, function) for function in _ATTENTION_RULES},
 }
 _HALF = (torch.bfloat16, torch.float16)
@@ -614,17 +625,19 @@ _HALF = (torch.bfloat16, torch.float16)
 class FunctionRules(TorchFunctionMode):
     """Within it, functions that have a JVP rule take it. Tangents keep their primal's dtype."""
 
+    stand_ins = _STAND_INS
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if type(func) is FunctionType:
             func = torchs_own(func)
         rule = _FUNCTION_RULES.get(func)
+        func = self.stand_ins.get(func, func)
         if rule is not None and args and is_own_level_open():
             pair = _by_rule(rule, func, *args, **(kwargs or {}))
             if pair is not None:
                 return make_dual_of_fresh(*pair)
-        func = _STAND_INS.get(func, func)
         return _in_one_dtype(func(*args, **kwargs) if kwargs else func(*args))
 
 
@@ -665,26 +678,40 @@ def _in_one_dtype(out: Any) -> Any:
     return make_dual(primal, tangent.to(primal.dtype))
 
 
-_RULES = FunctionRules()
+class PointRules(FunctionRules):
+    """Those of a model with points, whose convolutions return images in channels_last."""
+
+    stand_ins = _STAND_INS | {F.conv2d: _conv2d, Tensor.view: _view}
+
+
+_RULES, _POINT_RULES = FunctionRules(), PointRules()
 
 
 class _WithRules:
-    __slots__ = ("_enabled",)
+    __slots__ = ("_enabled", "_rules")
+
+    def __init__(self, rules: FunctionRules) -> None:
+        self._rules = rules
 
     def __enter__(self) -> None:
         self._enabled = EnableTorchFunction()
         self._enabled.__enter__()
-        _RULES.__enter__()
+        self._rules.__enter__()
 
     def __exit__(self, *error: object) -> None:
-        _RULES.__exit__(None, None, None)
+        self._rules.__exit__(None, None, None)
         self._enabled.__exit__(None, None, None)
 
 
 def function_rules() -> AbstractContextManager[object]:
     """Within it FunctionRules hold, also in the middle of without_rules; for eager steps alone: a
     compiled one traces torch's own forward mode."""
-    return nullcontext() if torch.compiler.is_compiling() else _WithRules()
+    return nullcontext() if torch.compiler.is_compiling() else _WithRules(_RULES)
+
+
+def point_rules() -> AbstractContextManager[object]:
+    """The same with PointRules."""
+    return _WithRules(_POINT_RULES)
 
 
 def without_rules() -> AbstractContextManager[Any]:

@@ -18,9 +18,8 @@ from fdfa_ext._torch_internals import GLOBAL_HOOKS, is_in_checkpoint, traced_unp
 from fdfa_ext.dual_pass import BlockPass, DualPass
 from fdfa_ext.duals import forward_mode, has_tangent, refuse_unknown, slow_attention, unpack_dual
 from fdfa_ext.evaluation import evaluating, restore_buffers, save_buffers
-from fdfa_ext.jvp import function_rules
+from fdfa_ext.jvp import point_rules
 from fdfa_ext.layers import Block
-from fdfa_ext.noise import channels_last
 from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, kept_activation, nodes_behind
 from fdfa_ext.plan import MakeForward, Plan, is_overridden
 from fdfa_ext.points import BLOCKS, At, channels_first_at, check_module, find_points
@@ -366,9 +365,8 @@ def _through_points(
     hooks: AbstractContextManager[list[Tensor]] = nullcontext([])
     if plan.backward_hooked:
         hooks = _backward_hooks_called(plan, dual)
-    args, kwargs = tree_map(_in_channels_last, (args, kwargs))
     with forward_mode() if dual.perturbs else nullcontext(), hooks as outputs:
-        with function_rules():
+        with point_rules():
             try:
                 result = module(*args, **kwargs)
             except NotImplementedError as error:
@@ -384,12 +382,6 @@ def _through_points(
         output, tangent = unpack_dual(_check_type(result))
         outputs.append(output)
     return output, None if tangent is None else tangent.detach()
-
-
-def _in_channels_last(value: Any) -> Any:
-    """An image [N, C, H, W] in the memory order of the noise, in which convolutions are fast."""
-    is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-    return channels_last(value) if is_image and not value.requires_grad else value
 
 
 def _warn_of_activations(plan: Plan, result: Any) -> None:

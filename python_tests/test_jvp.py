@@ -172,6 +172,26 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "multi-head attention, padded": lambda x: HEADS(
         *[x[:, 0]] * 3, need_weights=False, key_padding_mask=torch.ones(6, 5).triu(3).bool()
     )[0],
+    "multi-head attention, causal": lambda x: HEADS(
+        *[x[:, 0]] * 3, need_weights=False, attn_mask=~KEYS[0, :5, :5].tril(), is_causal=True
+    )[0],
+    "multi-head attention of no sample": lambda x: torch.cat(
+        [HEADS(*[x[:, :0, 0]] * 3, need_weights=False)[0].sum() + x[0, 0, 0]]
+    ),
+    "multi-head attention by moving weights": lambda x: F.multi_head_attention_forward(
+        *[x[:, 0]] * 3,
+        6,
+        2,
+        x[:3, 0].flatten(0, 1),
+        None,
+        None,
+        None,
+        False,
+        0.0,
+        x[0, 0],
+        None,
+        need_weights=False,
+    )[0],
     "multi-head attention of two": lambda x: HEADS(x[:, 0], x[:, 1], x[:, 2], need_weights=False)[0],
     "a weight with a tangent": lambda x: F.linear(x[0, 0], x[0, 1], x[0, 2, 0]),
     "by its name": lambda x: F.relu(input=x),
@@ -311,3 +331,25 @@ def test_a_primal_does_not_keep_its_tangent_alive() -> None:
         assert len(activations) > 6
         assert not any(has_tangent(t) for t in activations)
         assert all(t._base is None or not has_tangent(t._base) for t in activations)
+
+
+def test_a_fused_batch_norm_refuses_second_derivatives() -> None:
+    x, tangent = (
+        t.contiguous(memory_format=torch.channels_last) for t in torch.randn(2, *IMAGES).unbind()
+    )
+    norm = nn.BatchNorm2d(4)
+    with forward_mode(), function_rules():
+        y = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, tangent))).primal
+        with pytest.raises(
+            RuntimeError, match="batch-norm in a training step has no second derivative"
+        ):
+            torch.autograd.grad(y.square().sum(), norm.weight, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_attention_drops_in_other_types(dtype: torch.dtype) -> None:
+    q, t = torch.randn(2, 2, 3, 7, 4, dtype=dtype).unbind()
+    with forward_mode(), function_rules():
+        x = forward_ad.make_dual(q, t)
+        y = F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+        assert forward_ad.unpack_dual(y).tangent.dtype == dtype

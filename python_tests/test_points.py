@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from nets import step
 from torch import Tensor, nn
 
@@ -733,6 +734,59 @@ def test_the_signature_is_that_of_the_model() -> None:
     model.forward = own
     model(inputs=torch.randn(4, 6))["logits"].sum().backward()
     assert calls == [1]
+
+
+class Viewed(nn.Module):
+    """Changes a view of an image, its input, and what else it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(256, 3)
+
+    def forward(self, x: Tensor, memory: Tensor, log: list[str]) -> Tensor:
+        log.append("called")
+        h = self.first(x)
+        h.view(len(h), -1).clamp_(min=0)
+        memory.copy_(h.detach())
+        return self.head(self.second(h).view(len(x), -1))
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "bp"])
+@pytest.mark.parametrize("at", ["first", "second"])
+def test_code_that_changes_views_and_arguments_is_the_models_own(method: str, at: str) -> None:
+    torch.manual_seed(0)
+    net, x = Viewed(), torch.randn(2, 3, 8, 8)
+    memories = torch.zeros(2, 2, 4, 8, 8).unbind()
+    model = wrapped(net, (x, memories[0].clone(), []), at=[at], method=method)
+    log: list[str] = []
+    before = x.clone()
+    output = model(x, memories[0], log)
+    torch.testing.assert_close(output, net(x, memories[1], []))
+    torch.testing.assert_close(memories[0], memories[1])
+    assert log == ["called"]
+    assert torch.equal(x, before)
+    assert x.is_contiguous()
+    output.sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.body = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.utils.checkpoint.checkpoint(self.body, self.stem(x).relu(), use_reentrant=False)
+        return self.head(x.relu().mean((2, 3)))
+
+
+def test_a_checkpoint_that_computes_otherwise_is_an_error() -> None:
+    x = torch.randn(4, 3, 8, 8)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        wrapped(Checkpointed(), x, at=["stem"])(x).sum().backward()
 
 
 @pytest.mark.parametrize(

@@ -123,9 +123,12 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     ctx->saved_data["has_bias"] = bias.has_value();
   }
 
-  // Of x, weight and bias, for delta at the normalised values.
+  // Of x, weight and bias, for delta at the normalised values. A second derivative would be zero.
   static std::tuple<Tensor, Tensor, Tensor> gradients(AutogradContext* ctx, const Tensor& delta) {
     static const auto op = find<decltype(fdfa::batch_norm_backward)>("fdfa::batch_norm_backward");
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "FDFA: batch-norm in a training step has no second derivative, so "
+                "create_graph=True is not possible");
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
     auto [dx, dweight, dbias] =
