@@ -165,11 +165,15 @@ def auto_points(
     return list(dict.fromkeys(names[point] for point in points))
 
 
+def _output_of(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> Any:
+    """What the module of this name returned, or the model itself."""
+    if output is None:
+        return traced.result
+    return next((c.output for c in reversed(traced.calls) if names[c.module] == output), traced.result)
+
+
 def _no_point(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> str:
-    result: Any = traced.result
-    for call in traced.calls:
-        if output is not None and names[call.module] == output:
-            result = call.output
+    result = _output_of(traced, output, names)
     shape = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
     hidden = [call for call in traced.calls if call.makes_features and _has_matrices(call.module)]
     found = "no layer returns features"
@@ -190,11 +194,8 @@ def _calls_to_output(
 ) -> tuple[list[ModuleCall], list[ModuleCall], set[nn.Module]]:
     """The calls that return features of the output's samples, tokens or pixels, on which it depends;
     those that return other features; and the modules of the output itself."""
-    end = traced.result
-    behind: set[nn.Module] = set()
-    for call in traced.calls:
-        if output is not None and names[call.module] == output:
-            end, behind = call.output, {call.module}
+    end = _output_of(traced, output, names)
+    behind = set() if output is None else {traced.module.get_submodule(output)}
     if not isinstance(end, Tensor):
         return [], [], behind
     if end.dim() == 0:

@@ -159,6 +159,10 @@ class BlockMethod(Method):
     def forward(self, step: TrainingStep) -> Any:
         return step.run(partial(self._attach, step))
 
+    def _check(self, dual: DualPass, output: Tensor, feedback: FeedbackStep) -> None:
+        """Raises unless the blocks of a part of the pass can be trained."""
+        check_blocks(self, dual, feedback.matrices, *output.shape)
+
     def _attach(
         self,
         step: TrainingStep,
@@ -167,7 +171,7 @@ class BlockMethod(Method):
         tangent: Tensor | None,
         feedback: FeedbackStep,
     ) -> Tensor:
-        check_blocks(self, dual, feedback.matrices, *output.shape)
+        self._check(dual, output, feedback)
         used = dual.use_noise() if tangent is not None else None
         return attach(self, dual, dual.records, output, tangent, used, feedback)
 
@@ -184,24 +188,14 @@ class ActivityPerturbation(BlockMethod):
     def delta(self, block: BlockStep) -> Tensor:
         return block.perturbation.mul_((block.error * block.tangent).sum(1, keepdim=True))
 
-    def _attach(
-        self,
-        step: TrainingStep,
-        dual: DualPass,
-        output: Tensor,
-        tangent: Tensor | None,
-        feedback: FeedbackStep,
-    ) -> Tensor:
-        self._refuse_cells(dual)
-        return super()._attach(step, dual, output, tangent, feedback)
-
-    def _refuse_cells(self, dual: DualPass) -> None:
-        """(e · d) of a cell is not the sum over its positions of theirs."""
+    def _check(self, dual: DualPass, output: Tensor, feedback: FeedbackStep) -> None:
+        # (e · d) of a cell is not the sum over its positions of theirs.
         if dual.source is not None and (self.local_heads or isinstance(dual.source, Cells)):
             raise ValueError(
                 f"FDFA: {type(self).__name__} needs features of the output's own samples or positions; "
                 f"block or point '{dual.records[0].name}' has {list(dual.records[0].shape)}"
             )
+        super()._check(dual, output, feedback)
 
 
 class LocalGreedy(ActivityPerturbation):
@@ -224,8 +218,7 @@ class LocalGreedy(ActivityPerturbation):
         tangent: Tensor | None,
         feedback: FeedbackStep,
     ) -> Tensor:
-        self._refuse_cells(dual)
-        check_blocks(self, dual, feedback.matrices, *output.shape)
+        self._check(dual, output, feedback)
         used = dual.use_noise()
         *hidden, last = dual.records
         for record in hidden:

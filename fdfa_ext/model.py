@@ -92,13 +92,13 @@ class FDFA(nn.Module):
             features [N, *features] that it returns, alone or first in a tuple. What made them since the
             points before learns by their error, and what stands behind the last ones by exact
             gradients. "auto" finds them in a forward of example_input: after each layer, or each of a
-            class of blocks that repeats, or the norms in those that normalise first; none after the
-            last layer.
+            class of blocks that repeats, or the norms in those that normalise first; none after a layer
+            that leads to no other, as the output's.
         granularity: of "auto": "block", or "layer" for a point after each layer even within blocks that
             repeat.
         output: name of the module whose result is the network's output, where the model returns
             something else: a dict, a loss of its own. What it makes of it is plain autograd. With `at`
-            the last called that has parameters, where the model returns no tensor.
+            the layer that returns the model's result, or leads to it where that is no tensor.
         sample_index: name of the argument of the model's forward that says of which sample each row of
             features is, int64 [V] for features [V, *]: the graph of each node, where the nodes of N
             graphs are concatenated and the output is that of the graphs. A row then has B in common
@@ -131,7 +131,7 @@ class FDFA(nn.Module):
 
     Attributes:
         feedback: mapping from a block's name within `module` to its B, [K, *feature_shape] or in
-            patches, float32.
+            patches, float32; "name:2" is that of its second use in a forward.
         noise_state: int64 [3]: seed (drawn from torch's generator), step, and the global index of the
             batch's first sample, or first token: set it to rank * samples a batch, with equal seeds, to
             make several processes perturb as one. DistributedDataParallel then needs
@@ -146,9 +146,9 @@ class FDFA(nn.Module):
             has no row of K values for each sample, token or pixel.
         TypeError: method is a class; the module returns no tensor; a dtype that the backend lacks; a
             block of a kind of its own.
-        RuntimeError: no tangent, or a zero one, reaches the output; a block is unused, used twice,
-            behind parameters that belong to no block, or has a forward of its own that leaves out that
-            of its base class; a backward hook could not be called.
+        RuntimeError: no tangent reaches the output; a block is unused, used more often than in the dry
+            run, behind parameters that belong to no block, or has a forward of its own that leaves out
+            that of its base class; a backward hook could not be called.
     """
 
     @torch.inference_mode(False)  # what is made here changes in training
@@ -438,15 +438,15 @@ class FDFA(nn.Module):
                 "leads through it learn no feedback",
                 stacklevel=3,
             )
-        summary = summarize(step, 0)
-        untrained = summary.untrained
-        at_output = [r for r in dual.records if not isinstance(self.network.blocks[r.name], Block)]
-        if at_output and not summary.exact:
-            warnings.warn(
-                f"FDFA: no parameter learns by the output's exact gradient, since point "
-                f"'{dual.records[-1].name}' stands at the output itself; let `at` leave it out",
-                stacklevel=3,
-            )
+        untrained = summarize(step, 0).untrained
+        for record in dual.records:
+            is_output = output.numel() > 0 and record.output.data_ptr() == output.data_ptr()
+            if is_output and not isinstance(self.network.blocks[record.name], Block):
+                warnings.warn(
+                    "FDFA: no parameter learns by the output's exact gradient, since point "
+                    f"'{record.name}' stands at the output itself; let `at` leave it out",
+                    stacklevel=3,
+                )
         if untrained:
             others = f" and {len(untrained) - 1} more" if len(untrained) > 1 else ""
             warnings.warn(

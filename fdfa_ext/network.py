@@ -82,8 +82,10 @@ class Network:
 
     def channels_first(self, module: nn.Module) -> bool | None:
         """Of the output, as the module that returns it tells."""
-        known = any(self.returning == name for name, _ in module.named_modules())
-        return channels_first_at(module, self.returning) if known else None
+        try:
+            return channels_first_at(module, self.returning)
+        except AttributeError:  # it is gone
+            return None
 
     def count(self, unforeseen: Mapping[str, int]) -> None:
         """Adds uses, for which the module will be planned anew."""
@@ -150,13 +152,11 @@ class Network:
             if inner in names:
                 results.append((names[inner], result))
 
-        plan = self.plan
         hook = register_module_forward_hook(keep)
         try:
             yield
         finally:
             hook.remove()
-        self.plan = plan
         _, returned = results[-1] if results else ("", None)
         self.returning = next((name for name, result in results if result is returned), "")
 

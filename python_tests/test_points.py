@@ -586,18 +586,12 @@ def test_a_second_output_is_no_point_and_is_warned_of() -> None:
         model(x)
 
 
-class MoreInTraining(nn.Module):
+class MoreInTraining(TwoHeads):
     """Returns an auxiliary output in training mode alone, as GoogLeNet does."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 8)
-        self.aux, self.head = nn.Linear(8, 3), nn.Linear(8, 3)
-
     def forward(self, x: Tensor) -> Any:
-        a = torch.tanh(self.a(x))
-        logits = self.head(torch.tanh(self.b(a)))
-        return (logits, self.aux(a)) if self.training else logits
+        outputs = super().forward(x)
+        return tuple(outputs.values())[::-1] if self.training else outputs["logits"]
 
 
 @pytest.mark.filterwarnings("ignore:FDFA. no gradient of the output reaches")
@@ -700,8 +694,14 @@ def test_layers_that_lead_to_no_other_learn_exactly() -> None:
 
 
 def test_a_point_at_the_output_itself_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="since point 'classes' stands at the output itself"):
-        wrapped(Parallel(), torch.randn(4, 6), at=[nn.Linear])
+    with pytest.warns(UserWarning, match="since point '1' stands at the output itself"):
+        wrapped(nn.Sequential(nn.ReLU(), Parallel().classes), torch.randn(4, 8), at=["1"])
+    frozen = Parallel()
+    frozen.boxes.requires_grad_(False)
+    frozen.classes.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped(frozen, torch.randn(4, 6), at=["body"])
 
 
 class OutputFirst(TwoHeads):
