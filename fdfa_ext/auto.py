@@ -2,8 +2,8 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,9 @@ class Trace:
         return {member: name for name, member in self.module.named_modules()}
 
 
-@torch.enable_grad()
-def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+@contextmanager
+def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Trace]:
+    """Within it the module stays as in that forward, so that autograd may go through its graph."""
     calls: list[ModuleCall] = []
     members = {*module.modules()}
 
@@ -71,13 +72,13 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> T
     # A compiled module would show no calls.
     compiled = any(map(is_compiled, members))
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    hook = register_module_forward_hook(record, with_kwargs=True)
-    try:
-        with evaluating(module), slow_attention(), eager:
+    with torch.enable_grad(), evaluating(module), slow_attention(), eager:
+        hook = register_module_forward_hook(record, with_kwargs=True)
+        try:
             result = module(*args, **kwargs)
-    finally:
-        hook.remove()
-    return Trace(module, calls, result)
+        finally:
+            hook.remove()
+        yield Trace(module, calls, result)
 
 
 def default_output(traced: Trace) -> str | None:
@@ -122,9 +123,10 @@ def auto_points(
     A point stands after each layer with the norm, activation, pool and dropout that alone read its
     output, and none after one that leads to no other layer, as the output's. Where a class of the
     model's repeats, each of several layers, a point stands after each of these instead, unless
-    granularity is "layer". If these are transformer layers that normalise their input first, points
-    stand after their norms and the norm that reads the last one's output, and nothing cuts the skip
-    connections. A layer that the output does not depend on has none.
+    granularity is "layer". If these are transformer layers that normalise their input first, nothing
+    cuts the skip connections, and points stand after their norms and the norm that reads the last one's
+    output. A norm has none whose features go to other positions within the layer, as attention's
+    keys do: B is that of a position by itself. A layer that the output does not depend on has none.
 
     Raises:
         ValueError: no place is left for a point.
@@ -301,17 +303,22 @@ def _points_of(
     composites: Sequence[nn.Module], calls: Sequence[ModuleCall], times: Counter[nn.Module]
 ) -> tuple[list[nn.Module], int]:
     """The points of repeated modules, and the place of the last call that a skip passes uncut."""
+    norms = {c.module: _first_norms(c, calls, times) for c in calls if c.module in composites}
+    stream = [c for c in calls if norms.get(c.module)]  # those that normalise their input first
+    mixing = {norm for call in stream for norm in norms[call.module] if _mixes_positions(norm, call)}
+    if len(mixing) == sum(len(norms[call.module]) for call in stream):
+        mixing.clear()  # B of single positions has to do
+    inside = {inner for composite in composites for inner in composite.modules()}
+
+    def ends_stream(call: ModuleCall) -> bool:
+        reads = any(t is before.output for t in call.inputs for before in stream)
+        return reads and _normalises(call.module) and times[call.module] == 1
+
     points: list[nn.Module] = []
-    stream: list[ModuleCall] = []  # of the modules that normalise their input first
     for call in calls:
-        if call.module in composites:
-            norms = _first_norms(call, calls, times)
-            points += norms or [call.module]
-            if norms:
-                stream.append(call)
-            continue
-        ends_stream = any(t is before.output for t in call.inputs for before in stream)
-        if ends_stream and _normalises(call.module) and times[call.module] == 1:
+        if norms.get(call.module):
+            points += [norm.module for norm in norms[call.module] if norm not in mixing]
+        elif call.module in composites or (call.module not in inside and ends_stream(call)):
             points.append(call.module)
     return points, calls.index(stream[-1]) if stream else 0
 
@@ -324,7 +331,7 @@ def _normalises(module: nn.Module) -> bool:
 
 def _first_norms(
     composite: ModuleCall, calls: Sequence[ModuleCall], times: Counter[nn.Module]
-) -> list[nn.Module]:
+) -> list[ModuleCall]:
     """The norms of the features within it, if one reads its input; else none."""
     inner = {*composite.module.modules()}
     output: Any = composite.output
@@ -338,7 +345,31 @@ def _first_norms(
         and call.output.shape == output.shape
     ]
     first = any(t is read for call in norms for t in call.inputs for read in composite.inputs)
-    return [call.module for call in norms] if first else []
+    return norms if first else []
+
+
+def _mixes_positions(norm: ModuleCall, composite: ModuleCall) -> bool:
+    """Whether a position of what the composite returns [N, *positions, D] depends on other positions of
+    the norm's output, as behind attention."""
+    source: Any = norm.output
+    result: Any = composite.output
+    if not source.requires_grad or not result.requires_grad:
+        return False
+
+    def rows(t: Tensor) -> Tensor:
+        return t.unsqueeze(1).flatten(1, -2)
+
+    positions = range(rows(result).shape[1])
+    for place in {*positions[:1], *positions[-1:]}:
+        # NaN goes through weights that are zero at the start, as of a residual branch.
+        error = torch.zeros(result.shape, dtype=result.dtype, device=result.device)
+        rows(error)[:, place] = torch.nan
+        with torch.autograd.set_detect_anomaly(False):
+            found = torch.autograd.grad(result, source, error, retain_graph=True, allow_unused=True)
+        others = [other for other in positions if other != place]
+        if any(gradient is not None and rows(gradient)[:, others].isnan().any() for gradient in found):
+            return True
+    return False
 
 
 def _end_of_group(

@@ -17,6 +17,7 @@ On two cores, Conv-BatchNorm-ReLU from [64, 15, 24, 24] to [64, 40, 20, 20] take
 forward mode's time, and the forward pass of 64-128-10 with 32 samples 0.7 of it.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -464,20 +465,34 @@ def _attention(
         output = torch.matmul(dropped, v)
     else:
         output = _ATTENTION(q, k, v, attn_mask, 0.0, is_causal, scale=scale)
+    heads = output.shape[:-2]
+
+    def matrices(t: Tensor) -> Tensor:
+        """[heads, *, *], in one copy for all products."""
+        return t.expand(*heads, *t.shape[-2:]).reshape(math.prod(heads), *t.shape[-2:])
+
     with torch.no_grad():
-        weights = weights_of(q, k) if kept is None else weights.detach()
-        rest = None if kept is None else kept.to(weights.dtype) / (1 - dropout_p)
-        terms = []
-        if tv is not None:
-            terms.append(torch.matmul(weights if rest is None else weights * rest, tv))
-        moved = [] if tq is None else [torch.matmul(tq * factor, k.mT)]
+        weights = matrices(weights_of(q, k) if kept is None else weights)
+        rest = None if kept is None else matrices(kept).to(weights.dtype) / (1 - dropout_p)
+        tangent = score = None  # of the output, and of what softmax is taken of
+        if tq is not None:
+            score = _add_product(score, matrices(tq), matrices(k).mT, factor)
         if tk is not None:
-            moved.append(torch.matmul(q * factor, tk.mT))
-        if moved:
-            score = moved[0] if len(moved) == 1 else moved[0].add_(moved[1])
-            change = aten._softmax_backward_data(score, weights, -1, weights.dtype)
-            terms.append(torch.matmul(change if rest is None else change.mul_(rest), v))
-        return make_dual_of_fresh(output, terms[0] if len(terms) == 1 else terms[0].add_(terms[1]))
+            score = _add_product(score, matrices(q), matrices(tk).mT, factor)
+        if score is not None:
+            score = aten._softmax_backward_data(score, weights, -1, weights.dtype)
+            tangent = _add_product(tangent, score if rest is None else score.mul_(rest), matrices(v))
+        if tv is not None:
+            tangent = _add_product(tangent, weights if rest is None else weights * rest, matrices(tv))
+        assert tangent is not None  # one of the three has one
+        return make_dual_of_fresh(output, tangent.view(output.shape))
+
+
+def _add_product(sum: Tensor | None, first: Tensor, second: Tensor, factor: float = 1.0) -> Tensor:
+    """sum + factor · first @ second, of batches of matrices, in the sum's memory."""
+    if sum is None:
+        return torch.baddbmm(first.new_empty(1), first, second, beta=0, alpha=factor)
+    return sum.baddbmm_(first, second, alpha=factor)
 
 
 def _self_attention(

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from fdfa_ext.dual_pass import DualPass
 from fdfa_ext.duals import first_tensor, with_first
 from fdfa_ext.feedback import FeedbackUpdate
 from fdfa_ext.layers import joins_positions
-from fdfa_ext.model import FDFA
+from fdfa_ext.methods import BlockMethod
+from fdfa_ext.model import FDFA, inputs_of
 from fdfa_ext.patches import as_image, as_sequence, patch_means, spread
 from fdfa_ext.points import channels_first_at
+from fdfa_ext.positions import Positions, Source
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-Batch = tuple[Tensor, Tensor]  # input, target
+Loss = Callable[[Any, Any], Tensor]  # of what the model returns, and the target
+Batch = tuple[Any, Any]  # input, as example_input of FDFA has it, and target
 
 
 def gradient_alignment(
@@ -36,8 +39,9 @@ def gradient_alignment(
 
     Args:
         model: an FDFA of any method.
-        batch: (input, target).
-        loss_fn: loss_fn(output, target), a scalar.
+        batch: (input, target). The input is what the model takes: a tensor, a tuple of inputs, or a
+            dict of keyword inputs.
+        loss_fn: loss_fn(model(input), target), a scalar.
 
     Returns:
         name within the module → angle from 0 to 180; 90 where a gradient is zero.
@@ -47,7 +51,7 @@ def gradient_alignment(
     """
     with _untouched(model):
         with _own_randomness(model), _images_in_channels_last(model):
-            exact = _gradients(model, loss_fn(model.module(batch[0]), batch[1]))
+            exact = _gradients(model, loss_fn(_run(model, model.module, batch[0]), batch[1]))
         with _held_feedback(model):
             estimates = _estimates(model, batch, loss_fn, draws, one_mask=True)
             mean = next(estimates)
@@ -72,8 +76,9 @@ def estimator_variance(
 
     Args:
         model: an FDFA of any method.
-        batch: (input, target).
-        loss_fn: loss_fn(output, target), a scalar.
+        batch: (input, target). The input is what the model takes: a tensor, a tuple of inputs, or a
+            dict of keyword inputs.
+        loss_fn: loss_fn(model(input), target), a scalar.
         draws: of the noise; 2 or more.
         normalize: divide by the mean square of the estimates' elements, as in Fig. 7.
 
@@ -106,7 +111,7 @@ def estimator_variance(
     return result
 
 
-def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
+def feedback_alignment(model: FDFA, input: Any) -> dict[str, float]:
     """Angle in degrees between B and the mean Jacobian ∂output/∂block over a batch  (eq. 12).
 
     The Jacobian is that of `mean_jacobian`. B of patches is compared with it pixel by pixel.
@@ -136,47 +141,60 @@ def feedback_alignment(model: FDFA, input: Tensor) -> dict[str, float]:
     return angles
 
 
-def mean_jacobian(model: FDFA, input: Tensor) -> dict[str, Tensor]:
+def mean_jacobian(model: FDFA, input: Any) -> dict[str, Tensor]:
     """The mean Jacobian ∂output/∂block over a batch, exact: what B of "fdfa" estimates  (eq. 12).
 
-    It is that of the module in eval mode, where no sample depends on another.
+    It is that of the module in eval mode, where no sample depends on another. Of tokens, pixels and
+    nodes it is that of an output with respect to the features at its own place, as B is. It takes K
+    backward passes for each position of the output.
 
     Args:
-        model: an FDFA of any method.
-        input: the module's input, of N samples.
+        model: an FDFA of any method; of one with blocks where the output is not [N, K].
+        input: the module's input, of N samples, as example_input of FDFA has it.
 
     Returns:
         block → [K, *features].
 
     Raises:
-        ValueError: the model has not seen an input yet, or its module does not return [N, K].
+        ValueError: the model has not seen an input yet, or its output is not what its method takes.
     """
-    outputs: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
 
     def keep(name: str, output: Tensor) -> Tensor:
         # A tensor of its own, whatever the block's parameters want: the block may return its input. A
         # copy goes on, which may be changed in place.
-        outputs[name] = output.clone() if output.requires_grad else output.detach().requires_grad_()
-        return outputs[name].clone()
+        features[name] = output.clone() if output.requires_grad else output.detach().requires_grad_()
+        return features[name].clone()
 
-    with _untouched(model), _at_blocks(model, keep):
+    with _untouched(model):
         model.module.eval()
-        y = model.module(input)
-        if not isinstance(y, Tensor) or y.dim() != 2:
-            got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"mean_jacobian: the module must return [N, K]; got {got}")
-        kept = list(outputs.values())
-        found = [
-            # Zero, not None, for a block that the output does not depend on.
-            torch.autograd.grad(
-                y[:, k].sum(), kept, retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            for k in range(y.shape[1])
-        ]
-    return {
-        name: torch.stack([gradients[i].sum(0) for gradients in found]) / max(len(y), 1)
-        for i, name in enumerate(outputs)
-    }
+        layout = _Layout(model, input)
+        with _at_blocks(model, keep), _at_output(model) as outputs:
+            _run(model, model.module, input)
+        rows = layout.rows(outputs[0])  # [N · positions, K]
+        samples = len(outputs[0])
+        places = len(rows) // max(samples, 1) or 1
+        kept = list(features.values())
+        found: dict[str, list[Tensor]] = {name: [] for name in features}
+        for k in range(rows.shape[1]):
+            sums = [t.new_zeros(layout.rows_of(name, t).shape[1:]) for name, t in features.items()]
+            for place in range(places):
+                one = torch.zeros(len(rows), 1, device=rows.device)
+                one[place::places] = 1
+                # Zero, not None, for a block that the output does not depend on.
+                gradients = torch.autograd.grad(
+                    (rows[:, k : k + 1] * one).sum(),
+                    kept,
+                    retain_graph=True,
+                    materialize_grads=True,
+                    allow_unused=True,
+                )
+                for name, total, gradient in zip(features, sums, gradients, strict=True):
+                    own = layout.rows_of(name, gradient)
+                    total += torch.tensordot(layout.shares(name, one), own, 1) / max(len(own), 1)
+            for name, total in zip(features, sums, strict=True):
+                found[name].append(total)
+    return {name: torch.stack(rows) for name, rows in found.items()}
 
 
 def feedback_ceiling(
@@ -186,8 +204,9 @@ def feedback_ceiling(
 
     Args:
         model: an FDFA of any method; its own feedback plays no part.
-        batch: (input, target).
-        loss_fn: loss_fn(output, target), a scalar.
+        batch: (input, target). The input is what the model takes: a tensor, a tuple of inputs, or a
+            dict of keyword inputs.
+        loss_fn: loss_fn(model(input), target), a scalar.
         patch: side of the patches of images, or positions of those of sequences, over which the
             Jacobian is averaged.
 
@@ -195,37 +214,84 @@ def feedback_ceiling(
         name within the module → angle from 0 to 180.
 
     Raises:
-        ValueError: the model has not seen an input yet.
+        ValueError: as of `mean_jacobian`.
     """
     jacobians = mean_jacobian(model, batch[0])
-    outputs: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
 
     def cut(name: str, output: Tensor) -> Tensor:
-        outputs[name] = output
+        features[name] = output
         return output.detach().clone()
 
     with _untouched(model):
+        layout = _Layout(model, batch[0])
         with _own_randomness(model):
-            exact = _gradients(model, loss_fn(model.module(batch[0]), batch[1]))
-        with _own_randomness(model), _at_blocks(model, cut):
-            y = model.module(batch[0])
-        error = y.detach().requires_grad_()
-        loss = loss_fn(error, batch[1])
-        (error,) = torch.autograd.grad(loss, error)
-        ends = [(y, error)]
-        for name, output in outputs.items():
+            exact = _gradients(model, loss_fn(_run(model, model.module, batch[0]), batch[1]))
+        with _own_randomness(model), _at_blocks(model, cut), _at_output(model) as outputs:
+            loss = loss_fn(_run(model, model.module, batch[0]), batch[1])
+        (error,) = torch.autograd.grad(loss, outputs[0], retain_graph=True)
+        error = layout.rows(error)
+        model.zero_grad(set_to_none=True)
+        ends = [(loss, torch.ones_like(loss))]
+        for name, output in features.items():
             jacobian = jacobians[name]
             if patch > 1:
                 image = _as_image(model, name, jacobian)
                 means = spread(patch_means(image, patch), image.shape, patch)
                 jacobian = _as_output(model, name, means, jacobian.shape)
-            ends.append((output, (error @ jacobian.flatten(1)).view_as(output)))
-        model.zero_grad(set_to_none=True)
-        for output, delta in ends:
-            if output.requires_grad:
-                output.backward(delta)
+            delta = layout.errors(name, error) @ jacobian.flatten(1)
+            ends.append((output, layout.of_rows(name, delta.unflatten(1, jacobian.shape[1:]))))
+        wanted = [(t, gradient) for t, gradient in ends if t.requires_grad]
+        torch.autograd.backward([t for t, _ in wanted], [gradient for _, gradient in wanted])
         found = _collected(model)
         return {name: _angle(found[name], value) for name, value in exact.items()}
+
+
+class _Layout:
+    """Which rows of the network's output those of a block's belong to, with this input."""
+
+    def __init__(self, model: FDFA, input: Any) -> None:
+        self._method = type(model.method).__name__
+        self._step = model._step(model.module, *inputs_of(model.module, input))
+        self._dual: DualPass | None = None  # of methods without blocks
+        self._positions: dict[str, Positions | None] = {}
+        self._sources: dict[str, Source | None] = {}
+        if isinstance(model.method, BlockMethod):
+            self._dual, rows, _ = self._step.dry_run()
+            for part in self._dual.parts(len(rows)):
+                for record in part.records:
+                    self._positions[record.name] = record.positions
+                    self._sources[record.name] = part.source
+
+    def rows(self, output: Tensor) -> Tensor:
+        """The network's output, or its gradient, with a row for each sample, token or pixel."""
+        if self._dual is not None:
+            return self._step._rows(self._dual, output, None)[0]
+        if output.dim() != 2:
+            raise ValueError(
+                f"mean_jacobian: method {self._method} knows outputs [N, K] alone; got "
+                f"{list(output.shape)}; measure on a model of another method, such as dfa"
+            )
+        return output
+
+    def rows_of(self, name: str, t: Tensor) -> Tensor:
+        """The same of a block's."""
+        positions = self._positions.get(name)
+        return t if positions is None else positions.rows(t)
+
+    def of_rows(self, name: str, rows: Tensor) -> Tensor:
+        positions = self._positions.get(name)
+        return rows if positions is None else positions.of_rows(rows)
+
+    def errors(self, name: str, rows: Tensor) -> Tensor:
+        """Of each row of a block, from the errors of the output's."""
+        source = self._sources.get(name)
+        return rows if source is None else source.errors(rows)
+
+    def shares(self, name: str, rows: Tensor) -> Tensor:
+        """[rows of the block]: of each, the part of the output's rows it belongs to that have a 1."""
+        source = self._sources.get(name)
+        return (rows if source is None else source.tangents(rows)).flatten()
 
 
 def _as_image(model: FDFA, name: str, values: Tensor) -> Tensor:
@@ -302,6 +368,29 @@ def _at_blocks(model: FDFA, function: Callable[[str, Tensor], Tensor]) -> Iterat
             handle.remove()
 
 
+@contextmanager
+def _at_output(model: FDFA) -> Iterator[list[Tensor]]:
+    """The network's outputs within it, each with a graph."""
+    outputs: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: Any, result: Any) -> Any:
+        if not isinstance(result, Tensor):
+            raise ValueError(
+                f"mean_jacobian: the model returns {type(result).__name__}; name the module that "
+                "returns the output by output= of FDFA"
+            )
+        outputs.append(result if result.requires_grad else result.detach().requires_grad_())
+        return outputs[-1]
+
+    name = model.network.output
+    end = model.module if name is None else model.module.get_submodule(name)
+    handle = end.register_forward_hook(hook)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
 def _estimates(
     model: FDFA, batch: Batch, loss_fn: Loss, draws: int, one_mask: bool = False
 ) -> Iterator[dict[str, Tensor]]:
@@ -315,10 +404,15 @@ def _estimates(
     start = _state(model)
     for _ in range(draws):
         with _own_randomness(model) if one_mask else nullcontext():
-            loss = loss_fn(model(batch[0]), batch[1])
+            loss = loss_fn(_run(model, model, batch[0]), batch[1])
             found = _gradients(model, sum((loss_fn(o, batch[1]) for o in model.local_outputs), loss))
         yield found
         _restore(model, start, but="noise_state")
+
+
+def _run(model: FDFA, module: nn.Module, input: Any) -> Any:
+    args, kwargs = inputs_of(model.module, input)
+    return module(*args, **kwargs)
 
 
 def _gradients(model: FDFA, loss: Tensor) -> dict[str, Tensor]:

@@ -231,7 +231,7 @@ class FDFA(nn.Module):
         self.exp_avg_sq = FeedbackBank()
         self.heads = LocalHeads()
         self.local_outputs: list[Tensor] = []
-        args, kwargs = _inputs_of(module, example_input)
+        args, kwargs = inputs_of(module, example_input)
         if example_input is not None:
             at, output = _found_points(module, at, granularity, output, sample_index, args, kwargs)
         # A list of the user's may change, and the plan would not know.
@@ -576,12 +576,12 @@ def _found_points(
     """`at` and `output` as a forward on an example tells them."""
     if at is None:
         return at, output
-    traced = trace(module, args, kwargs)
-    output = output or default_output(traced)
-    if at != "auto":
-        return at, output
-    index = None if sample_index is None else sample_index_of(module, sample_index, args, kwargs)
-    return auto_points(traced, granularity, output, None if index is None else len(index)), output
+    with trace(module, args, kwargs) as traced:
+        output = output or default_output(traced)
+        if at != "auto":
+            return at, output
+        index = None if sample_index is None else sample_index_of(module, sample_index, args, kwargs)
+        return auto_points(traced, granularity, output, None if index is None else len(index)), output
 
 
 @torch.inference_mode(False)
@@ -600,14 +600,14 @@ def check(
     Arguments are FDFA's, and so are the errors. at=None counts the blocks alone.
     """
     check_module(module)
-    args, kwargs = _inputs_of(module, example_input)
+    args, kwargs = inputs_of(module, example_input)
     found = _found_points(module, at, granularity, output, sample_index, args, kwargs)
     with torch.random.fork_rng(devices=[]):  # the model draws a seed
         model = FDFA(module, at=found[0], output=found[1], sample_index=sample_index, **options)
     return model.summary(*args, **kwargs)
 
 
-def _inputs_of(module: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_of(module: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that an example_input stands for."""
     if isinstance(example, dict) and _takes_keywords(module, example):
         return (), example

@@ -119,6 +119,13 @@ def test_the_example_of_a_model_without_blocks_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_example_of_a_language_model_comes_close_to_backpropagation(tmp_path: Path) -> None:
+    printed = python(EXAMPLES / "language_model.py", folder=tmp_path)
+    head, exact, own = (float(loss) for loss in re.findall(r"loss on other text ([\d.]+)", printed))
+    assert exact < own < (head + exact) / 2
+
+
+@pytest.mark.slow
 def test_the_example_of_a_rule_learns_by_each_method(tmp_path: Path) -> None:
     printed = python(EXAMPLES / "own_rule.py", folder=tmp_path)
     dfa, own, exact = accuracies_in(printed)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFALinear, FeedbackUpdate
 from fdfa_ext.methods import METHODS
-from fdfa_ext.metrics import estimator_variance, feedback_alignment, gradient_alignment
+from fdfa_ext.metrics import (
+    estimator_variance,
+    feedback_alignment,
+    feedback_ceiling,
+    gradient_alignment,
+    mean_jacobian,
+)
 
 
 def make(name: str, method: str, **options: Any) -> FDFA:
@@ -181,6 +187,61 @@ def test_variance_of_fdfa_grows_with_the_square_of_its_rate() -> None:
     for model.feedback_lr in (1e-3, 1e-1):
         found.append(estimator_variance(model, data, draws=50)["0.weight"])
     assert found[1] / found[0] == pytest.approx(1e4, rel=1e-2)  # the same draws, so the same numbers
+
+
+class TwoOutputs(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class OwnLoss(nn.Module):
+    """Keyword inputs, and a dict with a loss of its own; linear behind the layer, [N, T, 6] → [N, T, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+        self.neck, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, *, inputs: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        logits = self.head(self.neck(self.layer(inputs)))
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def test_inputs_by_name_and_losses_of_the_models_own_are_measured_as_they_train() -> None:
+    torch.manual_seed(0)
+    net, x = OwnLoss(), torch.randn(4, 5, 6)
+    batch = {"inputs": x, "labels": torch.randint(3, (4, 5))}, None
+    model = FDFA(net, at=["layer", "neck"], output="head", example_input={"inputs": x})
+    for name, jacobian in mean_jacobian(model, batch[0]).items():
+        behind = net.neck.weight if name == "layer" else torch.eye(8)
+        expected = (net.head.weight @ behind).detach()
+        if name == "layer":
+            assert feedback_alignment(model, batch[0])[name] > 1
+            model.feedback[name].copy_(expected)
+        torch.testing.assert_close(jacobian, expected)
+    model.feedback["neck"].copy_(net.head.weight.detach())
+
+    def loss(result: dict[str, Any], target: None) -> Tensor:
+        own: Tensor = result["loss"]
+        return own
+
+    found = gradient_alignment(model, batch, loss)
+    assert found.keys() == dict(net.named_parameters()).keys()
+    assert max(found.values()) < 0.1
+    assert max(feedback_ceiling(model, batch, loss).values()) < 0.1
+    assert max(feedback_alignment(model, batch[0]).values()) < 0.1
+
+
+def test_outputs_that_cannot_be_measured_are_said() -> None:
+    x, net = torch.randn(4, 5, 6), OwnLoss()
+    model = FDFA(net, at=["layer"], method="bp", output="head", example_input={"inputs": x})
+    with pytest.raises(ValueError, match=r"knows outputs \[N, K\] alone; got \[4, 5, 3\]"):
+        mean_jacobian(model, {"inputs": x})
+    pair = nn.Sequential(FDFALinear(6, 8), TwoOutputs())
+    model = FDFA(pair, method="bp", example_input=torch.randn(4, 6))
+    with pytest.raises(ValueError, match="the model returns tuple; name the module"):
+        mean_jacobian(model, torch.randn(4, 6))
 
 
 def test_what_the_user_gets_wrong_is_said() -> None:

@@ -224,7 +224,8 @@ class PreNorm(nn.Module):
 
 def test_auto_stands_behind_the_norms_of_layers_that_normalise_first() -> None:
     x = torch.randn(4, 5, 6)
-    first = ["layers.0.norm1", "layers.0.norm2", "layers.1.norm1", "layers.1.norm2", "norm", "neck"]
+    # What attention reads goes to other tokens, which B has no part of: norm1 has no point.
+    first = ["layers.0.norm2", "layers.1.norm2", "norm", "neck"]
     model = wrapped(PreNorm(), x, at="auto")
     assert model.block_names == first
     # Nothing cuts the skip connections before the last norm.
@@ -232,6 +233,44 @@ def test_auto_stands_behind_the_norms_of_layers_that_normalise_first() -> None:
     assert learns == first[:-1]
     last = wrapped(PreNorm(norm_first=False), x, at="auto").block_names
     assert last == ["stem", "layers.0", "layers.1", "neck"]
+
+
+class MixerLayer(nn.Module):
+    """A branch that mixes positions, by weights that may be zero, and one that does not; each behind a
+    norm of its own."""
+
+    def __init__(self, tokens: int, each: bool, zero: bool = False, causal: bool = False) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.mix, self.inner, self.outer = nn.Linear(tokens, tokens), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.each, self.causal = each, causal
+        if zero:
+            nn.init.zeros_(self.mix.weight)
+            nn.init.zeros_(self.outer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.mix.weight.tril() if self.causal else self.mix.weight
+        x = x + F.linear(self.norm1(x).mT, weight, self.mix.bias).mT
+        return x + self.outer(torch.relu(self.inner(self.norm2(x) if self.each else x)))
+
+
+@pytest.mark.parametrize("options", [{}, {"zero": True}, {"causal": True}])
+def test_auto_lets_the_error_through_what_mixes_positions(options: dict[str, bool]) -> None:
+    x, names = torch.randn(4, 5, 8), ["1.norm2", "2.norm2", "3"]
+    layers = [MixerLayer(5, each=True, **options) for _ in range(2)]
+    net = nn.Sequential(nn.Linear(8, 8), *layers, nn.LayerNorm(8), nn.Linear(8, 3))
+    assert wrapped(net, x, at="auto").block_names == names
+    # Which no NaN of its own disturbs.
+    with torch.autograd.set_detect_anomaly(True):
+        assert wrapped(net, x, at="auto").block_names == names
+
+
+def test_auto_stands_behind_norms_that_all_mix_positions_for_want_of_others() -> None:
+    layers = [MixerLayer(5, each=False) for _ in range(2)]
+    net = nn.Sequential(nn.Linear(8, 8), *layers, nn.LayerNorm(8), nn.Linear(8, 3))
+    for inner in (net[1], net[2]):
+        inner.norm2 = nn.Identity()
+    assert wrapped(net, torch.randn(4, 5, 8), at="auto").block_names == ["1.norm1", "2.norm1", "3"]
 
 
 @pytest.mark.parametrize(
@@ -989,8 +1028,10 @@ def test_feedback_of_tokens_is_the_mean_jacobian_of_a_token_by_itself() -> None:
         lambda h: net.head(net.layer(h)).sum((0,)), embedded, vectorize=True
     )  # [T, K, N, T, D]
     expected = torch.stack([jacobian[t, :, :, t].mean(1) for t in range(5)]).mean(0)
+    torch.testing.assert_close(mean_jacobian(model, x)["embed"], expected)
     cosine = F.cosine_similarity(model.feedback["embed"].flatten(), expected.flatten(), dim=0)
     assert cosine > 0.95
+    assert feedback_alignment(model, x)["embed"] < 20
     torch.testing.assert_close(model.feedback["layer"], net.head.weight.detach(), rtol=0.2, atol=0.1)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
+from fdfa_ext.metrics import feedback_ceiling, mean_jacobian
 from fdfa_ext.positions import Cells, Positions
 
 OPTIONS: dict[str, Any] = {"feedback": "ema", "feedback_lr": 0.3}
@@ -154,6 +155,10 @@ def test_feedback_of_cells_is_the_mean_jacobian_of_a_position(side: int) -> None
         model(torch.randn(16, 4, side, side)).sum().backward()
     expected = net.head.weight.detach().view(3, 5) * CELLS[side]
     torch.testing.assert_close(model.feedback["layer"], expected, rtol=0.25, atol=0.05)
+    x = torch.randn(2, 4, side, side)
+    torch.testing.assert_close(mean_jacobian(model, x)["layer"], expected)
+    angles = feedback_ceiling(model, (x, torch.randint(3, (2, 6, 6))))
+    assert max(angles.values()) < 0.1  # linear behind the layer, the Jacobian is that of every pixel
 
 
 @pytest.mark.parametrize("side", [6, 7, 9, 17])
@@ -349,6 +354,9 @@ def test_feedback_of_nodes_is_the_mean_jacobian_of_a_node() -> None:
         model(torch.randn(30, 4), graph).sum().backward()
     expected = net.head.weight.detach() @ net.neck.weight.detach()
     torch.testing.assert_close(model.feedback["layer"], expected, rtol=0.25, atol=0.05)
+    batch = (torch.randn(6, 4), GRAPH), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(mean_jacobian(model, batch[0])["layer"], expected)
+    assert max(feedback_ceiling(model, batch).values()) < 0.1
 
 
 @pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp"])

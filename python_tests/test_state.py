@@ -171,7 +171,7 @@ class _Trainer(nn.Module):
     def __init__(self, model: FDFA) -> None:
         super().__init__()
         self.model = model
-        self.tail = nn.BatchNorm1d(3)
+        self.tail = nn.LayerNorm(3)  # not BatchNorm, behind which a bias has no gradient
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tail(self.model(x))
