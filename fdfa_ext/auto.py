@@ -2,18 +2,20 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from fdfa_ext._torch_internals import is_compiled
+from fdfa_ext._torch_internals import hooks_of, is_compiled
 from fdfa_ext.duals import first_tensor, slow_attention
 from fdfa_ext.evaluation import evaluating
 from fdfa_ext.fusion import channels_first
@@ -37,7 +39,14 @@ class ModuleCall:
     module: nn.Module
     inputs: list[Tensor]
     output: Tensor | None  # the first that it returns, or None
-    node: Any  # of autograd, that made the output
+    # Of autograd, where they were then: a tensor that is changed in place moves on.
+    read: list[GradientEdge | None]
+    made: GradientEdge | None
+
+    @property
+    def node(self) -> Any:
+        """Of autograd, that made the output."""
+        return None if self.made is None else self.made.node
 
     @property
     def makes_features(self) -> bool:
@@ -67,18 +76,60 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
         if inner in members:
             read = [t for t in tree_leaves((inputs, keywords)) if isinstance(t, Tensor)]
             output = first_tensor(result)
-            calls.append(ModuleCall(inner, read, output, None if output is None else output.grad_fn))
+            calls.append(ModuleCall(inner, read, output, [*map(_edge, read)], _edge(output)))
 
     # A compiled module would show no calls.
     compiled = any(map(is_compiled, members))
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with torch.enable_grad(), evaluating(module), slow_attention(), eager:
+    with (
+        torch.enable_grad(),
+        evaluating(module),
+        slow_attention(),
+        eager,
+        _without_backward_hooks(members),
+    ):
         hook = register_module_forward_hook(record, with_kwargs=True)
         try:
-            result = module(*args, **kwargs)
+            with _all_learning(module):
+                result = module(*args, **kwargs)
         finally:
             hook.remove()
         yield Trace(module, calls, result)
+
+
+def _edge(t: Tensor | None) -> GradientEdge | None:
+    return None if t is None or t.grad_fn is None else GradientEdge(t.grad_fn, t.output_nr)
+
+
+@contextmanager
+def _without_backward_hooks(members: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it no backward hook of a module is called."""
+    hooks = [hooks for member in members for hooks in hooks_of(member)[2:] if hooks]
+    saved = [dict(own) for own in hooks]
+    for own in hooks:
+        own.clear()
+    try:
+        yield
+    finally:
+        for own, before in zip(hooks, saved, strict=True):
+            own.update(before)
+
+
+@contextmanager
+def _all_learning(module: nn.Module) -> Iterator[None]:
+    """Within it frozen parameters have gradients too, so that the graph shows all ways."""
+    frozen = [
+        p
+        for p in module.parameters()
+        if not (p.requires_grad or is_lazy(p) or p.is_inference()) and p.is_floating_point()
+    ]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def default_output(traced: Trace) -> str | None:
@@ -305,20 +356,36 @@ def _points_of(
     """The points of repeated modules, and the place of the last call that a skip passes uncut."""
     norms = {c.module: _first_norms(c, calls, times) for c in calls if c.module in composites}
     stream = [c for c in calls if norms.get(c.module)]  # those that normalise their input first
-    mixing = {norm for call in stream for norm in norms[call.module] if _mixes_positions(norm, call)}
-    if len(mixing) == sum(len(norms[call.module]) for call in stream):
-        mixing.clear()  # B of single positions has to do
     inside = {inner for composite in composites for inner in composite.modules()}
 
     def ends_stream(call: ModuleCall) -> bool:
         reads = any(t is before.output for t in call.inputs for before in stream)
-        return reads and _normalises(call.module) and times[call.module] == 1
+        single = call.module not in inside and times[call.module] == 1
+        return reads and single and _normalises(call.module)
 
+    ends = [call for call in calls if ends_stream(call)]
+    within = [norm for call in stream for norm in norms[call.module]]
+    readers = sorted([*within, *ends], key=calls.index)
+    wanted: set[ModuleCall] = set()
+    try:
+        for call in stream:
+            for norm in norms[call.module]:
+                if _keeps_positions(norm, readers[readers.index(norm) + 1 :], call):
+                    wanted.add(norm)
+    except Exception as error:  # of code of the user's
+        wanted.clear()
+        warnings.warn(
+            'FDFA: at="auto" puts points after all norms of transformer layers; a backward in eval '
+            "mode, which tells those that lead to other tokens, raises "
+            f"{type(error).__name__}: {error}",
+            stacklevel=5,
+        )
     points: list[nn.Module] = []
     for call in calls:
         if norms.get(call.module):
-            points += [norm.module for norm in norms[call.module] if norm not in mixing]
-        elif call.module in composites or (call.module not in inside and ends_stream(call)):
+            # Where all mix positions, B of single ones has to do.
+            points += [norm.module for norm in norms[call.module] if norm in wanted or not wanted]
+        elif call.module in composites or call in ends:
             points.append(call.module)
     return points, calls.index(stream[-1]) if stream else 0
 
@@ -348,26 +415,37 @@ def _first_norms(
     return norms if first else []
 
 
-def _mixes_positions(norm: ModuleCall, composite: ModuleCall) -> bool:
-    """Whether a position of what the composite returns [N, *positions, D] depends on other positions of
-    the norm's output, as behind attention."""
-    source: Any = norm.output
-    result: Any = composite.output
-    if not source.requires_grad or not result.requires_grad:
-        return False
+def _keeps_positions(norm: ModuleCall, later: Sequence[ModuleCall], composite: ModuleCall) -> bool:
+    """Whether what the norm's output [N, *positions, D] leads to, up to the next norm or the end of the
+    composite, depends at each position on that position alone, as it does not behind attention."""
+    output, result = norm.output, composite.output
+    if norm.made is None or output is None or result is None:
+        return False  # nothing before it learns
+    ends = [end for call in later for end in zip(call.read, call.inputs, strict=True)]
+    for edge, t in [*ends, (composite.made, result)]:
+        if edge is not None and t.shape == output.shape:
+            spreads = _spreads(norm.made, edge, t)
+            if spreads is not None:
+                return not spreads
+    return False
 
-    def rows(t: Tensor) -> Tensor:
-        return t.unsqueeze(1).flatten(1, -2)
 
-    positions = range(rows(result).shape[1])
-    for place in {*positions[:1], *positions[-1:]}:
+def _spreads(source: GradientEdge, end: GradientEdge, like: Tensor) -> bool | None:
+    """Whether a position of the end, a tensor like this [N, *positions, D], depends on others of the
+    source; None where the end depends on none."""
+    rows = like.unsqueeze(1).flatten(1, -2).shape[1]
+    for place in {0, rows // 2, rows - 1} if rows else ():
         # NaN goes through weights that are zero at the start, as of a residual branch.
-        error = torch.zeros(result.shape, dtype=result.dtype, device=result.device)
-        rows(error)[:, place] = torch.nan
+        error = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        error.unsqueeze(1).flatten(1, -2)[:, place] = torch.nan
         with torch.autograd.set_detect_anomaly(False):
-            found = torch.autograd.grad(result, source, error, retain_graph=True, allow_unused=True)
-        others = [other for other in positions if other != place]
-        if any(gradient is not None and rows(gradient)[:, others].isnan().any() for gradient in found):
+            (found,) = torch.autograd.grad(
+                [end], [source], [error], retain_graph=True, allow_unused=True
+            )
+        if found is None:
+            return None
+        others = [other for other in range(rows) if other != place]
+        if found.unsqueeze(1).flatten(1, -2)[:, others].isnan().any():
             return True
     return False
 

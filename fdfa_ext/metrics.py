@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from fdfa_ext.dual_pass import DualPass
 from fdfa_ext.duals import first_tensor, with_first
 from fdfa_ext.feedback import FeedbackUpdate
+from fdfa_ext.jvp import point_rules
 from fdfa_ext.layers import joins_positions
 from fdfa_ext.methods import BlockMethod
 from fdfa_ext.model import FDFA, inputs_of
@@ -144,9 +145,9 @@ def feedback_alignment(model: FDFA, input: Any) -> dict[str, float]:
 def mean_jacobian(model: FDFA, input: Any) -> dict[str, Tensor]:
     """The mean Jacobian ∂output/∂block over a batch, exact: what B of "fdfa" estimates  (eq. 12).
 
-    It is that of the module in eval mode, where no sample depends on another. Of tokens, pixels and
-    nodes it is that of an output with respect to the features at its own place, as B is. It takes K
-    backward passes for each position of the output.
+    It is that of the module in eval mode. Of tokens, pixels and nodes it is that of an output with
+    respect to the features at its own place, as B is. It takes K backward passes for each position of
+    the output, and for each row where rows depend on each other, as nodes of a graph do.
 
     Args:
         model: an FDFA of any method; of one with blocks where the output is not [N, K].
@@ -172,27 +173,31 @@ def mean_jacobian(model: FDFA, input: Any) -> dict[str, Tensor]:
         with _at_blocks(model, keep), _at_output(model) as outputs:
             _run(model, model.module, input)
         rows = layout.rows(outputs[0])  # [N · positions, K]
-        samples = len(outputs[0])
-        places = len(rows) // max(samples, 1) or 1
         kept = list(features.values())
+
+        def gradients(of: Tensor) -> dict[str, Tensor]:
+            # Zero, not None, for a block that the output does not depend on.
+            found = torch.autograd.grad(
+                of, kept, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return {
+                name: layout.rows_of(name, _wide(t)) for name, t in zip(features, found, strict=True)
+            }
+
+        # Marked one after the other: a row of each sample; or, as nodes of a graph may depend on each
+        # other, a row by itself.
+        step = max(len(rows) // max(len(outputs[0]), 1), 1)
+        if _samples_depend(rows, step, gradients, layout):
+            step = len(rows)
         found: dict[str, list[Tensor]] = {name: [] for name in features}
         for k in range(rows.shape[1]):
-            sums = [t.new_zeros(layout.rows_of(name, t).shape[1:]) for name, t in features.items()]
-            for place in range(places):
-                one = torch.zeros(len(rows), 1, device=rows.device)
-                one[place::places] = 1
-                # Zero, not None, for a block that the output does not depend on.
-                gradients = torch.autograd.grad(
-                    (rows[:, k : k + 1] * one).sum(),
-                    kept,
-                    retain_graph=True,
-                    materialize_grads=True,
-                    allow_unused=True,
-                )
-                for name, total, gradient in zip(features, sums, gradients, strict=True):
-                    own = layout.rows_of(name, gradient)
-                    total += torch.tensordot(layout.shares(name, one), own, 1) / max(len(own), 1)
-            for name, total in zip(features, sums, strict=True):
+            totals = {name: torch.zeros(()) for name in features}
+            for first in range(step):
+                marks = _marks(rows, slice(first, None, step))
+                for name, own in gradients((rows[:, k : k + 1] * marks).sum()).items():
+                    part = (layout.shares(name, marks, own) * own).sum(0)
+                    totals[name] = totals[name] + part / max(len(own), 1)
+            for name, total in totals.items():
                 found[name].append(total)
     return {name: torch.stack(rows) for name, rows in found.items()}
 
@@ -206,7 +211,7 @@ def feedback_ceiling(
         model: an FDFA of any method; its own feedback plays no part.
         batch: (input, target). The input is what the model takes: a tensor, a tuple of inputs, or a
             dict of keyword inputs.
-        loss_fn: loss_fn(model(input), target), a scalar.
+        loss_fn: loss_fn(model(input), target), a scalar. A loss on hidden activations plays no part.
         patch: side of the patches of images, or positions of those of sequences, over which the
             Jacobian is averaged.
 
@@ -239,12 +244,40 @@ def feedback_ceiling(
                 image = _as_image(model, name, jacobian)
                 means = spread(patch_means(image, patch), image.shape, patch)
                 jacobian = _as_output(model, name, means, jacobian.shape)
-            delta = layout.errors(name, error) @ jacobian.flatten(1)
+            delta = layout.errors(name, error) @ jacobian.flatten(1).to(error.dtype)
             ends.append((output, layout.of_rows(name, delta.unflatten(1, jacobian.shape[1:]))))
         wanted = [(t, gradient) for t, gradient in ends if t.requires_grad]
         torch.autograd.backward([t for t, _ in wanted], [gradient for _, gradient in wanted])
         found = _collected(model)
         return {name: _angle(found[name], value) for name, value in exact.items()}
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In float32 or float64, so that a sum keeps its digits."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _samples_depend(
+    rows: Tensor, step: int, gradients: Callable[[Tensor], dict[str, Tensor]], layout: "_Layout"
+) -> bool:
+    """Whether samples, of `step` rows each, have features that outputs of others depend on: signs of
+    their outputs are then not those of their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (len(rows) // step, 1), generator=generator).to(rows) * 2 - 1
+    signs = signs.repeat_interleave(step, 0)
+    plain, signed = gradients(rows.sum()), gradients((rows * signs).sum())
+    for name, own in plain.items():
+        turned = layout.shares(name, signs, own) * own
+        if (signed[name] - turned).abs().sum() > 1e-3 * own.abs().sum():
+            return True
+    return False
+
+
+def _marks(rows: Tensor, which: slice) -> Tensor:
+    """[len(rows), 1]: one at these, else zero."""
+    marks = rows.new_zeros(len(rows), 1)
+    marks[which] = 1
+    return marks
 
 
 class _Layout:
@@ -288,10 +321,12 @@ class _Layout:
         source = self._sources.get(name)
         return rows if source is None else source.errors(rows)
 
-    def shares(self, name: str, rows: Tensor) -> Tensor:
-        """[rows of the block]: of each, the part of the output's rows it belongs to that have a 1."""
+    def shares(self, name: str, rows: Tensor, like: Tensor) -> Tensor:
+        """Of each row of the block, the mean of these [N · positions, 1] that it belongs to, in a shape
+        to multiply rows of features like these with."""
         source = self._sources.get(name)
-        return (rows if source is None else source.tangents(rows)).flatten()
+        means = rows if source is None else source.tangents(rows)
+        return means.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def _as_image(model: FDFA, name: str, values: Tensor) -> Tensor:
@@ -316,15 +351,17 @@ def _has_channels_first(model: FDFA, name: str) -> bool:
 
 @contextmanager
 def _images_in_channels_last(model: FDFA) -> Iterator[None]:
-    """Within it blocks take and make images as in training: dropout draws in memory order."""
+    """Within it images lie in memory as in training: dropout draws in memory order."""
 
     def before(_: object, args: Any) -> Any:
         return tree_map(_in_channels_last, args)
 
     blocks = {*model.network.blocks.values()}
     hooks = [block.register_forward_pre_hook(before) for block in blocks]
+    plan = model.network.plan
+    rules = point_rules() if plan is not None and plan.has_points else nullcontext()
     try:
-        with _at_blocks(model, lambda _, output: _in_channels_last(output)):
+        with _at_blocks(model, lambda _, output: _in_channels_last(output)), rules:
             yield
     finally:
         for hook in hooks:
@@ -496,7 +533,7 @@ def _untouched(model: FDFA) -> Iterator[None]:
 
 
 def _angle(a: Tensor, b: Tensor) -> float:
-    a, b = a.flatten().double(), b.flatten().double()
+    a, b = a.detach().flatten().double(), b.detach().flatten().double()
     # Half-angle form: exact near 0 and 180, where the arc cosine loses half its digits.
     a, b = a * b.norm(), b * a.norm()
     if not a.any() or not b.any():

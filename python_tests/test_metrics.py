@@ -233,6 +233,56 @@ def test_inputs_by_name_and_losses_of_the_models_own_are_measured_as_they_train(
     assert max(feedback_alignment(model, batch[0]).values()) < 0.1
 
 
+def test_nodes_that_read_each_other_have_the_jacobian_of_each_by_itself() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Sequential(nn.Linear(5, 4), nn.Tanh()), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return self.head(adjacency @ self.layer(x))
+
+    torch.manual_seed(0)
+    net, x, adjacency = Graph(), torch.randn(6, 5), torch.rand(6, 6) - 0.5
+    model = FDFA(net, at=["layer"], example_input=(x, adjacency))
+    expected = net.head.weight.detach() * adjacency.diag().mean()
+    torch.testing.assert_close(mean_jacobian(model, (x, adjacency))["layer"], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_jacobian_has_the_digits_of_a_sum(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype)
+    x, y = torch.randn(8, 5, dtype=dtype), torch.randint(3, (8,))
+    backend = "reference" if dtype == torch.float64 else "fused"
+    model = FDFA(net, at=["1"], example_input=x, backend=backend)
+    jacobian = mean_jacobian(model, x)["1"]
+    assert jacobian.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(jacobian, net[2].weight.detach().to(jacobian.dtype))
+    assert max(feedback_ceiling(model, (x, y)).values()) < 1
+
+
+def test_what_is_measured_under_autocast_stays_in_float32() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    x, y = torch.randn(8, 5), torch.randint(3, (8,))
+    model = FDFA(net, at=["1"], example_input=x, feedback="grad")
+    with torch.autocast("cpu", torch.bfloat16):
+        jacobian = mean_jacobian(model, x)["1"]
+        model.feedback["1"].data.copy_(jacobian)
+        angles = gradient_alignment(model, (x, y)) | feedback_ceiling(model, (x, y))
+    assert jacobian.dtype == torch.float32
+    torch.testing.assert_close(jacobian, net[2].weight.detach(), rtol=1e-2, atol=1e-2)
+    assert max(angles.values()) < 2
+
+
+def test_dropout_behind_a_convolution_draws_the_mask_of_training() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Dropout(0.5), nn.Tanh(), nn.Flatten())
+    net.append(nn.Linear(64, 3))
+    x, y = torch.randn(4, 2, 4, 4), torch.randint(3, (4,))
+    model = FDFA(net, at=["2"], example_input=x)
+    model.feedback["2"].copy_(net[4].weight.detach().view(3, 4, 4, 4))
+    assert max(gradient_alignment(model, (x, y)).values()) < 0.1
+
+
 def test_outputs_that_cannot_be_measured_are_said() -> None:
     x, net = torch.randn(4, 5, 6), OwnLoss()
     model = FDFA(net, at=["layer"], method="bp", output="head", example_input={"inputs": x})

@@ -265,6 +265,66 @@ def test_auto_lets_the_error_through_what_mixes_positions(options: dict[str, boo
         assert wrapped(net, x, at="auto").block_names == names
 
 
+class Stage(nn.Sequential):
+    """Layers whose class repeats, in a module whose class repeats."""
+
+
+class FeedForwardFirst(MixerLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.outer(torch.relu(self.inner(self.norm1(x))))
+        return x + self.mix(self.norm2(x).mT).mT
+
+
+def of_layers(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 8), *layers, nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def test_auto_looks_as_far_as_the_next_norm_for_what_mixes_positions() -> None:
+    x = torch.randn(4, 5, 8)
+    stages = [Stage(*(MixerLayer(5, each=True) for _ in range(2))) for _ in range(2)]
+    found = wrapped(of_layers(*stages), x, at="auto").block_names
+    assert found == ["1.0.norm2", "1.1.norm2", "2.0.norm2", "2.1.norm2", "3"]
+    net = of_layers(*(FeedForwardFirst(5, each=True) for _ in range(2)))
+    assert wrapped(net, x, at="auto").block_names == ["1.norm1", "2.norm1", "3"]
+
+
+def test_auto_asks_frozen_layers_too_and_leaves_them_frozen() -> None:
+    net = of_layers(*(MixerLayer(5, each=True) for _ in range(2)))
+    net[0].requires_grad_(False)
+    net[1].norm1.requires_grad_(False)
+    frozen = [name for name, p in net.named_parameters() if not p.requires_grad]
+    model = wrapped(net, torch.randn(4, 5, 8), at="auto")
+    assert model.block_names == ["1.norm2", "2.norm2", "3"]
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == frozen != []
+
+
+def test_auto_calls_no_backward_hook_of_a_module() -> None:
+    net = of_layers(*(MixerLayer(5, each=True) for _ in range(2)))
+    called: list[Any] = []
+    net[1].inner.register_full_backward_hook(lambda *values: called.append(values))
+    wrapped(net, torch.randn(4, 5, 8), at="auto", method="dfa")
+    assert called == []
+    net(torch.randn(4, 5, 8)).sum().backward()
+    assert len(called) == 1
+
+
+def test_auto_says_where_a_backward_in_eval_mode_fails() -> None:
+    class Overwriting(MixerLayer):
+        def forward(self, x: Tensor) -> Tensor:
+            gate = torch.sigmoid(self.mix(self.norm1(x).mT)).mT
+            x = x + gate * x
+            if not self.training:
+                gate.zero_()
+            return x + self.outer(torch.relu(self.inner(self.norm2(x))))
+
+    net = of_layers(*(Overwriting(5, each=True) for _ in range(2)))
+    with pytest.warns(
+        UserWarning, match="puts points after all norms of transformer layers; a backward"
+    ):
+        model = wrapped(net, torch.randn(4, 5, 8), at="auto")
+    assert model.block_names == ["1.norm1", "1.norm2", "2.norm1", "2.norm2", "3"]
+
+
 def test_auto_stands_behind_norms_that_all_mix_positions_for_want_of_others() -> None:
     layers = [MixerLayer(5, each=False) for _ in range(2)]
     net = nn.Sequential(nn.Linear(8, 8), *layers, nn.LayerNorm(8), nn.Linear(8, 3))
