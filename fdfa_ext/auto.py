@@ -198,7 +198,7 @@ def auto_points(
     if granularity != "layer":
         composites = _repeated(calls, times, without, behind, names)
         without |= {inner for composite in composites for inner in composite.modules()}
-        points, start = _points_of(composites, calls, times)
+        points, start = _points_of(composites, calls)
     for call in layers:
         place = calls.index(call)
         if call.module not in without and place >= start and _learns(call.module):
@@ -237,8 +237,8 @@ def _no_point(traced: Trace, output: str | None, names: dict[nn.Module, str]) ->
         f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__} that returns '
         f"features of the output's samples, tokens or pixels: the output is {shape}, and {found}. "
         "Where the model permutes a layer's result, name that layer in output=; where rows are parts "
-        "of a sample, as a graph's nodes, give sample_index=; else name modules in at=, or train it by "
-        'method="bp"'
+        "of a sample, as a graph's nodes, give sample_index=; where the model returns all tokens with "
+        "targets alone, give these in example_input; else return [N, K], or name modules in at="
     )
 
 
@@ -321,7 +321,7 @@ def _repeated(
     names: dict[nn.Module, str],
 ) -> list[nn.Module]:
     """The outermost modules of classes that repeat, such as residual blocks and transformer layers, or
-    that read themselves what they return."""
+    that read themselves what they return; and single ones that normalise their input first."""
     called = {call.module for call in calls}
 
     def fits(member: nn.Module) -> bool:
@@ -340,10 +340,15 @@ def _repeated(
         again = any(t is before.output for call in own for t in call.inputs for before in own)
         return kinds[type(member)] > 1 or again
 
+    def stands_alone(member: nn.Module) -> bool:
+        own = [call for call in calls if call.module is member]
+        within = any(inner in fitting and repeats(inner) for inner in member.modules())
+        return not within and bool(_first_norms(own[-1], calls))
+
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for member in fitting:
-        if member not in inside and repeats(member):
+        if member not in inside and (repeats(member) or stands_alone(member)):
             if _learns(member):
                 found.append(member)
             inside.update(member.modules())
@@ -351,17 +356,16 @@ def _repeated(
 
 
 def _points_of(
-    composites: Sequence[nn.Module], calls: Sequence[ModuleCall], times: Counter[nn.Module]
+    composites: Sequence[nn.Module], calls: Sequence[ModuleCall]
 ) -> tuple[list[nn.Module], int]:
     """The points of repeated modules, and the place of the last call that a skip passes uncut."""
-    norms = {c.module: _first_norms(c, calls, times) for c in calls if c.module in composites}
+    norms = {c.module: _first_norms(c, calls) for c in calls if c.module in composites}
     stream = [c for c in calls if norms.get(c.module)]  # those that normalise their input first
     inside = {inner for composite in composites for inner in composite.modules()}
 
     def ends_stream(call: ModuleCall) -> bool:
         reads = any(t is before.output for t in call.inputs for before in stream)
-        single = call.module not in inside and times[call.module] == 1
-        return reads and single and _normalises(call.module)
+        return reads and call.module not in inside and _normalises(call)
 
     ends = [call for call in calls if ends_stream(call)]
     within = [norm for call in stream for norm in norms[call.module]]
@@ -390,15 +394,30 @@ def _points_of(
     return points, calls.index(stream[-1]) if stream else 0
 
 
-def _normalises(module: nn.Module) -> bool:
-    """Whether it is a norm of each token's features by themselves."""
-    kinds = (nn.LayerNorm, nn.RMSNorm)
-    return isinstance(module, kinds) or type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+@torch.no_grad()
+def _normalises(call: ModuleCall) -> bool:
+    """Whether the module is a norm of each token's features by themselves: it makes the same of twice
+    the features, and of one token what it makes of it among others."""
+    if isinstance(call.module, (nn.LayerNorm, nn.RMSNorm)):
+        return True
+    x, y = call.inputs[0] if len(call.inputs) == 1 else None, call.output
+    if x is None or y is None or not call.makes_features or x.shape != y.shape or not x.any():
+        return False
+    if any(_has_matrices(inner) for inner in call.module.modules()):
+        return False
+    x = x * (8 / x.abs().max())  # far above what norms add to a variance
+    one = x if x.dim() == 2 else x[:, -1:]
+    try:
+        many, twice = first_tensor(call.module(x)), first_tensor(call.module(2 * one))
+    except Exception:  # of code of the user's, for inputs that it was not given
+        return False
+    if many is None or twice is None or many.shape != x.shape or twice.shape != one.shape:
+        return False
+    once = many if x.dim() == 2 else many[:, -1:]
+    return bool((once - twice).abs().max() <= 1e-2 * once.abs().max())
 
 
-def _first_norms(
-    composite: ModuleCall, calls: Sequence[ModuleCall], times: Counter[nn.Module]
-) -> list[ModuleCall]:
+def _first_norms(composite: ModuleCall, calls: Sequence[ModuleCall]) -> list[ModuleCall]:
     """The norms of the features within it, if one reads its input; else none."""
     inner = {*composite.module.modules()}
     output: Any = composite.output
@@ -406,11 +425,12 @@ def _first_norms(
         call
         for call in calls
         if call.module in inner
-        and _normalises(call.module)
-        and times[call.module] == 1
         and call.output is not None
         and call.output.shape == output.shape
+        and _normalises(call)
     ]
+    found = {norm.module for norm in norms}
+    norms = [n for n in norms if not found & ({*n.module.modules()} - {n.module})]
     first = any(t is read for call in norms for t in call.inputs for read in composite.inputs)
     return norms if first else []
 

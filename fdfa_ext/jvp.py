@@ -603,17 +603,6 @@ def _conv2d(input: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
     return output.contiguous(memory_format=last) if by_rows else output
 
 
-_LINEAR = F.linear
-
-
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    factors = (input, weight) if bias is None else (input, weight, bias)
-    if any(type(t) not in (Tensor, nn.Parameter) or has_tangent(t) for t in factors):
-        return _LINEAR(input, weight, bias)
-    result: Tensor = fused.product(input, weight, bias)
-    return result
-
-
 def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor:
     """Tensor.view, for which an image in channels_last is put into row-major order, as the caller has
     it: in place, so that the view has its memory."""
@@ -705,10 +694,9 @@ def _in_one_dtype(out: Any) -> Any:
 
 
 class PointRules(FunctionRules):
-    """Those of a model with points, whose convolutions return images in channels_last, and whose linear
-    layers take the faster library before the first tangent too."""
+    """Those of a model with points, whose convolutions return images in channels_last."""
 
-    stand_ins = _STAND_INS | {F.conv2d: _conv2d, F.linear: _product, Tensor.view: _view}
+    stand_ins = _STAND_INS | {F.conv2d: _conv2d, Tensor.view: _view}
 
 
 _RULES, _POINT_RULES = FunctionRules(), PointRules()

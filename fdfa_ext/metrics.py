@@ -138,6 +138,11 @@ def feedback_alignment(model: FDFA, input: Any) -> dict[str, float]:
         if model.patch > 1:
             jacobian = _as_image(model, name, jacobian)
             matrix = spread(matrix, jacobian.shape, model.patch)
+        elif matrix.numel() != jacobian.numel():
+            raise ValueError(
+                f"feedback_alignment: block '{name}': B is {list(matrix.shape)}, and the Jacobian "
+                f"{list(jacobian.shape)}; give inputs of the size that the model has trained on"
+            )
         angles[name] = _angle(matrix, jacobian)
     return angles
 

@@ -233,6 +233,13 @@ def test_inputs_by_name_and_losses_of_the_models_own_are_measured_as_they_train(
     assert max(feedback_alignment(model, batch[0]).values()) < 0.1
 
 
+def test_b_of_another_size_is_said() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.AdaptiveAvgPool2d((1, None)), nn.Flatten())
+    model = FDFA(net.append(nn.Linear(8, 3)), at=["1"], example_input=torch.randn(4, 5, 6))
+    with pytest.raises(ValueError, match=r"block '1': B is \[3, 5, 8\], and the Jacobian \[3, 4, 8\]"):
+        feedback_alignment(model, torch.randn(4, 4, 6))
+
+
 def test_nodes_that_read_each_other_have_the_jacobian_of_each_by_itself() -> None:
     class Graph(nn.Module):
         def __init__(self) -> None:

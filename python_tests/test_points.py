@@ -288,6 +288,36 @@ def test_auto_looks_as_far_as_the_next_norm_for_what_mixes_positions() -> None:
     assert wrapped(net, x, at="auto").block_names == ["1.norm1", "2.norm1", "3"]
 
 
+class Scale(nn.Module):
+    """A norm, of which the name tells nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+@pytest.mark.parametrize("norm", [Scale, lambda: nn.Sequential(Scale(), nn.Dropout(0.1))])
+def test_auto_knows_norms_by_what_they_do(norm: Any) -> None:
+    layers = [MixerLayer(5, each=True) for _ in range(2)]
+    for layer in layers:
+        layer.norm1, layer.norm2 = norm(), norm()
+    net = of_layers(*layers)
+    net[3] = Scale()
+    inner = "" if norm is Scale else ".0"
+    found = wrapped(net, 1e-3 * torch.randn(4, 5, 8), at="auto").block_names
+    assert found == [f"1.norm2{inner}", f"2.norm2{inner}", "3"]
+
+
+def test_auto_stands_within_a_single_layer_and_one_that_is_used_again() -> None:
+    x, layer = torch.randn(4, 5, 8), MixerLayer(5, each=True)
+    assert wrapped(of_layers(layer), x, at="auto").block_names == ["1.norm2", "2"]
+    shared = wrapped(of_layers(layer, layer), x, at="auto")
+    assert shared.block_names == ["1.norm2", "1.norm2:2", "3"]
+
+
 def test_auto_asks_frozen_layers_too_and_leaves_them_frozen() -> None:
     net = of_layers(*(MixerLayer(5, each=True) for _ in range(2)))
     net[0].requires_grad_(False)

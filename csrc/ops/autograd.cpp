@@ -249,43 +249,27 @@ Convolved conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const 
   return {out[0], out[1], out[2], out[3]};
 }
 
-// x Wᵀ + b for x [N, D], by the faster library; so are its gradients.
+// x Wᵀ + b of an x without gradient, by the faster library.
 struct Product : torch::autograd::Function<Product> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
                         const OptionalTensor& bias) {
-    // What a gradient needs, and no more: what is saved may not change before the backward.
-    ctx->save_for_backward(
-        {weight.requires_grad() ? x : Tensor(), x.requires_grad() ? weight : Tensor()});
-    ctx->saved_data["has_bias"] = bias.has_value() && bias->requires_grad();
+    ctx->save_for_backward({x});
+    ctx->saved_data["has_bias"] = bias.has_value();
     return plain_linear(x, weight, bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor& x = saved[0];
-    const Tensor& weight = saved[1];
-    const Tensor& delta = grads[0];
+    const Tensor x = ctx->get_saved_variables()[0];
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
-    return {weight.defined() ? call_mm(delta, weight) : Tensor(),
-            x.defined() ? call_mm(delta.t(), x) : Tensor(), has_bias ? delta.sum(0) : Tensor()};
+    return {Tensor(), call_mm(grads[0].t(), x), has_bias ? grads[0].sum(0) : Tensor()};
   }
 };
 
-bool product_is_faster(const Tensor& x, const Tensor& weight) {
-  const auto is_float = [](const Tensor& t) {
-    return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kFloat;
-  };
-  return is_float(x) && is_float(weight) && x.dim() >= 2 && weight.dim() == 2 &&
-         x.size(-1) == weight.size(1) && !at::autocast::is_autocast_enabled(at::kCPU) &&
-         mm_is_onednn(x.flatten(0, -2), weight.t());
-}
-
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  if (!product_is_faster(x, weight)) return at::linear(x, weight, bias);
-  if (x.dim() == 2) return Product::apply(x, weight, bias);
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = weight.size(0);
-  return Product::apply(x.flatten(0, -2), weight, bias).view(sizes);
+  const bool faster = x.dim() == 2 && !x.requires_grad() &&
+                      !at::autocast::is_autocast_enabled(x.device().type()) &&
+                      mm_is_onednn(x, weight.t());
+  return faster ? Product::apply(x, weight, bias) : at::linear(x, weight, bias);
 }
 
 // torch's forward mode would also multiply the missing tangents of weight and bias, and add these zeros
@@ -293,12 +277,12 @@ Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, const Tensor& weight,
                                        const OptionalTensor& bias) {
   Tensor y = product(x, weight, bias);
-  if (x.dim() < 2 || at::autocast::is_autocast_enabled(x.device().type())) {
+  if (x.dim() != 2 || at::autocast::is_autocast_enabled(x.device().type())) {
     const at::NoGradGuard guard;
     return {std::move(y), at::linear(tangent, weight)};
   }
   const at::AutoDispatchBelowAutograd guard;
-  return {y, call_mm(tangent.flatten(0, -2), weight.t()).view(y.sizes())};
+  return {std::move(y), call_mm(tangent, weight.t())};
 }
 
 std::tuple<Tensor, Tensor> dual_batch_norm(const Tensor& x, const Tensor& tangent,
