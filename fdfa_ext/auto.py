@@ -398,23 +398,22 @@ def _points_of(
 def _normalises(call: ModuleCall) -> bool:
     """Whether the module is a norm of each token's features by themselves: it makes the same of twice
     the features, and of one token what it makes of it among others."""
-    if isinstance(call.module, (nn.LayerNorm, nn.RMSNorm)):
-        return True
+    if type(call.module).__module__.startswith("torch.nn."):
+        return isinstance(call.module, (nn.LayerNorm, nn.RMSNorm))
     x, y = call.inputs[0] if len(call.inputs) == 1 else None, call.output
     if x is None or y is None or not call.makes_features or x.shape != y.shape or not x.any():
         return False
     if any(_has_matrices(inner) for inner in call.module.modules()):
         return False
+    last = (slice(None), *[slice(-1, None)] * (x.dim() - 2))  # token or pixel
     x = x * (8 / x.abs().max())  # far above what norms add to a variance
-    one = x if x.dim() == 2 else x[:, -1:]
     try:
-        many, twice = first_tensor(call.module(x)), first_tensor(call.module(2 * one))
+        once, twice = first_tensor(call.module(x)), first_tensor(call.module(2 * x[last]))
     except Exception:  # of code of the user's, for inputs that it was not given
         return False
-    if many is None or twice is None or many.shape != x.shape or twice.shape != one.shape:
+    if once is None or twice is None or once.shape != x.shape or twice.shape != x[last].shape:
         return False
-    once = many if x.dim() == 2 else many[:, -1:]
-    return bool((once - twice).abs().max() <= 1e-2 * once.abs().max())
+    return bool((once[last] - twice).abs().max() <= 1e-2 * once[last].abs().max())
 
 
 def _first_norms(composite: ModuleCall, calls: Sequence[ModuleCall]) -> list[ModuleCall]:

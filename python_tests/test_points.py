@@ -311,6 +311,13 @@ def test_auto_knows_norms_by_what_they_do(norm: Any) -> None:
     assert found == [f"1.norm2{inner}", f"2.norm2{inner}", "3"]
 
 
+def test_auto_takes_norms_over_positions_for_parts_of_layers() -> None:
+    layers = [MixerLayer(5, each=True) for _ in range(2)]
+    for layer in layers:
+        layer.norm1, layer.norm2 = nn.InstanceNorm1d(5), nn.InstanceNorm1d(5)
+    assert wrapped(of_layers(*layers), torch.randn(4, 5, 8), at="auto").block_names == ["0", "1", "2"]
+
+
 def test_auto_stands_within_a_single_layer_and_one_that_is_used_again() -> None:
     x, layer = torch.randn(4, 5, 8), MixerLayer(5, each=True)
     assert wrapped(of_layers(layer), x, at="auto").block_names == ["1.norm2", "2"]

@@ -41,11 +41,27 @@ def _cnn() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*layers), torch.randn(64, 3, 32, 32)
 
 
+class _LanguageModel(nn.Module):
+    """Of 100 characters, with an output for each of 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(100, 128)
+        layer = nn.TransformerEncoderLayer(128, 4, 512, 0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(128), enable_nested_tensor=False)
+        self.head = nn.Linear(128, 100)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(64))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layers(self.embedding(tokens), self.mask))
+
+
 NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "cnn": _cnn,
     "resnet18": lambda: _torchvision("resnet18", 32, 64),
     "vgg11_bn": lambda: _torchvision("vgg11_bn", 16, 64),
     "vit": lambda: _torchvision("vit", 32, 32),
+    "language model": lambda: (_LanguageModel(), torch.randint(100, (32, 64))),
 }
 
 
@@ -53,12 +69,13 @@ class Trained:
     """A model with its optimizer and input."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.model, self.x, self.y = model, x, torch.arange(len(x)) % 10
+        self.model, self.x = model, x
         self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.x), self.y).backward()
+        output = self.model(self.x).flatten(0, -2)
+        F.cross_entropy(output, torch.arange(len(output)) % 10).backward()
         self.optimizer.step()
 
     def time(self) -> float:
@@ -86,7 +103,8 @@ def measure(name: str) -> str:
     ways = {
         "BP": Trained(copy.deepcopy(net), x),
         "BP, channels_last": Trained(
-            copy.deepcopy(net).to(memory_format=order), x.contiguous(memory_format=order)
+            copy.deepcopy(net).to(memory_format=order),
+            x.contiguous(memory_format=order) if x.dim() == 4 else x,
         ),
         "FDFA": Trained(FDFA(copy.deepcopy(net), at="auto", example_input=x), x),
         "DFA": Trained(FDFA(net, at="auto", method="dfa", example_input=x), x),
