@@ -513,6 +513,7 @@ def _self_attention(
     key_padding_mask: Tensor | None = None,
     need_weights: bool = True,
     attn_mask: Tensor | None = None,
+    is_causal: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None] | None:
     """That of nn.MultiheadAttention, of one sequence [L, N, E]."""
@@ -524,8 +525,8 @@ def _self_attention(
         and bias_v is None
         and not (add_zero_attn or need_weights)
         and key_padding_mask is None
-        and (attn_mask is None or attn_mask.shape == (x.shape[0], x.shape[0]))
-        and not any(others.get(name) for name in ("is_causal", "use_separate_proj_weight"))
+        and (not is_causal if attn_mask is None else attn_mask.shape == (x.shape[0], x.shape[0]))
+        and not others.get("use_separate_proj_weight")
         and all(others.get(name) is None for name in ("static_k", "static_v"))
         and not any(p is not None and has_tangent(p) for p in parameters)
         and not torch.is_autocast_enabled(x.device.type)
@@ -539,7 +540,9 @@ def _self_attention(
     shape = n, length, 3, num_heads, embed_dim_to_check // num_heads
     heads = [t.view(shape).permute(2, 0, 3, 1, 4).unbind(0) for t in pair]
     parts = [make_dual(*both) for both in zip(*heads, strict=True)]
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
+    if is_causal:  # which torch takes for all that the mask says
+        attn_mask = None
+    elif attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = ~attn_mask  # where it is true attention has none here, and some there
     result = _attention(
         parts[0],
@@ -547,6 +550,7 @@ def _self_attention(
         parts[2],
         attn_mask,
         dropout_p if training else 0.0,
+        is_causal,
     )
     if result is None:
         return None
