@@ -304,7 +304,7 @@ class _Layout:
     def rows(self, output: Tensor) -> Tensor:
         """The network's output, or its gradient, with a row for each sample, token or pixel."""
         if self._dual is not None:
-            return self._step._rows(self._dual, output, None)[0]
+            return self._step.rows(self._dual, output, None)[0]
         if output.dim() != 2:
             raise ValueError(
                 f"mean_jacobian: method {self._method} knows outputs [N, K] alone; got "

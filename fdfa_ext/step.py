@@ -64,12 +64,13 @@ class TrainingStep:
     def _finished(
         self, finish: Finish, dual: DualPass, output: Tensor, tangent: Tensor | None
     ) -> Tensor:
-        output, tangent = self._rows(dual, output, tangent)
+        output, tangent = self.rows(dual, output, tangent)
         return dual.of_rows(attach_parts(finish, dual, output, tangent, self.feedback))
 
-    def _rows(
+    def rows(
         self, dual: DualPass, output: Tensor, tangent: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """The module's output and its tangent with a row [K] for each sample, token or pixel."""
         first = None
         if dual.has_positions:
             end = dual.end
@@ -138,7 +139,7 @@ class TrainingStep:
                 raise _other_output(dual.dimensions, output.dim())
             self.network.dimensions = output.dim()
             return self.dry_run(keeps_graph)
-        return dual, *self._rows(dual, output, tangent)
+        return dual, *self.rows(dual, output, tangent)
 
     def find_droppers(self) -> list[str]:
         """The modules that are given a tangent and return none, by name and type."""

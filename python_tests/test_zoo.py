@@ -395,7 +395,7 @@ def test_the_tangent_is_that_of_the_perturbed_model(name: str) -> None:
         call(net, inputs)
     for hook in hooks:
         hook.remove()
-    output, _ = step._rows(dual, outputs[0], None)
+    output, _ = step.rows(dual, outputs[0], None)
     for _ in range(3):
         g = torch.randn_like(tangent)
         gradients = torch.autograd.grad(output, shifts.values(), g, retain_graph=True)
