@@ -17,7 +17,6 @@ On two cores, Conv-BatchNorm-ReLU from [64, 15, 24, 24] to [64, 40, 20, 20] take
 forward mode's time, and the forward pass of 64-128-10 with 32 samples 0.7 of it.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,11 +40,13 @@ from fdfa_ext._torch_internals import (
     has_kernel,
     hooks_of,
     is_in_checkpoint,
-    safe_softmax,
+    is_in_transform,
     traced_make_dual,
     traced_unpack_dual,
     without_forward_mode,
 )
+from fdfa_ext.arithmetic import ARITHMETIC_RULES
+from fdfa_ext.attention import ATTENTION_RULES
 from fdfa_ext.duals import (
     attention_by_products,
     has_tangent,
@@ -213,9 +214,26 @@ def _leaky_relu(
     return y, aten.leaky_relu_backward(tangent, x.detach(), negative_slope, False)
 
 
+def _takes_activation(x: Tensor, tangent: Tensor) -> bool:
+    """Whether dual_activation does: it takes one exponential for both, and one pass over memory."""
+    return (
+        x.device.type in _DEVICES
+        and x.dtype in (torch.float32, *_HALF)
+        and x.dtype == tangent.dtype
+        and x.layout == torch.strided
+    )
+
+
+def _activation(name: str, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    pair: tuple[Tensor, Tensor] = fused.dual_activation(x, tangent, name)
+    return pair
+
+
 def _gelu(
     function: Any, x: Tensor, tangent: Tensor, *, approximate: str = "none"
 ) -> tuple[Tensor, Tensor]:
+    if approximate == "none" and _takes_activation(x, tangent):
+        return _activation("gelu", x, tangent)
     y = function(x, approximate=approximate)
     return y, aten.gelu_backward(tangent, x.detach(), approximate=approximate)
 
@@ -225,15 +243,21 @@ def _silu(
 ) -> tuple[Tensor, Tensor] | None:
     if inplace:
         return None
+    if _takes_activation(x, tangent):
+        return _activation("silu", x, tangent)
     return function(x), aten.silu_backward(tangent, x.detach())
 
 
 def _sigmoid(function: Any, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    if _takes_activation(x, tangent):
+        return _activation("sigmoid", x, tangent)
     y = function(x)
     return y, aten.sigmoid_backward(tangent, y.detach())
 
 
 def _tanh(function: Any, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    if _takes_activation(x, tangent):
+        return _activation("tanh", x, tangent)
     y = function(x)
     return y, aten.tanh_backward(tangent, y.detach())
 
@@ -308,6 +332,37 @@ def _layer_norm(
         [True, False, False],
     )[0]
     return y, ty if weight is None else ty.mul_(weight.detach())
+
+
+def _rms_norm(
+    function: Any,
+    x: Tensor,
+    tangent: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    if not single_precision(x) or not _is_float32(weight):
+        return None
+    y = function(x, normalized_shape, weight, eps)
+    with torch.no_grad():
+        x, dims = x.detach(), list(range(-len(normalized_shape), 0))
+        inverse = x.square().mean(dims, keepdim=True)
+        inverse = inverse.add_(torch.finfo(x.dtype).eps if eps is None else eps).rsqrt_()
+        along = (x * tangent).mean(dims, keepdim=True).mul_(inverse).mul_(inverse)
+        ty = torch.addcmul(tangent, x, along, value=-1).mul_(inverse)
+        return y, ty if weight is None else ty.mul_(weight)
+
+
+def _power(function: Any, x: Tensor, tangent: Tensor, exponent: Any) -> tuple[Tensor, Tensor] | None:
+    if not isinstance(exponent, (int, float)) or exponent == 0:
+        return None
+    slope = x.detach() * exponent if exponent == 2 else x.detach().pow(exponent - 1).mul_(exponent)
+    return function(x, exponent), slope.mul_(tangent)
+
+
+def _square(function: Any, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    return function(x), (x.detach() * 2).mul_(tangent)
 
 
 def _group_norm(
@@ -419,150 +474,11 @@ _FUNCTION_RULES: dict[Any, FunctionRule] = {
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool2d),
+    F.rms_norm: _rms_norm,
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power),
+    **dict.fromkeys((torch.square, Tensor.square), _square),
 }
-
-
-# Rules for attention, whose inputs may all have tangents. torch's fused kernels have no forward mode:
-# the weights are computed again for the tangent. Each gives None where it does not apply.
-
-_ATTENTION = F.scaled_dot_product_attention
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor | None:
-    (q, tq), (k, tk), (v, tv) = map(unpack_dual, (query, key, value))
-    alike = q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type)
-    tangents = [t for t in (tq, tk, tv) if t is not None]
-    if enable_gqa or not alike or not tangents or dropout_p >= 1:
-        return None
-    if attn_mask is not None and has_tangent(attn_mask):
-        return None
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-
-    def weights_of(q: Tensor, k: Tensor) -> Tensor:
-        scores = torch.matmul(q * factor, k.mT)
-        if is_causal:
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-            return scores.masked_fill_(later, -torch.inf).softmax(-1)
-        if attn_mask is None:
-            return scores.softmax(-1)
-        masked = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -torch.inf) if masked else scores + attn_mask
-        return safe_softmax(scores, -1)  # zero in a row without any key
-
-    kept = None
-    if dropout_p > 0:
-        weights = weights_of(q, k)
-        dropped, kept = torch.native_dropout(weights, dropout_p, True)
-        output = torch.matmul(dropped, v)
-    else:
-        output = _ATTENTION(q, k, v, attn_mask, 0.0, is_causal, scale=scale)
-    heads = output.shape[:-2]
-
-    def matrices(t: Tensor) -> Tensor:
-        """[heads, *, *], in one copy for all products."""
-        return t.expand(*heads, *t.shape[-2:]).reshape(math.prod(heads), *t.shape[-2:])
-
-    with torch.no_grad():
-        weights = matrices(weights_of(q, k) if kept is None else weights)
-        rest = None if kept is None else matrices(kept).to(weights.dtype) / (1 - dropout_p)
-        tangent = score = None  # of the output, and of what softmax is taken of
-        if tq is not None:
-            score = _add_product(score, matrices(tq), matrices(k).mT, factor)
-        if tk is not None:
-            score = _add_product(score, matrices(q), matrices(tk).mT, factor)
-        if score is not None:
-            score = aten._softmax_backward_data(score, weights, -1, weights.dtype)
-            tangent = _add_product(tangent, score if rest is None else score.mul_(rest), matrices(v))
-        if tv is not None:
-            tangent = _add_product(tangent, weights if rest is None else weights * rest, matrices(tv))
-        assert tangent is not None  # one of the three has one
-        return make_dual_of_fresh(output, tangent.view(output.shape))
-
-
-def _add_product(sum: Tensor | None, first: Tensor, second: Tensor, factor: float = 1.0) -> Tensor:
-    """sum + factor · first @ second, of batches of matrices, in the sum's memory."""
-    if sum is None:
-        return torch.baddbmm(first.new_empty(1), first, second, beta=0, alpha=factor)
-    return sum.baddbmm_(first, second, alpha=factor)
-
-
-def _self_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Tensor | None,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    **others: Any,
-) -> tuple[Tensor, None] | None:
-    """That of nn.MultiheadAttention, of one sequence [L, N, E]."""
-    x, tx = unpack_dual(query)
-    parameters = (in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias)
-    is_one = query is key and key is value and x.dim() == 3 and tx is not None
-    is_simple = (
-        bias_k is None
-        and bias_v is None
-        and not (add_zero_attn or need_weights)
-        and key_padding_mask is None
-        and (not is_causal if attn_mask is None else attn_mask.shape == (x.shape[0], x.shape[0]))
-        and not others.get("use_separate_proj_weight")
-        and all(others.get(name) is None for name in ("static_k", "static_v"))
-        and not any(p is not None and has_tangent(p) for p in parameters)
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-    if not is_one or not is_simple or in_proj_weight is None or x.shape[2] != embed_dim_to_check:
-        return None
-    assert tx is not None
-    # In [N, L, E], as nn.MultiheadAttention most often has them.
-    pair = fused.dual_linear(x.transpose(0, 1), tx.transpose(0, 1), in_proj_weight, in_proj_bias)
-    n, length, _ = pair[0].shape
-    shape = n, length, 3, num_heads, embed_dim_to_check // num_heads
-    heads = [t.view(shape).permute(2, 0, 3, 1, 4).unbind(0) for t in pair]
-    parts = [make_dual(*both) for both in zip(*heads, strict=True)]
-    if is_causal:  # which torch takes for all that the mask says
-        attn_mask = None
-    elif attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = ~attn_mask  # where it is true attention has none here, and some there
-    result = _attention(
-        parts[0],
-        parts[1],
-        parts[2],
-        attn_mask,
-        dropout_p if training else 0.0,
-        is_causal,
-    )
-    if result is None:
-        return None
-    joined = [t.transpose(1, 2).flatten(2) for t in unpack_dual(result)]
-    y, ty = fused.dual_linear(*joined, out_proj_weight, out_proj_bias)
-    return make_dual(y.transpose(0, 1), ty.transpose(0, 1)), None
-
-
-_ATTENTION_RULES: dict[Any, Callable[..., Any]] = {
-    _ATTENTION: _attention,
-    F.multi_head_attention_forward: _self_attention,
-}
+_DUAL_RULES = ARITHMETIC_RULES | ATTENTION_RULES
 
 
 def _contiguous_group_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -624,9 +540,9 @@ def _view(input: Tensor, *shape: Any, **named: Any) -> Tensor:
 
 
 def _by_products(function: Any, *args: Any, **named: Any) -> Any:
-    result = _ATTENTION_RULES[function](*args, **named) if is_own_level_open() else None
-    if result is not None:
-        return result
+    operands = [t for t in (*args, *named.values()) if isinstance(t, Tensor)]
+    if not is_in_transform() and not any(map(has_tangent, operands)):
+        return function(*args, **named)
     with attention_by_products():
         return function(*args, **named)
 
@@ -636,7 +552,7 @@ _STAND_INS: dict[Any, Callable[..., Any]] = {
     F.conv2d: reference.convolve,
     F.group_norm: _contiguous_group_norm,
     F.relu: _relu_in_place,
-    **{function: partial(_by_products, function) for function in _ATTENTION_RULES},
+    **{function: partial(_by_products, function) for function in ATTENTION_RULES},
 }
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -651,7 +567,11 @@ class FunctionRules(TorchFunctionMode):
     ) -> Any:
         if type(func) is FunctionType:
             func = torchs_own(func)
-        rule = _FUNCTION_RULES.get(func)
+        rule, dual_rule = _FUNCTION_RULES.get(func), _DUAL_RULES.get(func)
+        if dual_rule is not None and args and is_own_level_open():
+            dual = dual_rule(func, *args, **(kwargs or {}))
+            if dual is not None:
+                return dual
         func = self.stand_ins.get(func, func)
         if rule is not None and args and is_own_level_open():
             pair = _by_rule(rule, func, *args, **(kwargs or {}))

@@ -193,9 +193,55 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
         need_weights=False,
     )[0],
     "multi-head attention of two": lambda x: HEADS(x[:, 0], x[:, 1], x[:, 2], need_weights=False)[0],
+    "rms_norm": lambda x: F.rms_norm(x, (6, 6), KERNEL[0, 0].repeat(2, 2)),
+    "rms_norm alone": lambda x: F.rms_norm(x, (6,), eps=0.1),
+    "square": lambda x: torch.square(x) + x**2 + x.pow(2),
+    "cube": lambda x: torch.pow(x, 3) + x.pow(-1),
+    "root": lambda x: (x.abs() + 0.1) ** 0.5,
+    "powers": lambda x: x**0 + 2**x + (x.abs() + 1) ** BIAS,
+    "sum": lambda x: x + BIAS,
+    "sum from the left": lambda x: 2 * BIAS + x + 1,
+    "sum with more dimensions": lambda x: x[0] + torch.ones(2, 4, 6, 1),
+    "sum of two": lambda x: torch.add(x, x[:1].tanh(), alpha=2) + (3 + x),
+    "sum of types": lambda x: (x + BIAS.double()).float() + (BIAS.double() + x[:, :1]),
+    "sum with a number's tensor": lambda x: x + torch.tensor(2.0, dtype=torch.double),
+    "difference": lambda x: torch.sub(BIAS, x, alpha=3) - (x - BIAS),
+    "difference from the left": lambda x: (1 - x) + torch.rsub(x, BIAS),
+    "difference of two": lambda x: x.subtract(x[0].tanh()),
+    "product": lambda x: x * BIAS,
+    "product with a number": lambda x: 0.5 * x + x.mul(3) * torch.tensor(2.0),
+    "product with more dimensions": lambda x: torch.mul(torch.ones(2, 1, 1, 1, 6), x),
+    "product of two": lambda x: x * x.tanh() + x[:1] * x + x * x[:, :1],
+    "product with a mask": lambda x: x * (BIAS > 0),
+    "product of itself": lambda x: x * x,
+    "matmul": lambda x: x @ BIAS + BIAS @ x,
+    "matmul with a vector": lambda x: (x @ BIAS[0])[..., None] + (BIAS[0] @ x)[..., None],
+    "matmul of two": lambda x: torch.matmul(x, x.tanh().mT) @ x[0, 0],
+    "mm": lambda x: torch.mm(x[0, 0], BIAS) + x[0, 0].mm(x[0, 1]),
+    "bmm": lambda x: torch.bmm(x[0], x[1]) + x[0].bmm(BIAS.expand(4, 6, 6)),
+    "einsum": lambda x: torch.einsum("ncij,jk->nick", x, BIAS),
+    "einsum of three": lambda x: torch.einsum("ncij,jk,nckl->nil", [x, BIAS, x.tanh()]),
+    "einsum of one": lambda x: torch.einsum("ncij->nijc", x).mul_(2),
+    "quotient": lambda x: x / (BIAS.abs() + 1),
+    "quotient from the left": lambda x: 1 / (x.abs() + 1) + BIAS / (x.abs() + 1),
+    "quotient of two": lambda x: x[:1].tanh() / (x.abs() + 1),
+    "quotient by a number": lambda x: torch.div(x, 3) + x.true_divide(2),
+    "rounded quotient": lambda x: torch.div(x, 0.1, rounding_mode="floor") + x,
+    "sum in place": lambda x: (x * 1).add_(BIAS, alpha=2).sub_(3),
+    "product in place": lambda x: (x * 1).mul_(BIAS).div_(2),
+    "product in place with itself": lambda x: x.clone().mul_(x.detach()),
+    "rounded in place": lambda x: x.clone().div_(0.1, rounding_mode="floor") + x,
+    "of a part in place": lambda x: _in_part(x.clone()),
     "a weight with a tangent": lambda x: F.linear(x[0, 0], x[0, 1], x[0, 2, 0]),
     "by its name": lambda x: F.relu(input=x),
 }
+
+
+def _in_part(x: Tensor) -> Tensor:
+    x[:, 0] += BIAS
+    x[:, 1] *= BIAS
+    x[:, 2] /= (x[:, 3] * 1).abs() + 1
+    return x
 
 
 @pytest.mark.parametrize("needs_gradient", [False, True])
@@ -244,6 +290,36 @@ def test_a_norms_parameters_keep_their_graph_beside_the_tangent() -> None:
             grads.append([p.grad.clone() for p in norm.parameters() if p.grad is not None])
         assert len(grads[0]) == 2
         torch.testing.assert_close(*grads)
+
+
+def test_tangents_have_no_graph() -> None:
+    """Not even where a primal has one: nobody asks for it, and it would keep memory."""
+    weight = torch.randn(6, 6, requires_grad=True)
+    with forward_mode(), function_rules():
+        x = forward_ad.make_dual(*torch.randn(2, 6, 6).unbind())
+        for function in (
+            lambda x: x * weight + weight,
+            lambda x: weight @ x,
+            lambda x: x / weight,
+            lambda x: torch.einsum("ij,jk->ik", x, weight),
+            lambda x: F.gelu(x * weight) * F.silu(x + weight),
+            lambda x: F.rms_norm(x, (6,), weight[0]) ** 2,
+            lambda x: F.scaled_dot_product_attention(x @ weight, x, x @ weight),
+        ):
+            y, ty = forward_ad.unpack_dual(function(x))
+            assert y.requires_grad
+            assert ty is not None
+            assert not ty.requires_grad
+
+
+def test_attention_without_tangents_takes_torchs_fused_kernel() -> None:
+    """As before the first point, and with methods without tangents."""
+    x = torch.randn(2, 3, 5, 8, requires_grad=True)
+    with function_rules():
+        y = F.scaled_dot_product_attention(x, x, x)
+    plain = F.scaled_dot_product_attention(x, x, x)
+    assert type(y.grad_fn) is type(plain.grad_fn)
+    assert "Flash" in type(plain.grad_fn).__name__
 
 
 def test_functions_of_complex_numbers_are_torchs() -> None:

@@ -303,6 +303,50 @@ def test_a_result_and_its_tangent_are_multiplied_as_any_two_tensors(
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_dual_activation_is_the_activation_and_its_derivative(
+    device: torch.device, dtype: torch.dtype, activation: str
+) -> None:
+    """In any memory order, with the gradient of the activation."""
+    orders = (lambda t: t, lambda t: t.mT, lambda t: t[:, ::2], lambda t: t[0, 0], lambda t: t[:0])
+    function, derivative = reference.ACTIVATIONS[activation]
+    for order in orders:
+        x, tangent, error = (order(rand(3, 8, 1031, dtype=dtype, device=device)) for _ in range(3))
+        if activation in ("relu", "leaky_relu"):  # away from the kink
+            x = x + 0.1 * x.sign()
+        x.requires_grad_()
+        y, ty = fused.dual_activation(x, tangent, activation)
+        exact = function(x.detach().double())
+        assert_close(y, exact, dtype)
+        saved = x.detach().double() if activation in reference.NEEDS_PRE_ACTIVATION else exact
+        slope = derivative(saved)
+        assert_close(ty, slope * tangent.double(), dtype, scale=4.0)
+        assert not ty.requires_grad
+        y.backward(error)
+        assert_close(x.grad, slope * error.double(), dtype, scale=4.0)
+
+
+def test_dual_activation_of_many_dimensions_and_of_one_number(device: torch.device) -> None:
+    for shape in ((), (1,), (2, 3, 4, 5, 6)):
+        x, tangent = torch.randn(2, *shape, device=device).unbind()
+        y, ty = fused.dual_activation(x, tangent, "tanh")
+        torch.testing.assert_close(y, x.tanh())
+        torch.testing.assert_close(ty, tangent * (1 - x.tanh() ** 2))
+
+
+def test_dual_activation_refuses_what_it_cannot_do(device: torch.device) -> None:
+    x = torch.randn(3, 5, device=device)
+    for arguments, error, message in (
+        ((x.double(), x, "tanh"), TypeError, "fdfa::dual_activation: x must be float32, .*; got Double"),
+        ((x, x.half(), "tanh"), TypeError, "dual_activation: tangent must have the dtype of x, Float; got Half"),
+        ((x, x[:2], "tanh"), RuntimeError, r"dual_activation: tangent must have shape \[3, 5\]; got \[2, 5\]"),
+        ((x, x, "swish"), ValueError, "dual_activation: activation must be one of identity, .*; got 'swish'"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            fused.dual_activation(*arguments)
+
+
 @pytest.mark.parametrize(("n", "features", "outputs"), [(4, 6, 3), (64, 512, 300)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_dual_linear_is_linear_twice(

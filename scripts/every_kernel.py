@@ -42,7 +42,7 @@ def images(outputs: int) -> nn.Sequential:
         FDFABlock(nn.Conv2d(6, 8, 1), nn.MaxPool2d(3, stride=1, padding=1)),  # whole quads of channels
         FDFABlock(nn.Conv2d(8, 5, 2), nn.BatchNorm2d(5)),
         nn.MaxPool2d(2),
-        FDFABlock(nn.Conv2d(5, 5, 1), nn.Softplus()),
+        FDFABlock(nn.Conv2d(5, 5, 1), nn.Tanh(), nn.Conv2d(5, 5, 1), nn.Softplus()),
         nn.MaxPool2d(1),
         nn.Flatten(),
         FDFABlock(nn.LazyLinear(8), nn.BatchNorm1d(8), nn.GELU()),

@@ -1,8 +1,8 @@
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
+#include "common/elementary.h"
 #include "common/macros.h"
 
 // Every activation f and its derivative f', in one place.
@@ -24,17 +24,16 @@ FDFA_HD constexpr bool derivative_needs_pre_activation(Activation f) {
 
 constexpr float kLeakySlope = 0.01f;  // torch.nn.LeakyReLU's default
 
-FDFA_HD float sigmoid(float a) { return 1.0f / (1.0f + expf(-a)); }
-FDFA_HD float normal_cdf(float a) { return 0.5f * (1.0f + erff(a * 0.70710678118654752f)); }
+FDFA_HD float sigmoid(float a) { return 1.0f / (1.0f + exponential(-a)); }
 
 // f(a). Comparisons are written so that NaN passes through, as in torch.
 template <Activation f>
 FDFA_HD float activate(float a) {
   if constexpr (f == Activation::relu) return a < 0.0f ? 0.0f : a;
   if constexpr (f == Activation::leaky_relu) return a < 0.0f ? kLeakySlope * a : a;
-  if constexpr (f == Activation::tanh) return tanhf(a);
+  if constexpr (f == Activation::tanh) return hyperbolic_tangent(a);
   if constexpr (f == Activation::sigmoid) return sigmoid(a);
-  if constexpr (f == Activation::gelu) return a * normal_cdf(a);
+  if constexpr (f == Activation::gelu) return a * normal(a).cdf;
   if constexpr (f == Activation::silu) return a * sigmoid(a);
   return a;
 }
@@ -47,8 +46,8 @@ FDFA_HD float derivative(float saved) {
   if constexpr (f == Activation::tanh) return 1.0f - saved * saved;
   if constexpr (f == Activation::sigmoid) return saved * (1.0f - saved);
   if constexpr (f == Activation::gelu) {
-    const float density = 0.39894228040143268f * expf(-0.5f * saved * saved);
-    return normal_cdf(saved) + saved * density;
+    const Normal at_saved = normal(saved);
+    return at_saved.cdf + saved * (0.39894228040143268f * at_saved.decay);
   }
   if constexpr (f == Activation::silu) {
     const float s = sigmoid(saved);

@@ -78,7 +78,7 @@ struct EpilogueParams {
   const T* bias;  // [channels]; feature i is of channel i % channels; null: zero
   T* y;           // [samples, features]; null where z is
   T* ty;          // [samples, features]; null, where it would be zero: it is not wanted
-  T* pre;         // [samples, features] pre-activation, where f' needs it; null elsewhere
+  T* pre;         // [samples, features] pre-activation, if f' needs it; null: it is not wanted
   int64_t samples, features, channels;
   Activation activation;
   NoiseParams noise;

@@ -125,7 +125,7 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
   const int64_t run = transposed ? kTransposedRun : kEpilogueRun;
   const int64_t samples_of_unit = transposed ? kTransposedSamples : 1;
   const int64_t units_of_row = (p.features + run - 1) / run;
-  alignas(64) T unwanted[kEpilogueRun];
+  alignas(64) T unwanted_tangent[kEpilogueRun], unwanted_pre[kEpilogueRun];
   alignas(64) T z_rows[kTransposedSamples][kTransposedRun], tz_rows[kTransposedSamples][kTransposedRun];
   with_epilogue_runs(p, run, [&](auto& runs) {
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -143,8 +143,8 @@ void epilogue(const EpilogueParams<T>& p, int64_t begin, int64_t end) {
         const int64_t sample = first_sample + n, at = sample * p.features + first;
         const T* z = transposed ? z_rows[n] : at_or_null(p.z, at);
         const T* tz = transposed && p.tz ? tz_rows[n] : at_or_null(p.tz, at);
-        runs(sample, first, count, z, tz, at_or_null(p.y, at), p.ty ? p.ty + at : unwanted,
-             at_or_null(p.pre, at));
+        runs(sample, first, count, z, tz, at_or_null(p.y, at), p.ty ? p.ty + at : unwanted_tangent,
+             p.pre ? p.pre + at : unwanted_pre);
       }
     }
   });

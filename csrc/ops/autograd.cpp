@@ -1,10 +1,18 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/leaky_relu_backward.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/sigmoid_backward.h>
+#include <ATen/ops/silu_backward.h>
+#include <ATen/ops/tanh_backward.h>
+#include <ATen/ops/threshold_backward.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "common/activation.h"
+#include "ops/checks.h"
 #include "ops/convolution.h"
 #include "ops/ops.h"
 
@@ -164,6 +172,46 @@ struct DualBatchNorm : torch::autograd::Function<DualBatchNorm> {
   }
 };
 
+// An activation between points: y carries the gradient.
+struct DualActivation : torch::autograd::Function<DualActivation> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& tangent,
+                               c10::string_view name) {
+    const Activation activation = parse_activation("dual_activation", name);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [y, ty] = activate(x, tangent, activation);
+    ctx->save_for_backward({derivative_needs_pre_activation(activation) ? x : y});
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
+    ctx->mark_non_differentiable({ty});
+    ctx->set_materialize_grads(false);
+    return {y, ty};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Tensor& grad = grads[0];
+    if (!grad.defined()) return {Tensor(), Tensor(), Tensor()};
+    const Tensor saved = ctx->get_saved_variables()[0];
+    const auto gradient = [&]() -> Tensor {
+      switch (static_cast<Activation>(ctx->saved_data["activation"].toInt())) {
+        case Activation::relu:
+          return at::threshold_backward(grad, saved, 0);
+        case Activation::leaky_relu:
+          return at::leaky_relu_backward(grad, saved, kLeakySlope, /*self_is_result=*/true);
+        case Activation::tanh:
+          return at::tanh_backward(grad, saved);
+        case Activation::sigmoid:
+          return at::sigmoid_backward(grad, saved);
+        case Activation::gelu:
+          return at::gelu_backward(grad, saved);
+        case Activation::silu:
+          return at::silu_backward(grad, saved);
+        default:
+          return grad;
+      }
+    };
+    return {gradient(), Tensor(), Tensor()};
+  }
+};
+
 struct MaxPoolEnd : torch::autograd::Function<MaxPoolEnd> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& tangent,
                                const Tensor& anchor, at::IntArrayRef kernel, at::IntArrayRef stride,
@@ -285,6 +333,12 @@ std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, c
   return {std::move(y), call_mm(tangent, weight.t())};
 }
 
+std::tuple<Tensor, Tensor> dual_activation(const Tensor& x, const Tensor& tangent,
+                                           c10::string_view activation) {
+  const auto out = DualActivation::apply(x, tangent, activation);
+  return {out[0], out[1]};
+}
+
 std::tuple<Tensor, Tensor> dual_batch_norm(const Tensor& x, const Tensor& tangent,
                                            const OptionalTensor& weight, const OptionalTensor& bias,
                                            const OptionalTensor& running_mean,
@@ -308,5 +362,6 @@ TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
 TORCH_LIBRARY_IMPL(fdfa, CompositeImplicitAutograd, m) {
   m.impl("product", fdfa::product);
   m.impl("dual_linear", fdfa::dual_linear);
+  m.impl("dual_activation", fdfa::dual_activation);
   m.impl("dual_batch_norm", fdfa::dual_batch_norm);
 }

@@ -234,6 +234,34 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
   return run(finish, {product(x), tangent ? product(*tangent) : Tensor()});
 }
 
+std::tuple<Tensor, Tensor> activate(const Tensor& x, const Tensor& tangent, Activation activation) {
+  const char* op = "dual_activation";
+  check_floating(op, "x", x);
+  check_like(op, "tangent", tangent, "x", x);
+  check_shape(op, "tangent", tangent, x.sizes());
+  // Any order will do that both have.
+  const bool alike = x.is_non_overlapping_and_dense() && x.strides() == tangent.strides();
+  const Tensor z = alike ? x : x.contiguous(), tz = alike ? tangent : tangent.contiguous();
+  Tensor y = at::empty_like(z), ty = at::empty_like(z);
+  if (x.numel() == 0) return {y, ty};
+  with_storage(x.scalar_type(), [&](auto storage) {
+    using T = decltype(storage);
+    EpilogueParams<T> p{};
+    p.z = pointer<T>(z);
+    p.tz = pointer<T>(tz);
+    p.y = pointer<T>(y);
+    p.ty = pointer<T>(ty);
+    // As the device spreads them over its threads.
+    p.features = x.is_cpu() || x.dim() == 0 ? x.numel() : x.size(-1);
+    p.samples = x.numel() / p.features;
+    p.channels = 1;
+    p.activation = activation;
+    p.noise.kind = Noise::none;
+    launch(p, x.device());
+  });
+  return {y, ty};
+}
+
 Convolved conv2d(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight,
                  const OptionalTensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
                  at::IntArrayRef dilation, int64_t groups, const Tensor& noise_state, int64_t block,

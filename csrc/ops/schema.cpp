@@ -69,6 +69,9 @@ TORCH_LIBRARY(fdfa, m) {
       "dual_linear(Tensor x, Tensor tangent, Tensor weight, Tensor? bias=None) -> (Tensor y, Tensor "
       "ty)");
 
+  // An activation y = f(x) with torch's gradient, and ty = f'(x) tangent, which has none, in one pass.
+  m.def("dual_activation(Tensor x, Tensor tangent, str activation) -> (Tensor y, Tensor ty)");
+
   // (y, ty): torch's max_pool2d of x [N, C, H, W] without autograd, and the tangent of the element that
   // won in each window; float32, in channels_last.
   m.def(
