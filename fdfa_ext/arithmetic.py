@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fdfa_ext._torch_internals import without_forward_mode
-from fdfa_ext.duals import make_dual_of_fresh, unpack_dual
+from fdfa_ext.duals import has_tangent, make_dual, make_dual_of_fresh, unpack_dual
 
 # Given the function and its arguments, dual tensors among them; returns a dual tensor, or None where it
 # does not apply.
@@ -58,6 +59,24 @@ _ADDING: dict[Any, Any] = {
     **dict.fromkeys((torch.mul, Tensor.mul), Tensor.addcmul_),
     **dict.fromkeys((torch.bmm, Tensor.bmm), Tensor.baddbmm_),
 }
+
+
+def _added_product(
+    function: Any, input: Tensor, first: Tensor, second: Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> Tensor | None:
+    """Of beta · input + alpha · first @ second."""
+    (c, tc), (a, ta), (b, tb) = map(unpack_dual, (input, first, second))
+    if tc is None and ta is None and tb is None:
+        return None
+    y = function(c, a, b, beta=beta, alpha=alpha)
+    with torch.no_grad():
+        terms = [alpha * torch.matmul(*pair) for pair in ((ta, b), (a, tb)) if None not in pair]
+        if tc is not None:
+            terms.append((beta * tc).expand(y.shape))
+        ty = torch.empty_like(y).copy_(terms[0])
+        for term in terms[1:]:
+            ty += term
+    return make_dual_of_fresh(y, ty)
 
 
 def _einsum(function: Any, equation: Any, *operands: Any) -> Tensor | None:
@@ -115,6 +134,20 @@ def _product_in_place(function: Any, input: Tensor, other: Any, **named: Any) ->
     return _sum_in_place(function, input, other)
 
 
+def _with_zeros(function: Any, *operands: Any, **named: Any) -> Any:
+    """By torch's forward mode, with zeros of the usual kind for missing tangents."""
+    tensors = [t for t in (*operands, *named.values()) if isinstance(t, Tensor)]
+    if not any(map(has_tangent, tensors)):
+        return None
+
+    def filled(t: Any) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point() or has_tangent(t):
+            return t
+        return make_dual(t, torch.zeros_like(t))
+
+    return function(*map(filled, operands), **{name: filled(value) for name, value in named.items()})
+
+
 def _has_the_only_tangent(input: Tensor, other: Any) -> bool:
     return _unpack(input)[1] is not None and _unpack(other)[1] is None
 
@@ -134,6 +167,7 @@ ARITHMETIC_RULES: dict[Any, DualRule] = {
         ),
         _product,
     ),
+    **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), _added_product),
     torch.einsum: _einsum,
     **dict.fromkeys(
         (
@@ -145,4 +179,12 @@ ARITHMETIC_RULES: dict[Any, DualRule] = {
     Tensor.__rdiv__: _reverse_quotient,
     **dict.fromkeys((Tensor.add_, Tensor.sub_), _sum_in_place),
     **dict.fromkeys((Tensor.mul_, Tensor.div_), _product_in_place),
+    **dict.fromkeys(
+        (
+            *(torch.maximum, torch.minimum, torch.addcmul, torch.lerp, torch.outer, torch.dot),
+            *(Tensor.maximum, Tensor.minimum, Tensor.addcmul, Tensor.lerp, Tensor.outer, Tensor.dot),
+            *(F.prelu, F.bilinear, F.cosine_similarity),
+        ),
+        _with_zeros,
+    ),
 }

@@ -361,6 +361,16 @@ def _power(function: Any, x: Tensor, tangent: Tensor, exponent: Any) -> tuple[Te
     return function(x, exponent), slope.mul_(tangent)
 
 
+def _clamp(
+    function: Any, x: Tensor, tangent: Tensor, min: Any = None, max: Any = None
+) -> tuple[Tensor, Tensor] | None:
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        return None
+    y = function(x, min, max)
+    inside = x.detach() == y.detach()
+    return y, tangent * inside
+
+
 def _square(function: Any, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
     return function(x), (x.detach() * 2).mul_(tangent)
 
@@ -477,6 +487,7 @@ _FUNCTION_RULES: dict[Any, FunctionRule] = {
     F.rms_norm: _rms_norm,
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power),
     **dict.fromkeys((torch.square, Tensor.square), _square),
+    **dict.fromkeys((torch.clamp, Tensor.clamp, torch.clip, Tensor.clip), _clamp),
 }
 _DUAL_RULES = ARITHMETIC_RULES | ATTENTION_RULES
 
