@@ -2,6 +2,7 @@
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/_make_dual.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -55,7 +56,10 @@ inline std::pair<at::Tensor, std::optional<at::Tensor>> unpack_dual(const at::Te
 }
 
 inline at::Tensor make_dual(const at::Tensor& primal, const at::Tensor& tangent) {
-  if (!needs_no_view(primal) || has_tangent(primal)) return at::_make_dual(primal, tangent, kLevel);
+  if (!needs_no_view(primal) || has_tangent(primal)) {
+    const at::AutoGradMode keeps_graph(true);  // where it is off, the view would have none
+    return at::_make_dual(primal, tangent, kLevel);
+  }
   const at::Tensor dual = share(primal);
   dual._set_fw_grad(tangent, kLevel, /*is_inplace_op=*/false);
   return dual;

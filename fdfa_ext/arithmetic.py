@@ -105,11 +105,11 @@ def _quotient(function: Any, input: Any, other: Any, **named: Any) -> Tensor | N
         return None
     y = function(a, b)
     with torch.no_grad():
-        if tb is None:
-            return make_dual_of_fresh(y, function(ta, b))
-        change = y * tb
-        change = change.neg_() if ta is None else ta - change
-        return make_dual_of_fresh(y, change.div_(b))
+        change = ta  # of the numerator, if y is to stay
+        if tb is not None:
+            change = (y * tb).neg_() if ta is None else ta - y * tb
+        ty = function(change, b)
+    return make_dual_of_fresh(y, ty)
 
 
 def _reverse_quotient(function: Any, input: Any, other: Any) -> Tensor | None:

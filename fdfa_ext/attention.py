@@ -71,9 +71,9 @@ def _attention(
             tangent = _add_product(tangent, score if kept is None else score.mul_(kept), values)
         if tv is not None:
             tangent = _add_product(tangent, weights if dropped is None else dropped, matrices(tv))
-        assert output is not None
-        assert tangent is not None, "one of the three has one"
-        return make_dual_of_fresh(output, tangent.view(output.shape))
+    assert output is not None
+    assert tangent is not None, "one of the three has one"
+    return make_dual_of_fresh(output, tangent.view(output.shape))
 
 
 def _weights(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from nets import Residue
 from torch import Tensor, nn
 
-from fdfa_ext.duals import forward_mode, has_tangent
+from fdfa_ext.duals import forward_mode, has_tangent, make_dual
 from fdfa_ext.jvp import FunctionRules, forward_dual, function_rules
 
 
@@ -359,9 +359,10 @@ def test_batch_norm_moves_its_statistics_as_torchs_does(needs_gradient: bool) ->
     torch.testing.assert_close(norms[0].state_dict(), norms[1].state_dict())
 
 
-def test_dropped_weights_of_attention_are_dropped_from_the_tangent_too() -> None:
-    """d = J u for the mask that was drawn, by the Jacobian of the same draw."""
+def test_dropped_weights_of_attention_are_dropped_from_tangent_and_gradients_too() -> None:
+    """d = J u and Jᵀ e for the mask that was drawn, by the Jacobian of the same draw."""
     q, k, v, tq, tk, tv = torch.randn(6, 2, 3, 7, 4, dtype=torch.double).unbind()
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
 
     def attention(*inputs: Tensor) -> Tensor:
         torch.manual_seed(0)
@@ -374,8 +375,24 @@ def test_dropped_weights_of_attention_are_dropped_from_the_tangent_too() -> None
         for size in (1e-6, -1e-6):
             moved = [forward_ad.make_dual(a + size * b, b) for a, b in ((q, tq), (k, tk), (v, tv))]
             shifted.append(forward_ad.unpack_dual(attention(*moved)).primal)
+        duals = [forward_ad.make_dual(t * 1, u) for t, u in zip(leaves, (tq, tk, tv), strict=True)]
+        primal = forward_ad.unpack_dual(attention(*duals)).primal
     torch.testing.assert_close(ty, (shifted[0] - shifted[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+    error = torch.randn_like(y)
+    gradients = torch.autograd.grad(primal, leaves, error)
+    along = [(g * u).sum() for g, u in zip(gradients, (tq, tk, tv), strict=True)]
+    torch.testing.assert_close(torch.stack(along).sum(), (error * ty).sum())
     assert not torch.equal(y, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_dual_tensor_keeps_the_graph_of_its_primal_where_none_is_recorded() -> None:
+    leaf = torch.randn(2, 5, requires_grad=True)
+    for primal in (leaf * 2, (leaf * 2).view(5, 2), leaf):
+        with forward_mode(), torch.no_grad():
+            dual = make_dual(primal, torch.ones_like(primal))
+        assert dual.requires_grad
+        (gradient,) = torch.autograd.grad(dual.sum(), leaf)
+        assert gradient.any()
 
 
 def test_a_result_of_a_rule_takes_its_tangent_without_a_view() -> None:
