@@ -98,7 +98,7 @@ def test_a_compiled_step_keeps_outputs_that_a_module_changes_in_place(compiler: 
     ("backend", "options"),
     [
         *(("fused", {"feedback": rule}) for rule in ("adam", "ema")),
-        *slow_but(("reference", {"feedback": rule}) for rule in ("adam", "ema")),
+        *slow_but([("reference", {"feedback": "adam"})]),
         ("fused", {"method": "dkp"}),  # torch cannot compile it on the reference
     ],
     ids=str,
@@ -136,7 +136,7 @@ def test_another_batch_size_compiles_again_with_static_shapes(backend: str) -> N
     model = FDFA(NETS["conv_net"][0](), example_input=x, backend=backend)
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
-    for n in (6, 4, 2):
+    for n in (6, 4):
         for forward in (eager, compiled):
             forward(x[:n]).sum().backward()
     for a, b in zip(eager.parameters(), model.parameters(), strict=True):
