@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fdfa_ext.auto import GRANULARITIES, auto_points, default_output, trace
+from fdfa_ext.auto import GRANULARITIES, auto_points, default_output
 from fdfa_ext.autograd import check_blocks
 from fdfa_ext.dual_pass import BACKENDS, BlockRecord
 from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
@@ -26,6 +26,7 @@ from fdfa_ext.patches import patch_shape
 from fdfa_ext.points import At, check_at, check_module, check_output_name
 from fdfa_ext.step import TrainingStep, no_tangent
 from fdfa_ext.summary import Summary, summarize
+from fdfa_ext.trace import trace
 
 
 class _with_signature_of_module:
