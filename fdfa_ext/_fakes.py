@@ -53,6 +53,11 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty([a.shape[0], b.shape[1]])
 
 
+@torch.library.register_fake("fdfa::dual_activation")
+def _(x: Tensor, tangent: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
 @torch.library.register_fake("fdfa::linear")
 def _(
     x: Tensor,

@@ -5,14 +5,14 @@ products cost some 0.2 ms of one thread each: of 65,536 elements x * weight take
 and 18 us without.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdfa_ext._torch_internals import without_forward_mode
+from fdfa_ext._torch_internals import is_in_checkpoint, without_forward_mode
 from fdfa_ext.duals import has_tangent, make_dual, make_dual_of_fresh, unpack_dual
 
 # Given the function and its arguments, dual tensors among them; returns a dual tensor, or None where it
@@ -20,15 +20,27 @@ from fdfa_ext.duals import has_tangent, make_dual, make_dual_of_fresh, unpack_du
 DualRule = Callable[..., Any]
 
 
+_NAMES = ("input", "other", "mat1", "batch1", "mat2", "batch2")  # of operands, in their order
+
+
+def _operands(given: Sequence[Any], named: dict[str, Any], count: int) -> list[Any] | None:
+    """As many operands, taken out of a call's arguments; None if it has others, or no tangent."""
+    operands = [*given, *(named.pop(name) for name in _NAMES if name in named)]
+    if len(operands) != count or not any(isinstance(t, Tensor) and has_tangent(t) for t in operands):
+        return None
+    return operands
+
+
 def _unpack(operand: Any) -> tuple[Any, Tensor | None]:
     return unpack_dual(operand) if isinstance(operand, Tensor) else (operand, None)
 
 
-def _sum(function: Any, input: Any, other: Any, *rest: Any, **named: Any) -> Tensor | None:
+def _sum(function: Any, *given: Any, **named: Any) -> Tensor | None:
     """Of functions linear in both operands at once."""
-    (a, ta), (b, tb) = _unpack(input), _unpack(other)
-    if (ta is None and tb is None) or rest or named.keys() - {"alpha"}:
+    operands = _operands(given, named, 2)
+    if operands is None or named.keys() - {"alpha"}:
         return None
+    (a, ta), (b, tb) = map(_unpack, operands)
     y = function(a, b, **named)
     with torch.no_grad():
         zero = y.new_zeros(())
@@ -38,42 +50,46 @@ def _sum(function: Any, input: Any, other: Any, *rest: Any, **named: Any) -> Ten
     return make_dual_of_fresh(y, ty)
 
 
-def _product(function: Any, input: Any, other: Any, *rest: Any, **named: Any) -> Tensor | None:
+def _product(function: Any, *given: Any, **named: Any) -> Tensor | None:
     """Of functions linear in each operand."""
-    (a, ta), (b, tb) = _unpack(input), _unpack(other)
-    if (ta is None and tb is None) or rest or named:
+    operands = _operands(given, named, 2)
+    if operands is None or named:
         return None
+    (a, ta), (b, tb) = map(_unpack, operands)
     y = function(a, b)
     with torch.no_grad():
         ty = None if ta is None else function(ta, b)
-        if tb is not None and ty is not None and function in _ADDING:
+        if tb is None:
+            assert ty is not None, "one of them has a tangent"
+        elif ty is None:
+            ty = function(a, tb)
+        elif function in _ADDING and ty.dtype == a.dtype == tb.dtype:
             ty = _ADDING[function](ty, a, tb)
-        elif tb is not None:
-            term = function(a, tb)
-            ty = term if ty is None else ty.add_(term)
+        else:
+            ty = ty.add_(function(a, tb))
     return make_dual_of_fresh(y, ty)
 
 
-# To a tensor in place.
+# To a tensor in place; of one type, since autocast does not see them.
 _ADDING: dict[Any, Any] = {
     **dict.fromkeys((torch.mul, Tensor.mul), Tensor.addcmul_),
     **dict.fromkeys((torch.bmm, Tensor.bmm), Tensor.baddbmm_),
 }
 
 
-def _added_product(
-    function: Any, input: Tensor, first: Tensor, second: Tensor, *, beta: Any = 1, alpha: Any = 1
-) -> Tensor | None:
+def _added_product(function: Any, *given: Any, **named: Any) -> Tensor | None:
     """Of beta · input + alpha · first @ second."""
-    (c, tc), (a, ta), (b, tb) = map(unpack_dual, (input, first, second))
-    if tc is None and ta is None and tb is None:
+    operands = _operands(given, named, 3)
+    if operands is None or named.keys() - {"beta", "alpha"}:
         return None
-    y = function(c, a, b, beta=beta, alpha=alpha)
+    (c, tc), (a, ta), (b, tb) = map(_unpack, operands)
+    y = function(c, a, b, **named)
+    beta, alpha = named.get("beta", 1), named.get("alpha", 1)
     with torch.no_grad():
         terms = [alpha * torch.matmul(*pair) for pair in ((ta, b), (a, tb)) if None not in pair]
-        if tc is not None:
+        if tc is not None and beta != 0:
             terms.append((beta * tc).expand(y.shape))
-        ty = torch.empty_like(y).copy_(terms[0])
+        ty = torch.zeros_like(y) if not terms else torch.empty_like(y).copy_(terms[0])
         for term in terms[1:]:
             ty += term
     return make_dual_of_fresh(y, ty)
@@ -82,9 +98,10 @@ def _added_product(
 def _einsum(function: Any, equation: Any, *operands: Any) -> Tensor | None:
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or not all(isinstance(t, Tensor) for t in operands):
+    # The result of one operand may be a view of it.
+    if len(operands) < 2 or not isinstance(equation, str):
         return None
-    pairs = [unpack_dual(t) for t in operands]
+    pairs = [_unpack(t) for t in operands]
     primals = [primal for primal, _ in pairs]
     if all(tangent is None for _, tangent in pairs):
         return None
@@ -99,10 +116,11 @@ def _einsum(function: Any, equation: Any, *operands: Any) -> Tensor | None:
     return make_dual_of_fresh(y, ty)
 
 
-def _quotient(function: Any, input: Any, other: Any, **named: Any) -> Tensor | None:
-    (a, ta), (b, tb) = _unpack(input), _unpack(other)
-    if (ta is None and tb is None) or named:
+def _quotient(function: Any, *given: Any, **named: Any) -> Tensor | None:
+    operands = _operands(given, named, 2)
+    if operands is None or named:
         return None
+    (a, ta), (b, tb) = map(_unpack, operands)
     y = function(a, b)
     with torch.no_grad():
         change = ta  # of the numerator, if y is to stay
@@ -116,40 +134,46 @@ def _reverse_quotient(function: Any, input: Any, other: Any) -> Tensor | None:
     return _quotient(lambda a, b: function(b, a), other, input)
 
 
-def _sum_in_place(function: Any, input: Tensor, other: Any, **named: Any) -> Tensor | None:
-    if not _has_the_only_tangent(input, other):
+def _sum_in_place(function: Any, *given: Any, **named: Any) -> Tensor | None:
+    operands = _operands(given, named, 2)
+    if operands is None or named.keys() - {"alpha"} or not _first_moves_alone(*operands):
         return None
+    input, other = operands
     with without_forward_mode():
         function(input, other, **named)
     return input
 
 
-def _product_in_place(function: Any, input: Tensor, other: Any, **named: Any) -> Tensor | None:
-    if named or not _has_the_only_tangent(input, other):
+def _product_in_place(function: Any, *given: Any, **named: Any) -> Tensor | None:
+    operands = _operands(given, named, 2)
+    if operands is None or named or not _first_moves_alone(*operands):
         return None
+    input, other = operands
     tangent = unpack_dual(input)[1]
     with torch.no_grad():  # first: the other may be a view of the input
-        assert tangent is not None, "it has one"
         function(tangent, other)
     return _sum_in_place(function, input, other)
+
+
+def _first_moves_alone(input: Any, other: Any) -> bool:
+    return _unpack(input)[1] is not None and _unpack(other)[1] is None
 
 
 def _with_zeros(function: Any, *operands: Any, **named: Any) -> Any:
     """By torch's forward mode, with zeros of the usual kind for missing tangents."""
     tensors = [t for t in (*operands, *named.values()) if isinstance(t, Tensor)]
-    if not any(map(has_tangent, tensors)):
+    # A checkpoint would compute it again without.
+    if not any(map(has_tangent, tensors)) or is_in_checkpoint():
         return None
 
     def filled(t: Any) -> Any:
         if not isinstance(t, Tensor) or not t.is_floating_point() or has_tangent(t):
             return t
+        if 0 in t.stride():  # expanded: a tangent has memory for each element
+            t = t.contiguous()
         return make_dual(t, torch.zeros_like(t))
 
     return function(*map(filled, operands), **{name: filled(value) for name, value in named.items()})
-
-
-def _has_the_only_tangent(input: Tensor, other: Any) -> bool:
-    return _unpack(input)[1] is not None and _unpack(other)[1] is None
 
 
 ARITHMETIC_RULES: dict[Any, DualRule] = {

@@ -34,16 +34,22 @@ def _attention(
     (q, tq), (k, tk), (v, tv) = map(unpack_dual, (query, key, value))
     alike = q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled(q.device.type)
     tangents = [t for t in (tq, tk, tv) if t is not None]
-    if not alike or not tangents or dropout_p >= 1:
+    if not alike or not tangents or dropout_p >= 1 or 0 in q.shape[-1:]:
         return None
-    if attn_mask is not None and (has_tangent(attn_mask) or attn_mask.dim() > q.dim()):
+    if attn_mask is not None and (
+        has_tangent(attn_mask) or attn_mask.dim() > q.dim() or (is_causal and dropout_p > 0)
+    ):
+        return None
+    if dropout_p > 0 and q.shape[:-2] != v.shape[:-2]:  # the mask is that of the weights
         return None
     output = None
     if dropout_p == 0:
         output = function(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
-        groups = q.shape[-3] // k.shape[-3]
-        k, v, tk, tv = (None if t is None else t.repeat_interleave(groups, -3) for t in (k, v, tk, tv))
+        k, v, tk, tv = (
+            None if t is None else t.repeat_interleave(q.shape[-3] // t.shape[-3], -3)
+            for t in (k, v, tk, tv)
+        )
     heads = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v)))
     factor = q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -94,7 +100,9 @@ def _weights(
         return scores.softmax(-1)
     shaped = scores.view(*heads, *size)
     shaped = shaped.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else shaped + mask
-    return safe_softmax(shaped.reshape(scores.shape), -1)  # zero in a row without any key
+    return safe_softmax(
+        shaped.reshape(scores.shape).to(scores.dtype), -1
+    )  # zero in a row without any key
 
 
 def _add_product(sum: Tensor | None, first: Tensor, second: Tensor, factor: float = 1.0) -> Tensor:

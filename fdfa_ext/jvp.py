@@ -366,9 +366,13 @@ def _clamp(
 ) -> tuple[Tensor, Tensor] | None:
     if isinstance(min, Tensor) or isinstance(max, Tensor):
         return None
-    y = function(x, min, max)
-    inside = x.detach() == y.detach()
-    return y, tangent * inside
+    detached = x.detach()
+    inside = torch.ones_like(detached)
+    for bound, compared in ((min, torch.ge), (max, torch.le)):
+        if bound is not None:
+            inside.mul_(compared(detached, bound))
+    # Not a product, which an infinite tangent outside would make NaN.
+    return function(x, min, max), aten.threshold_backward(tangent, inside, 0)
 
 
 def _square(function: Any, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -578,6 +582,11 @@ class FunctionRules(TorchFunctionMode):
     ) -> Any:
         if type(func) is FunctionType:
             func = torchs_own(func)
+        # A subclass's functions may do anything, and a compiler has rules of its own.
+        if any([kind is not Tensor for kind in types]) or torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        if func is torch.autograd.grad:
+            _refuse_gradient(*args, **(kwargs or {}))
         rule, dual_rule = _FUNCTION_RULES.get(func), _DUAL_RULES.get(func)
         if dual_rule is not None and args and is_own_level_open():
             dual = dual_rule(func, *args, **(kwargs or {}))
@@ -589,6 +598,16 @@ class FunctionRules(TorchFunctionMode):
             if pair is not None:
                 return make_dual_of_fresh(*pair)
         return _in_one_dtype(func(*args, **kwargs) if kwargs else func(*args))
+
+
+def _refuse_gradient(outputs: Any, *args: Any, **named: Any) -> None:
+    """A rule leaves no tangent in the graph, so that its gradients would have none."""
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    if is_own_level_open() and any(isinstance(t, Tensor) and has_tangent(t) for t in outputs):
+        raise RuntimeError(
+            "FDFA: the forward takes a gradient of what depends on blocks or points, and this gradient "
+            "has no tangent; use a method without tangents, such as dfa or dkp"
+        )
 
 
 def torchs_own(function: Any) -> Any:

@@ -385,7 +385,6 @@ def test_every_kernel_of_every_operator_is_sanitized(monkeypatch) -> None:
         "fdfa::feedback_node",
         "fdfa::product",
         "fdfa::dual_linear",
-        "fdfa::dual_activation",
         "fdfa::dual_batch_norm",
     }  # made of others
 

@@ -173,6 +173,7 @@ def test_opcheck(device: torch.device, checks: tuple[str, ...]) -> None:
             opcheck(fused.conv2d.default, args)
     for y in (torch.randn(4, 9, device=device), images):
         opcheck(fused.perturb.default, (y, y, state, 1, "gaussian"))
+        opcheck(fused.dual_activation.default, (y.detach().requires_grad_(), y.detach(), "silu"))
     opcheck(fused.next_noise.default, (state.clone(),))
     x, weight = (torch.randn(*size, device=device, requires_grad=True) for size in ((6, 4), (4,)))
     zeros, ones = torch.zeros(4, device=device), torch.ones(4, device=device)
@@ -333,6 +334,26 @@ def test_dual_activation_of_many_dimensions_and_of_one_number(device: torch.devi
         y, ty = fused.dual_activation(x, tangent, "tanh")
         torch.testing.assert_close(y, x.tanh())
         torch.testing.assert_close(ty, tangent * (1 - x.tanh() ** 2))
+
+
+def test_second_derivatives_of_dual_activation(device: torch.device) -> None:
+    x = torch.randn(6, device=device, requires_grad=True)
+    for name, function in (
+        ("silu", torch.nn.functional.silu),
+        ("gelu", torch.nn.functional.gelu),
+        ("tanh", torch.tanh),
+    ):
+        found = []
+        for y in (fused.dual_activation(x, torch.ones_like(x), name)[0], function(x)):
+            (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            found += torch.autograd.grad(gradient.square().sum(), x)
+        torch.testing.assert_close(*found)
+
+
+def test_dual_activation_lays_out_its_results_as_torch_does(device: torch.device) -> None:
+    x = torch.randn(2, 3, 4, 6, device=device).to(memory_format=torch.channels_last)[:, :, ::2]
+    for t in fused.dual_activation(x, x, "gelu"):
+        assert t.stride() == torch.nn.functional.gelu(x).stride()
 
 
 def test_dual_activation_refuses_what_it_cannot_do(device: torch.device) -> None:

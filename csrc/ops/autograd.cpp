@@ -4,6 +4,8 @@
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/leaky_relu_backward.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sigmoid_backward.h>
 #include <ATen/ops/silu_backward.h>
 #include <ATen/ops/tanh_backward.h>
@@ -172,13 +174,20 @@ struct DualBatchNorm : torch::autograd::Function<DualBatchNorm> {
   }
 };
 
+// at::silu_backward, which has no derivative.
+Tensor silu_gradient(const Tensor& grad, const Tensor& x) {
+  const Tensor s = at::sigmoid(x);
+  return grad * (s * (1 + x * (1 - s)));
+}
+
 // An activation between points: y carries the gradient.
 struct DualActivation : torch::autograd::Function<DualActivation> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& tangent,
                                c10::string_view name) {
+    static const auto op = find<decltype(fdfa::dual_activation)>("fdfa::dual_activation");
     const Activation activation = parse_activation("dual_activation", name);
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, ty] = activate(x, tangent, activation);
+    auto [y, ty] = op.call(x, tangent, name);
     ctx->save_for_backward({derivative_needs_pre_activation(activation) ? x : y});
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     ctx->mark_non_differentiable({ty});
@@ -203,7 +212,8 @@ struct DualActivation : torch::autograd::Function<DualActivation> {
         case Activation::gelu:
           return at::gelu_backward(grad, saved);
         case Activation::silu:
-          return at::silu_backward(grad, saved);
+          return at::GradMode::is_enabled() ? silu_gradient(grad, saved)
+                                            : at::silu_backward(grad, saved);
         default:
           return grad;
       }
@@ -297,6 +307,13 @@ Convolved conv2d_autograd(const Tensor& x, const OptionalTensor& tangent, const 
   return {out[0], out[1], out[2], out[3]};
 }
 
+std::tuple<Tensor, Tensor> dual_activation_autograd(const Tensor& x, const Tensor& tangent,
+                                                    c10::string_view activation) {
+  check_no_dual("dual_activation", x);
+  const auto out = DualActivation::apply(x, tangent, activation);
+  return {out[0], out[1]};
+}
+
 // x Wᵀ + b of an x without gradient, by the faster library.
 struct Product : torch::autograd::Function<Product> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
@@ -333,12 +350,6 @@ std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, c
   return {std::move(y), call_mm(tangent, weight.t())};
 }
 
-std::tuple<Tensor, Tensor> dual_activation(const Tensor& x, const Tensor& tangent,
-                                           c10::string_view activation) {
-  const auto out = DualActivation::apply(x, tangent, activation);
-  return {out[0], out[1]};
-}
-
 std::tuple<Tensor, Tensor> dual_batch_norm(const Tensor& x, const Tensor& tangent,
                                            const OptionalTensor& weight, const OptionalTensor& bias,
                                            const OptionalTensor& running_mean,
@@ -354,6 +365,7 @@ std::tuple<Tensor, Tensor> dual_batch_norm(const Tensor& x, const Tensor& tangen
 
 TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
   m.impl("linear", fdfa::linear_autograd);
+  m.impl("dual_activation", fdfa::dual_activation_autograd);
   m.impl("conv2d", fdfa::conv2d_autograd);
   m.impl("batch_norm", fdfa::batch_norm_autograd);
   m.impl("max_pool2d_end", fdfa::max_pool2d_end_autograd);
@@ -362,6 +374,5 @@ TORCH_LIBRARY_IMPL(fdfa, Autograd, m) {
 TORCH_LIBRARY_IMPL(fdfa, CompositeImplicitAutograd, m) {
   m.impl("product", fdfa::product);
   m.impl("dual_linear", fdfa::dual_linear);
-  m.impl("dual_activation", fdfa::dual_activation);
   m.impl("dual_batch_norm", fdfa::dual_batch_norm);
 }

@@ -234,15 +234,19 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
   return run(finish, {product(x), tangent ? product(*tangent) : Tensor()});
 }
 
-std::tuple<Tensor, Tensor> activate(const Tensor& x, const Tensor& tangent, Activation activation) {
+std::tuple<Tensor, Tensor> dual_activation(const Tensor& x, const Tensor& tangent,
+                                           c10::string_view name) {
   const char* op = "dual_activation";
+  const Activation activation = parse_activation(op, name);
   check_floating(op, "x", x);
   check_like(op, "tangent", tangent, "x", x);
   check_shape(op, "tangent", tangent, x.sizes());
-  // Any order will do that both have.
-  const bool alike = x.is_non_overlapping_and_dense() && x.strides() == tangent.strides();
-  const Tensor z = alike ? x : x.contiguous(), tz = alike ? tangent : tangent.contiguous();
-  Tensor y = at::empty_like(z), ty = at::empty_like(z);
+  // In the order that torch's activations return, which any will do for.
+  Tensor y = at::empty_like(x), ty = at::empty_like(x);
+  const auto in_order = [&](const Tensor& t) {
+    return t.strides() == y.strides() ? t : at::empty_like(y).copy_(t);
+  };
+  const Tensor z = in_order(x), tz = in_order(tangent);
   if (x.numel() == 0) return {y, ty};
   with_storage(x.scalar_type(), [&](auto storage) {
     using T = decltype(storage);

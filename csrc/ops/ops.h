@@ -69,8 +69,8 @@ Dual linear(const Tensor& x, const OptionalTensor& tangent, const Tensor& weight
             const OptionalTensor& bias, const Tensor& noise_state, int64_t block,
             c10::string_view activation, c10::string_view noise);
 
-// y = f(x), and f'(x) tangent.
-std::tuple<Tensor, Tensor> activate(const Tensor& x, const Tensor& tangent, Activation activation);
+std::tuple<Tensor, Tensor> dual_activation(const Tensor& x, const Tensor& tangent,
+                                           c10::string_view activation);
 
 // The patches of a block's images of these sizes, [N, C, H, W]; none for other blocks, and for 1.
 Patches check_patch(const char* op, at::IntArrayRef sizes, int64_t patch);

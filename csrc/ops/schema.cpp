@@ -152,6 +152,7 @@ TORCH_LIBRARY(fdfa, m) {
     m.impl("next_noise", fdfa::next_noise);                   \
     m.impl("mm", fdfa::mm);                                   \
     m.impl("linear", fdfa::linear);                           \
+    m.impl("dual_activation", fdfa::dual_activation);         \
     m.impl("conv2d", fdfa::conv2d);                           \
     m.impl("perturb", fdfa::perturb);                         \
     m.impl("feedback_step", fdfa::feedback_step);             \
