@@ -204,6 +204,12 @@ def _has_matrices(module: nn.Module) -> bool:
     return any(p.dim() >= 2 for p in _own_parameters(module))
 
 
+def _has_bare_matrices(module: nn.Module) -> bool:
+    """Whether it has weights of its own that map features, but is called by parts."""
+    matrices = [p for p in _own_parameters(module) if sum(size > 1 for size in p.shape) > 1]
+    return bool(matrices) and not _is_layer(module)
+
+
 def _learns(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
@@ -225,7 +231,8 @@ def _repeated(
         if not own or member not in called or member in without:
             return False
         inner = {*member.modules()}
-        return not inner & behind and sum(_has_matrices(m) and times[m] > 0 for m in inner) > 1
+        layers = sum(_has_matrices(m) and times[m] > 0 for m in inner)
+        return not inner & behind and (layers > 1 or any(map(_has_bare_matrices, inner)))
 
     fitting = [member for member in names if fits(member)]
     kinds = Counter(type(member) for member in fitting)

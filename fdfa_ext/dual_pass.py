@@ -515,9 +515,9 @@ class BlockPass:
     def _refuse_checkpoint(self, dual: DualPass) -> None:
         if is_in_checkpoint() and not dual.in_checkpoint:
             raise RuntimeError(
-                f"FDFA: block '{self.name}' is called within torch.utils.checkpoint, which would "
-                "compute it again outside the step; put the checkpoint into an FDFABlock or around "
-                "the whole model"
+                f"FDFA: block or point '{self.name}' is called within torch.utils.checkpoint, which "
+                "would compute it again outside the step; put the checkpoint into an FDFABlock or "
+                "around the whole model, or points outside it"
             )
 
     def _end_sequence(
@@ -672,8 +672,9 @@ class BlockPass:
         if x.requires_grad:
             raise RuntimeError(
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
-                "that is no block: they would get no gradient. Put that module into an FDFABlock, or "
-                "name it in at=, and detach an input that wants a gradient"
+                "that is no block: they would get no gradient. Put that module, or one that computes "
+                "with a bare parameter, into an FDFABlock, or name it in at=, and detach an input that "
+                "wants a gradient"
             )
         return dual
 

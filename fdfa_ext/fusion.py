@@ -109,6 +109,19 @@ def channels_first(modules: Sequence[nn.Module]) -> bool | None:
     return None
 
 
+def channels_of(module: nn.Module) -> int | None:
+    """Those of its last layer or norm that returns a sequence as [N, C, L], if it has one."""
+    names = ("out_channels", "num_features", "num_channels")
+    found = [
+        getattr(inner, name)
+        for inner in module.modules()
+        if isinstance(inner, _CHANNELS_FIRST)
+        for name in names
+        if hasattr(inner, name)
+    ]
+    return found[-1] if found else None
+
+
 def _flattened(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     for module in modules:
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:

@@ -112,6 +112,9 @@ class FDFALinear(Block, nn.Linear):
     def _fused_call(self, own: BlockPass) -> Call:
         return partial(own.linear, self)
 
+    def returns_channels_first(self) -> bool:
+        return False
+
     def plain(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](nn.Linear.forward(self, x))
 

@@ -14,8 +14,9 @@ from torch.nn.parameter import is_lazy
 
 from fdfa_ext.auto import GRANULARITIES, auto_points, default_output
 from fdfa_ext.autograd import check_blocks
-from fdfa_ext.dual_pass import BACKENDS, BlockRecord
+from fdfa_ext.dual_pass import BACKENDS, BlockRecord, DualPass
 from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
+from fdfa_ext.fusion import channels_of
 from fdfa_ext.heads import LocalHeads
 from fdfa_ext.layers import NOT_SCRIPTABLE, Block
 from fdfa_ext.memory import keep_freed_memory
@@ -23,7 +24,7 @@ from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, BlockMethod, Method
 from fdfa_ext.network import Network, sample_index_of
 from fdfa_ext.noise import NOISES, new_state
 from fdfa_ext.patches import patch_shape
-from fdfa_ext.points import At, check_at, check_module, check_output_name
+from fdfa_ext.points import At, channels_first_at, check_at, check_module, check_output_name
 from fdfa_ext.step import TrainingStep, no_tangent
 from fdfa_ext.summary import Summary, summarize
 from fdfa_ext.trace import trace
@@ -439,6 +440,7 @@ class FDFA(nn.Module):
                 "leads through it learn no feedback",
                 stacklevel=3,
             )
+        self._warn_of_layouts(dual)
         untrained = summarize(step, 0).untrained
         for record in dual.records:
             is_output = output.numel() > 0 and record.output.data_ptr() == output.data_ptr()
@@ -475,6 +477,30 @@ class FDFA(nn.Module):
         if method.local_heads:
             like = next(self.module.parameters())
             self.heads.prepare(dual.records[:-1], output.shape[1], like)
+
+    def _warn_of_layouts(self, dual: DualPass) -> None:
+        """Of what would be taken otherwise than it may be meant."""
+        if self.patch > 1 and dual.has_positions:
+            warnings.warn(
+                f"FDFA: patch={self.patch} has no effect, since the output has K values for each token "
+                "or pixel, which all have one B; leave it out",
+                stacklevel=4,
+            )
+        modules = {own.name: own.module for own in self.network.passes}
+        for record in dual.records:
+            name, shape = modules[record.name], record.shape
+            is_sequence = len(shape) == 3 and (dual.has_positions or self.patch > 1)
+            if not is_sequence or channels_first_at(self.module, name) is not None:
+                continue
+            _, tokens, features = shape
+            channels = channels_of(self.module.get_submodule(name))
+            if channels == tokens or (channels is None and tokens == features):
+                warnings.warn(
+                    f"FDFA: block or point '{record.name}' returns {list(shape)}, which counts as "
+                    "[N, T, D], since a module of your own does not tell; if it is [N, D, T], give at= "
+                    "the last of torch's layers within it instead",
+                    stacklevel=4,
+                )
 
     def _create(self, record: BlockRecord, outputs: int) -> None:
         """Makes B and its moments, where a block has none yet."""

@@ -59,7 +59,9 @@ class Positions:
         return self.grid == output.grid or (self.channels_first and all(_strided(*p) for p in pairs))
 
     def __str__(self) -> str:
-        kind = "tokens" if len(self.grid) == 1 else "pixels"
+        kind = "pixels"
+        if len(self.grid) == 1:
+            kind = f"tokens, as [N, {'D, T' if self.channels_first else 'T, D'}]"
         return f"{' x '.join(map(str, (self.n, *self.grid)))} {kind}"
 
 

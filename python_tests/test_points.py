@@ -1178,7 +1178,9 @@ class Swapped(nn.Module):
 @pytest.mark.parametrize("layer", [nn.Linear(6, 6), FDFALinear(6, 6), FDFABlock(nn.Linear(6, 6))])
 def test_features_with_the_tokens_first_are_refused(layer: nn.Module) -> None:
     at = None if type(layer) is not nn.Linear else ["layer"]
-    message = r"of 2 x 5 tokens, so .* 'layer' must have features of each; got \[5, 2, 6\], of 5 x 2"
+    message = (
+        r"of 2 x 5 tokens, as .*, so .* 'layer' must have features of each; got \[5, 2, 6\], of 5 x 2"
+    )
     with pytest.raises(ValueError, match=message):
         wrapped(Swapped(layer, (0, 1)), torch.randn(2, 5, 6), at=at)
 
@@ -1197,6 +1199,65 @@ def test_convolutions_over_tokens_have_features_of_each_token(tokens: int, block
     conv.weight.grad = None
     F.cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()
     torch.testing.assert_close(found, conv.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+class _Convolutions(nn.Module):
+    """That return [N, D, T], whatever else they have."""
+
+    def __init__(self, channels: int, gate: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(channels, channels, 3, padding=1)
+        self.second = nn.Conv1d(channels, channels, 3, padding=1)
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(F.silu(self.first(x)))
+        return x + (y if self.gate is None else y * self.gate(x.mean(-1)).unsqueeze(-1))
+
+
+def _of_convolutions(gate: Any, outputs: int) -> nn.Sequential:
+    middle = [_Convolutions(8, gate()) for _ in range(2)]
+    return nn.Sequential(nn.Conv1d(3, 8, 1), *middle, nn.Conv1d(8, outputs, 1))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_module_of_ones_own_that_may_return_channels_first_is_warned_of(gated: bool) -> None:
+    def gate() -> nn.Module | None:
+        return nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()) if gated else None
+
+    message = r"'1' returns \[4, 8, 8\], which counts as \[N, T, D\], since a module of your own"
+    with pytest.warns(UserWarning, match=message):  # as many tokens as channels
+        FDFA(_of_convolutions(gate, 5), at="auto", example_input=torch.randn(4, 3, 8))
+    with pytest.raises(ValueError, match=r"got \[4, 8, 12\], of 4 x 8 tokens, as \[N, T, D\]"):
+        FDFA(_of_convolutions(gate, 5), at=[_Convolutions], example_input=torch.randn(4, 3, 12))
+    net = nn.Sequential(_of_convolutions(gate, 6), nn.Flatten(), nn.Linear(72, 3))
+    with pytest.warns(UserWarning, match=r"'0.1' returns \[2, 8, 12\], which counts as \[N, T, D\]"):
+        FDFA(net, at="auto", patch=4, example_input=torch.randn(2, 3, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FDFA(net, at="auto", patch=4, granularity="layer", example_input=torch.randn(2, 3, 12))
+        FDFA(net, at="auto", example_input=torch.randn(2, 3, 12))
+
+
+def test_a_patch_without_effect_is_warned_of() -> None:
+    net = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.GELU(), nn.Conv1d(8, 5, 1))
+    with pytest.warns(UserWarning, match="patch=4 has no effect, since the output has K values"):
+        FDFA(net, at="auto", patch=4, example_input=torch.randn(2, 4, 16))
+
+
+def test_auto_takes_modules_with_bare_weights() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(1, 8)
+            self.weight = nn.Parameter(torch.randn(8, 8, 3) / 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.conv1d(self.norm(x), self.weight, padding=1)
+
+    net = nn.Sequential(nn.Conv1d(3, 8, 1), Bare(), Bare(), nn.Flatten(), nn.Linear(40, 3))
+    model = FDFA(net, at="auto", example_input=torch.randn(2, 3, 5))
+    assert list(model.feedback) == ["0", "1", "2"]
 
 
 def test_a_summary_leaves_what_a_sample_is() -> None:
