@@ -464,6 +464,16 @@ def _softmax(
     return y, aten._softmax_backward_data(tangent, y.detach(), dim, x.dtype)
 
 
+def _refuse_gradient(function: Any, outputs: Any, *args: Any, **named: Any) -> None:
+    """Of torch.autograd.grad: rules leave no tangents in the graph, and its results would have none."""
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    if any(isinstance(t, Tensor) and has_tangent(t) for t in outputs):
+        raise RuntimeError(
+            "FDFA: the forward takes a gradient of what depends on blocks or points, and this gradient "
+            "has no tangent; use a method without tangents, such as dfa or dkp"
+        )
+
+
 _FUNCTION_RULES: dict[Any, FunctionRule] = {
     F.linear: _linear,
     **dict.fromkeys(
@@ -493,7 +503,7 @@ _FUNCTION_RULES: dict[Any, FunctionRule] = {
     **dict.fromkeys((torch.square, Tensor.square), _square),
     **dict.fromkeys((torch.clamp, Tensor.clamp, torch.clip, Tensor.clip), _clamp),
 }
-_DUAL_RULES = ARITHMETIC_RULES | ATTENTION_RULES
+_DUAL_RULES = ARITHMETIC_RULES | ATTENTION_RULES | {torch.autograd.grad: _refuse_gradient}
 
 
 def _contiguous_group_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -582,45 +592,32 @@ class FunctionRules(TorchFunctionMode):
     ) -> Any:
         if type(func) is FunctionType:
             func = torchs_own(func)
-        # A subclass's functions may do anything, and a compiler has rules of its own.
-        if any([kind is not Tensor for kind in types]) or torch.compiler.is_compiling():
-            return func(*args, **(kwargs or {}))
-        if func is torch.autograd.grad:
-            _refuse_gradient(*args, **(kwargs or {}))
         rule, dual_rule = _FUNCTION_RULES.get(func), _DUAL_RULES.get(func)
-        if dual_rule is not None and args and is_own_level_open():
-            dual = dual_rule(func, *args, **(kwargs or {}))
-            if dual is not None:
-                return dual
-        func = self.stand_ins.get(func, func)
-        if rule is not None and args and is_own_level_open():
-            pair = _by_rule(rule, func, *args, **(kwargs or {}))
-            if pair is not None:
-                return make_dual_of_fresh(*pair)
-        return _in_one_dtype(func(*args, **kwargs) if kwargs else func(*args))
-
-
-def _refuse_gradient(outputs: Any, *args: Any, **named: Any) -> None:
-    """A rule leaves no tangent in the graph, so that its gradients would have none."""
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    if is_own_level_open() and any(isinstance(t, Tensor) and has_tangent(t) for t in outputs):
-        raise RuntimeError(
-            "FDFA: the forward takes a gradient of what depends on blocks or points, and this gradient "
-            "has no tangent; use a method without tangents, such as dfa or dkp"
-        )
+        stand_in = self.stand_ins.get(func, func)
+        if rule is not None or dual_rule is not None or stand_in is not func:
+            # A subclass's functions may do anything, and a compiler has rules of its own.
+            if any([kind is not Tensor for kind in types]) or torch.compiler.is_compiling():
+                return func(*args, **(kwargs or {}))
+            if is_own_level_open():
+                dual = None
+                if dual_rule is not None:
+                    dual = dual_rule(func, *args, **(kwargs or {}))
+                elif rule is not None and args:
+                    dual = _by_rule(rule, stand_in, *args, **(kwargs or {}))
+                if dual is not None:
+                    return dual
+        return _in_one_dtype(stand_in(*args, **kwargs) if kwargs else stand_in(*args))
 
 
 def torchs_own(function: Any) -> Any:
     """torch's own function where another stands in its place: it is that which calls a mode, by the
     name that both go by."""
-    if function.__globals__ is vars(F):
+    if function.__globals__ is vars(F) or function.__globals__["__name__"].startswith("torch."):
         return function
     return next((own for name, own in _OWN.items() if vars(F).get(name) is function), function)
 
 
-def _by_rule(
-    rule: FunctionRule, function: Any, input: Any, *rest: Any, **named: Any
-) -> tuple[Tensor, Tensor] | None:
+def _by_rule(rule: FunctionRule, function: Any, input: Any, *rest: Any, **named: Any) -> Tensor | None:
     if not isinstance(input, Tensor) or not input.is_floating_point():
         return None
     x, tangent = unpack_dual(input)
@@ -630,7 +627,9 @@ def _by_rule(
         if isinstance(value, Tensor) and has_tangent(value):
             return None
     # torch's forward mode records the graph of a tangent, which nobody asks for.
-    return rule(function, x, tangent.detach() if tangent.requires_grad else tangent, *rest, **named)
+    tangent = tangent.detach() if tangent.requires_grad else tangent
+    pair = rule(function, x, tangent, *rest, **named)
+    return None if pair is None else make_dual_of_fresh(*pair)
 
 
 def _in_one_dtype(out: Any) -> Any:
