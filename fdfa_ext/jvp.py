@@ -357,6 +357,8 @@ def _rms_norm(
 def _power(function: Any, x: Tensor, tangent: Tensor, exponent: Any) -> tuple[Tensor, Tensor] | None:
     if not isinstance(exponent, (int, float)) or exponent == 0:
         return None
+    if torch.is_autocast_enabled(x.device.type):  # which may change the type
+        return None
     slope = x.detach() * exponent if exponent == 2 else x.detach().pow(exponent - 1).mul_(exponent)
     return function(x, exponent), slope.mul_(tangent)
 
