@@ -80,7 +80,8 @@ def _other_ends(shape: tuple[int, int, int], outputs: int) -> nn.Sequential:
     return nn.Sequential(
         FDFAConv2d(channels, 64, 5, padding=2, activation="relu"),  # and no pool after it
         FDFABlock(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        FDFABlock(nn.Conv2d(64, 64, 3, padding=1), nn.Softplus()),  # perturbed in a pass of its own
+        # An activation in the middle, and perturbed in a pass of its own.
+        FDFABlock(nn.Conv2d(64, 64, 3, padding=1), nn.GELU(), nn.Softplus()),
         nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(64 * (height // 4) * (width // 4), outputs),
