@@ -379,6 +379,13 @@ def max_pool2d_backward(
     return dx.scatter_add_(2, indices, delta.flatten(2)).unflatten(2, tuple(input_size))
 
 
+def dual_activation(x: Tensor, tangent: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    function, derivative = ACTIVATIONS[activation]
+    y = function(x)
+    saved = x if activation in NEEDS_PRE_ACTIVATION else y
+    return y, derivative(saved.detach()) * tangent
+
+
 def perturb(
     y: Tensor,
     tangent: Tensor | None,

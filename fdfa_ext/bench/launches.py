@@ -156,6 +156,7 @@ _LAUNCHES: dict[str, _Count] = {
     "fdfa::max_pool2d_end": lambda a: 1 + _patch_noise(a, a["x"]),
     "fdfa::max_pool2d_backward": 1,
     "fdfa::perturb": lambda a: 1 + _patch_noise(a, a["y"]),
+    "fdfa::dual_activation": 1,
     "fdfa::mm": 1,
     "fdfa::next_noise": 1,  # the copy and the step counted up
     "fdfa::feedback_step": _feedback_step,  # which counts its step up, and sums δ and e for biases
