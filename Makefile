@@ -42,7 +42,7 @@ coverage: .venv/built
 cpp-test: .venv/installed
 	cmake -S . -B build/cpp
 	cmake --build build/cpp --parallel
-	ctest --test-dir build/cpp --output-on-failure
+	ctest --test-dir build/cpp --output-on-failure --parallel 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .
