@@ -614,7 +614,8 @@ class FunctionRules(TorchFunctionMode):
 def torchs_own(function: Any) -> Any:
     """torch's own function where another stands in its place: it is that which calls a mode, by the
     name that both go by."""
-    if function.__globals__ is vars(F) or function.__globals__["__name__"].startswith("torch."):
+    home = function.__globals__
+    if home is vars(F) or home.get("__name__", "").startswith("torch."):
         return function
     return next((own for name, own in _OWN.items() if vars(F).get(name) is function), function)
 

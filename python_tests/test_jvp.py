@@ -364,6 +364,16 @@ def test_functions_of_a_subclass_of_tensors_are_its_own() -> None:
         assert [t.tolist() for t in forward_ad.unpack_dual(y)] == [[-3, -3], [-3, -3]]
 
 
+def test_a_function_without_a_home_is_called_as_it_is() -> None:
+    """As code that is made from a string may be."""
+    home: dict[str, Any] = {}
+    exec("def overridable(x): return x * 3", home)
+    with forward_mode(), function_rules():
+        x = forward_ad.make_dual(torch.ones(2), torch.ones(2))
+        y = torch.overrides.handle_torch_function(home["overridable"], (x,), x)
+    assert y.tolist() == [3, 3]
+
+
 def test_a_gradient_that_has_no_tangent_is_refused() -> None:
     def of_energy(x: Tensor) -> Tensor:
         return x - torch.autograd.grad(x.pow(3).sum(), x, create_graph=True)[0]
