@@ -10,6 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules import module as nn_module
+from torch.nn.parallel import DistributedDataParallel
 
 # Dual tensors while a compiler traces, which forward_ad's functions hide behind Python that it cannot
 # follow. An eager step has csrc/dual.h. There is no level but 0.
@@ -98,9 +99,23 @@ def is_compiled(module: nn.Module) -> bool:
 
 def is_in_checkpoint() -> bool:
     """Whether torch.utils.checkpoint, not reentrant, will compute what runs now again, or does so."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    names = ("_checkpoint_hook", "_recomputation_hook")
-    return hooks is not None and hooks[0].__qualname__.startswith(names)
+    return _saves_by("_checkpoint_hook", "_recomputation_hook")
+
+
+def is_recomputing() -> bool:
+    """Whether it does so."""
+    return _saves_by("_recomputation_hook")
+
+
+def _saves_by(*hooks: str) -> bool:
+    """Whether one of these keeps what autograd saves now."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top is not None and top[0].__qualname__.startswith(hooks)
+
+
+def is_in_backward() -> bool:
+    """Whether autograd runs a backward, which a reentrant checkpoint computes within."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def has_kernel(operator: str, device: str) -> bool:
@@ -123,3 +138,24 @@ def backward_node_of(function: type[torch.autograd.Function]) -> type:
     """The class of the nodes that a function in Python leaves in a graph."""
     node: type = function._backward_cls
     return node
+
+
+def running_data_parallel() -> DistributedDataParallel | None:
+    """That whose forward runs, which no argument of the module within tells."""
+    running: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
+    return running
+
+
+def is_in_join(outer: DistributedDataParallel) -> bool:
+    """Whether processes that have no batch left only accompany the others."""
+    return bool(outer._join_config.enable)
+
+
+def mesh_of(module: nn.Module) -> Any:
+    """The processes over which fully_shard divides the module's own parameters; None if it does not."""
+    from torch.distributed.fsdp import FSDPModule  # which a torch without processes lacks
+
+    if not isinstance(module, FSDPModule):
+        return None
+    group = module._get_fsdp_state()._fsdp_param_group
+    return None if group is None else group.mesh_info.mesh

@@ -1,6 +1,5 @@
 """Points that are found in the trace of one forward, by the tensors that go in and out of modules."""
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
@@ -18,11 +18,14 @@ from fdfa_ext.own_code import nodes_behind
 from fdfa_ext.points import channels_first_at
 from fdfa_ext.positions import Positions
 from fdfa_ext.trace import ModuleCall, Trace
+from fdfa_ext.warning import warn
 
 GRANULARITIES = ("block", "layer")
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# Over positions or samples, as norms of images are.
+_WIDE_NORMS = (nn.GroupNorm, _BatchNorm)
 # They change no value, so that a point before them has the shape that patches want.
 _VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
 
@@ -51,11 +54,10 @@ def default_output(traced: Trace) -> str | None:
     before = nodes_behind(end.output) if end.output is not None else set()
     beside = [call for call in found if call.node not in before]
     if beside:
-        warnings.warn(
+        warn(
             f"FDFA: the output is taken to be that of {names[end.module]!r}, but the model's result "
             f"depends on layer {names[beside[-1].module]!r} beside it, through which points get no "
             "error; name the module that returns the output by output=",
-            stacklevel=4,
         )
     return names[end.module]
 
@@ -72,7 +74,9 @@ def auto_points(
     granularity is "layer". If these are transformer layers that normalise their input first, nothing
     cuts the skip connections, and points stand after their norms and the norm that reads the last one's
     output. A norm has none whose features go to other positions within the layer, as attention's
-    keys do: B is that of a position by itself. A layer that the output does not depend on has none.
+    keys do: B is that of a position by itself. Residual blocks of images that normalise first have one
+    point each, after the first norm with its activation. A layer that the output does not depend on has
+    none.
 
     Raises:
         ValueError: no place is left for a point.
@@ -93,7 +97,7 @@ def auto_points(
     if granularity != "layer":
         composites = _repeated(calls, times, without, behind, names)
         without |= {inner for composite in composites for inner in composite.modules()}
-        points, start = _points_of(composites, calls)
+        points, start = _points_of(composites, calls, traced, times)
     for call in layers:
         place = calls.index(call)
         if call.module not in without and place >= start and _learns(call.module):
@@ -103,10 +107,9 @@ def auto_points(
     left = [names[c.module] for c in others if _has_matrices(c.module) and c.module not in without]
     if left and points:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        warnings.warn(
+        warn(
             f'FDFA: at="auto" puts no point after layer {left[0]!r}{more}, whose features have other '
             "samples than the output; what has no point learns by those after it",
-            stacklevel=4,
         )
     if not points and not blocks:
         raise ValueError(_no_point(traced, output, names))
@@ -258,19 +261,30 @@ def _repeated(
 
 
 def _points_of(
-    composites: Sequence[nn.Module], calls: Sequence[ModuleCall]
+    composites: Sequence[nn.Module],
+    calls: Sequence[ModuleCall],
+    traced: Trace,
+    times: Counter[nn.Module],
 ) -> tuple[list[nn.Module], int]:
     """The points of repeated modules, and the place of the last call that a skip passes uncut."""
     norms = {c.module: _first_norms(c, calls) for c in calls if c.module in composites}
-    stream = [c for c in calls if norms.get(c.module)]  # those that normalise their input first
+    wide = _first_wide_norms(composites, calls)
+    # Those that normalise their input first.
+    stream = [c for c in calls if norms.get(c.module) or c.module in wide]
     inside = {inner for composite in composites for inner in composite.modules()}
 
     def ends_stream(call: ModuleCall) -> bool:
         reads = any(t is before.output for t in call.inputs for before in stream)
-        return reads and call.module not in inside and _normalises(call)
+        normalises = isinstance(call.module, _WIDE_NORMS) or _normalises(call)
+        return reads and call.module not in inside and normalises
+
+    def end_of(norm: ModuleCall) -> nn.Module:
+        if not isinstance(norm.module, _WIDE_NORMS):
+            return norm.module
+        return _end_of_group(traced, calls, calls.index(norm), times, set()).module
 
     ends = [call for call in calls if ends_stream(call)]
-    within = [norm for call in stream for norm in norms[call.module]]
+    within = [norm for call in stream for norm in norms.get(call.module, ())]
     readers = sorted([*within, *ends], key=calls.index)
     wanted: set[ModuleCall] = set()
     try:
@@ -280,19 +294,22 @@ def _points_of(
                     wanted.add(norm)
     except Exception as error:  # of code of the user's
         wanted.clear()
-        warnings.warn(
+        warn(
             'FDFA: at="auto" puts points after all norms of transformer layers; a backward in eval '
             "mode, which tells those that lead to other tokens, raises "
             f"{type(error).__name__}: {error}",
-            stacklevel=5,
         )
     points: list[nn.Module] = []
     for call in calls:
         if norms.get(call.module):
             # Where all mix positions, B of single ones has to do.
             points += [norm.module for norm in norms[call.module] if norm in wanted or not wanted]
-        elif call.module in composites or call in ends:
+        elif call.module in wide:
+            points.append(end_of(wide[call.module]))
+        elif call.module in composites:
             points.append(call.module)
+        elif call in ends:
+            points.append(end_of(call))
     return points, calls.index(stream[-1]) if stream else 0
 
 
@@ -334,6 +351,30 @@ def _first_norms(composite: ModuleCall, calls: Sequence[ModuleCall]) -> list[Mod
     norms = [n for n in norms if not found & ({*n.module.modules()} - {n.module})]
     first = any(t is read for call in norms for t in call.inputs for read in composite.inputs)
     return norms if first else []
+
+
+def _first_wide_norms(
+    composites: Sequence[nn.Module], calls: Sequence[ModuleCall]
+) -> dict[nn.Module, ModuleCall]:
+    """Of each composite that a norm over positions or samples begins, that norm, if a skip connection
+    may pass: the composite, or a module within that the norm begins too, is of a class of which one
+    returns features of its input's shape."""
+    inside = {inner for composite in composites for inner in composite.modules()}
+    begun: dict[nn.Module, ModuleCall] = {}
+    skips: set[type[nn.Module]] = set()
+    for call in calls:
+        inner = {*call.module.modules()}
+        own = not type(call.module).__module__.startswith("torch.nn.") and call.module in inside
+        if not own or call.output is None or not any(map(_has_matrices, inner)):
+            continue
+        for norm in calls:
+            is_within = norm.module in inner and isinstance(norm.module, _WIDE_NORMS)
+            if is_within and any(t is read for t in norm.inputs for read in call.inputs):
+                begun.setdefault(call.module, norm)
+                if call.output.shape == norm.inputs[0].shape:
+                    skips.add(type(call.module))
+    passed = {norm for module, norm in begun.items() if type(module) in skips}
+    return {m: begun[m] for m in composites if m in begun and begun[m] in passed}
 
 
 def _keeps_positions(norm: ModuleCall, later: Sequence[ModuleCall], composite: ModuleCall) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fdfa_ext import reference
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import is_in_checkpoint, traced_make_dual, traced_unpack_dual
+from fdfa_ext.data_parallel import Ranks
 from fdfa_ext.duals import first_tensor, make_dual, refuse_unknown, unpack_dual, with_first
 from fdfa_ext.fusion import Chain, FusedTail, norm_arguments
 from fdfa_ext.jvp import (
@@ -32,7 +33,7 @@ from fdfa_ext.jvp import (
 from fdfa_ext.noise import channels_last, memory_format_of
 from fdfa_ext.own_code import OutputLayer, OwnCodeRules, expose, leaves_behind
 from fdfa_ext.patches import as_image, as_sequence
-from fdfa_ext.positions import Cells, Members, Positions, Source
+from fdfa_ext.positions import Cells, Members, Positions, Same, Source
 from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 
 BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
@@ -117,6 +118,7 @@ class DualPass:
     tangents: str  # "network", "block": they end at the next block, or "none"
     perturbs: bool
     dimensions: int  # of the output
+    ranks: Ranks | None = None  # the processes that share the batch; None: this one has all of it
     sample_index: Tensor | None = None  # int64 [rows]: the sample that each row of features is of
     output_positions: Positions | None = None  # once it is there, if it has any
     source: Source | None = None  # where rows have their errors from, in a part; None: the output's own
@@ -227,24 +229,32 @@ class DualPass:
             return output.squeeze(1)
         return output if self.output_positions is None else self.output_positions.of_rows(output)
 
-    def parts(self, samples: int) -> "list[DualPass]":
+    def parts(self, samples: int, shares: bool = False) -> "list[DualPass]":
         """The pass of the blocks whose rows are the output's, and of others by where their rows have
-        their errors from. samples: rows of the output."""
+        their errors from.
+
+        samples: rows of the output. shares: whether all processes must have the same parts, in the same
+        order, though rows may be as many as the output's in one of them alone.
+        """
         if self.output_positions is None and self.sample_index is None:
             return [self]
         sources = [self._source_of(record, samples) for record in self.records]
-        if not any(sources):
+        shared = self._rows_of_ranks() if shares else [()] * len(sources)
+        if not any(sources) and len(set(shared)) == 1:
             return [self]
         found: dict[Any, DualPass] = {}
-        for place, (record, source) in enumerate(zip(self.records, sources, strict=True)):
-            key = source if source is None or isinstance(source, Cells) else Members
+        for place, (record, source, rows) in enumerate(zip(self.records, sources, shared, strict=True)):
+            key = rows, Members if isinstance(source, Members) else source
             if key not in found:
-                found[key] = replace(self, source=source, records=[], biases=[], biased=[])
+                own = Same(samples) if shares and source is None else source
+                found[key] = replace(self, source=own, records=[], biases=[], biased=[])
             part = found[key]
             if place in self.biased:
                 part.biases.append(self.biases[self.biased.index(place)])
                 part.biased.append(len(part.records))
             part.records.append(record)
+        if shares:
+            return [*found.values()]
         return sorted(found.values(), key=lambda part: part.source is not None)
 
     def _source_of(self, record: BlockRecord, samples: int) -> Source | None:
@@ -260,6 +270,36 @@ class DualPass:
                 "samples or what sample_index has samples of; give a batch whose numbers differ"
             )
         return None if rows == samples else Members(index)
+
+    def noise_of(self, block: int, rows: int) -> Tensor:
+        """The noise state of a block of so many rows, by its place in the noise."""
+        if self.ranks is None or not self.perturbs:
+            return self.noise_state
+        return self.ranks.noise_state(self.noise_state, self._kind(block), rows)
+
+    def weighted(self, tangent: Tensor | None, rule: str) -> Tensor | None:
+        """d for a rule of B in a part: the mean of G over the processes is that over all rows, however
+        many each has."""
+        if self.ranks is None or tangent is None or rule == "fixed":
+            return tangent
+        kind = self._kind(self.records[0].index)
+        wide = tangent.to(torch.promote_types(tangent.dtype, torch.float32))
+        return wide * self.ranks.weight(self.noise_state, kind, len(tangent))
+
+    def rows_of_ranks(self, rows: int) -> list[int]:
+        """How many rows each process has in a part of which this one has so many."""
+        assert self.ranks is not None
+        return self.ranks.rows(self.noise_state, {self._kind(self.records[0].index): rows})[0]
+
+    def _rows_of_ranks(self) -> list[tuple[int, ...]]:
+        """The same for each block."""
+        assert self.ranks is not None
+        rows = {self._kind(r.index): r.output.shape[0] for r in self.records}
+        return [*map(tuple, self.ranks.rows(self.noise_state, rows))]
+
+    def _kind(self, block: int) -> int:
+        """Blocks of samples are all of one kind."""
+        return block if self.has_positions or self.sample_index is not None else 0
 
     def use_noise(self) -> Tensor:
         """The noise state of this pass, for its backward; that of the model moves on."""
@@ -378,7 +418,7 @@ class BlockPass:
             tangent = None if tangent is None else tangent.flatten(1, -2)
         weight, bias, taken = self._parameters_of(dual, layer, x)
         in_patches = dual.patch > 1 and x.dim() == 3
-        options = self._options(dual, layer.activation, perturbs=not in_patches)
+        options = self._options(dual, layer.activation, len(x), perturbs=not in_patches)
         y, ty, pre = dual.backend.linear(x, tangent, weight, bias, **options)
         if in_patches:
             ty = None if tangent is None else ty
@@ -431,7 +471,7 @@ class BlockPass:
             padding,
             layer.dilation,
             layer.groups,
-            **self._options(dual, activation, perturbs=not has_positions),
+            **self._options(dual, activation, len(x), perturbs=not has_positions),
             pool=fused_pool,
             patch=dual.patch,
         )
@@ -547,7 +587,7 @@ class BlockPass:
         return ty
 
     def _perturbed(self, dual: DualPass, y: Tensor, ty: Tensor | None) -> Tensor:
-        noise = dual.noise_state, self.index, dual.noise, dual.patch
+        noise = dual.noise_of(self.index, len(y)), self.index, dual.noise, dual.patch
         perturbed: Tensor = dual.backend.perturb(y, ty, *noise)
         return perturbed
 
@@ -567,7 +607,8 @@ class BlockPass:
         has_positions = dual.has_positions
         fused_pool = None if tail.pool is not None or has_positions else _fused_pool(dual, pool, x)
         # Where a pool follows within the block, it is that which perturbs.
-        options = self._options(dual, tail.activation, perturbs=tail.pool is None and not has_positions)
+        perturbs = tail.pool is None and not has_positions
+        options = self._options(dual, tail.activation, len(x), perturbs)
         memory_format = memory_format_of(x.dim())
         ty: Tensor | None
         if tail.normalizes:
@@ -609,7 +650,7 @@ class BlockPass:
                 None if tangent is None else ty,
                 pre,
                 *pool_geometry(tail.pool),
-                dual.noise_state,
+                dual.noise_state if has_positions else dual.noise_of(self.index, len(x)),
                 self.index,
                 "none" if has_positions else dual.noise,
                 dual.patch,
@@ -621,10 +662,12 @@ class BlockPass:
         self._record(dual, y, pre, tail.activation, memory_format, own_output, taken_bias=taken)
         return _behind(pool, pooled if own_output else None, y, ty if dual.perturbs else None)
 
-    def _options(self, dual: DualPass, activation: str, perturbs: bool = True) -> dict[str, Any]:
-        """What all operators of blocks take."""
+    def _options(
+        self, dual: DualPass, activation: str, rows: int, perturbs: bool = True
+    ) -> dict[str, Any]:
+        """What all operators of blocks take. rows: of the block's output."""
         return {
-            "noise_state": dual.noise_state,
+            "noise_state": dual.noise_of(self.index, rows) if perturbs else dual.noise_state,
             "block": self.index,
             "activation": activation,
             "noise": dual.noise if perturbs else "none",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fdfa_ext._torch_internals import fused_adam_, graph_break
+from fdfa_ext.data_parallel import Ranks
 from fdfa_ext.noise import in_memory_format
 
 RULES = ("ema", "adam", "grad")
@@ -165,6 +166,7 @@ class FeedbackStep:
     betas: tuple[float, float]
     eps: float
     own: FeedbackUpdate | None
+    ranks: Ranks | None = None  # the processes that share the batch
 
     def select(self, names: Sequence[str]) -> list[list[Tensor]]:
         """B of these blocks, and the first and second moments, where there are any."""
@@ -177,13 +179,20 @@ class FeedbackStep:
                     found[-1].append(tensors[name.replace(".", "/")])  # FeedbackBank.key, uncalled
         return found
 
-    def move(self, names: Sequence[str], gradients: list[Tensor]) -> None:
-        """Moves the B of these blocks along their gradients; none if a gradient is not finite."""
+    def move(
+        self, names: Sequence[str], gradients: list[Tensor], rows: int, are_common: bool = False
+    ) -> None:
+        """Moves the B of these blocks along their gradients, or the means of these over the processes
+        unless they are common to all; none if a gradient is not finite or there are no rows."""
         if torch.compiler.is_compiling():
             graph_break("FDFA: this method moves its feedback outside the compiled graph")
+        any_rows: Tensor | bool = rows > 0
+        if self.ranks is not None and not are_common:
+            gradients, any_rows = self.ranks.mean(gradients, rows, names)
         matrices, *moments = self.select(names)
         # A sum keeps what is not finite, and is far cheaper than a test of each element.
         finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
+        finite = finite & any_rows
         if self.own is not None:
             if finite:
                 for name, matrix, gradient in zip(names, matrices, gradients, strict=True):

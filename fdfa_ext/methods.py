@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import traced_make_dual, traced_unpack_dual
 from fdfa_ext.autograd import BlockStep as BlockStep
-from fdfa_ext.autograd import attach, attach_fused, attach_weights, check_blocks
+from fdfa_ext.autograd import attach, attach_fused, attach_shared, attach_weights, check_blocks
 from fdfa_ext.dual_pass import DualPass
 from fdfa_ext.duals import forward_mode
 from fdfa_ext.feedback import FeedbackStep
@@ -89,6 +89,8 @@ class WeightPerturbation(Method):
                     )
         # A compiler may read the state again in the backward, so there it moves first.
         state = fused.next_noise(step.noise_state) if compiling else step.noise_state
+        if step.feedback.ranks is not None:
+            state = step.feedback.ranks.noise_state(state, kind=0, rows=0)
         used = F.pad(state[:2], (0, 1))  # V is one for the batch, whichever sample is its first
         direction = partial(_direction, step.operators, step.noise)
         with forward_mode(), function_rules(), torch.no_grad():
@@ -173,6 +175,7 @@ class BlockMethod(Method):
     ) -> Tensor:
         self._check(dual, output, feedback)
         used = dual.use_noise() if tangent is not None else None
+        tangent = dual.weighted(tangent, feedback.rule)
         return attach(self, dual, dual.records, output, tangent, used, feedback)
 
 
@@ -247,14 +250,25 @@ class ProjectedError(BlockMethod):
         return block.error @ block.feedback
 
     def forward(self, step: TrainingStep) -> Any:
-        if type(self) not in _FUSED or step.feedback.own is not None:
+        feedback = step.feedback
+        if type(self) not in _FUSED or feedback.own is not None:
             return super().forward(step)
+        if feedback.ranks is not None and feedback.rule != "fixed":
+            return step.run(self._attach_shared)
         return step.run(self._attach_fused, takes_output_layer=True)
 
     def _attach_fused(
         self, dual: DualPass, output: Tensor, tangent: Tensor | None, feedback: FeedbackStep
     ) -> Tensor:
-        return attach_fused(self, dual, output, tangent, feedback, self.decay)
+        d = dual.weighted(tangent, feedback.rule)
+        return attach_fused(self, dual, output, d, feedback, self.decay)
+
+    def _attach_shared(
+        self, dual: DualPass, output: Tensor, tangent: Tensor | None, feedback: FeedbackStep
+    ) -> Tensor:
+        self._check(dual, output, feedback)
+        used = dual.use_noise() if tangent is not None else None
+        return attach_shared(self, dual, output, tangent, used, feedback, self.decay)
 
 
 class DirectFeedback(ProjectedError):
@@ -304,7 +318,7 @@ class ForwardFeedback(ProjectedError):
     feedback = "learned"
 
     def feedback_gradient(self, block: BlockStep) -> Tensor:
-        return block.feedback - block.tangent.t() @ block.perturbation / len(block.error)
+        return block.feedback - block.tangent.t() @ block.perturbation / max(len(block.error), 1)
 
 
 _FUSED = (ForwardFeedback, DirectFeedback, KolenPollack)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
+from fdfa_ext.data_parallel import measuring
 from fdfa_ext.dual_pass import DualPass
 from fdfa_ext.duals import first_tensor, with_first
 from fdfa_ext.feedback import FeedbackUpdate
@@ -454,7 +455,8 @@ def _estimates(
 
 def _run(model: FDFA, module: nn.Module, input: Any) -> Any:
     args, kwargs = inputs_of(model.module, input)
-    return module(*args, **kwargs)
+    with measuring():
+        return module(*args, **kwargs)
 
 
 def _gradients(model: FDFA, loss: Tensor) -> dict[str, Tensor]:

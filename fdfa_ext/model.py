@@ -3,7 +3,6 @@
 import copy
 import inspect
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,13 +13,14 @@ from torch.nn.parameter import is_lazy
 
 from fdfa_ext.auto import GRANULARITIES, auto_points, default_output
 from fdfa_ext.autograd import check_blocks
+from fdfa_ext.data_parallel import Ranks, is_measuring, ranks_of_step
 from fdfa_ext.dual_pass import BACKENDS, BlockRecord, DualPass
 from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
 from fdfa_ext.fusion import channels_of
 from fdfa_ext.heads import LocalHeads
 from fdfa_ext.layers import NOT_SCRIPTABLE, Block
 from fdfa_ext.memory import keep_freed_memory
-from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, BlockMethod, Method
+from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, Backpropagation, BlockMethod, Method
 from fdfa_ext.network import Network, sample_index_of
 from fdfa_ext.noise import NOISES, new_state
 from fdfa_ext.patches import patch_shape
@@ -28,6 +28,7 @@ from fdfa_ext.points import At, channels_first_at, check_at, check_module, check
 from fdfa_ext.step import TrainingStep, no_tangent
 from fdfa_ext.summary import Summary, summarize
 from fdfa_ext.trace import trace
+from fdfa_ext.warning import warn
 
 
 class _with_signature_of_module:
@@ -76,7 +77,8 @@ class FDFA(nn.Module):
     trained by its exact gradient. In eval mode or under `torch.no_grad()` it is `module`, unperturbed.
 
     Each backward updates the feedback once, so N accumulated batches are N updates of B. The input gets
-    no gradient. One thread at a time may run a model.
+    no gradient. One thread at a time may run a model. Within DistributedDataParallel or fully_shard all
+    processes train as one does with the whole batch.
 
     The module may be changed between two steps: each training forward runs it as it is then. A block
     that replaces another under its name trains on with that one's B; a new name gets a new B. A module
@@ -135,10 +137,8 @@ class FDFA(nn.Module):
         feedback: mapping from a block's name within `module` to its B, [K, *feature_shape] or in
             patches, float32; "name:2" is that of its second use in a forward.
         noise_state: int64 [3]: seed (drawn from torch's generator), step, and the global index of the
-            batch's first sample, or first token: set it to rank * samples a batch, with equal seeds, to
-            make several processes perturb as one. DistributedDataParallel then needs
-            broadcast_buffers=False, or it overwrites each process's state with the first one's, and
-            feedback="grad", since it averages gradients, not B.
+            batch's first sample, or first token. In several processes the first one's counts, and the
+            samples of the processes before this one are added.
         updates: int64 [1]: number of Adam steps that B has made.
         local_outputs: method "lg-fg-a": outputs [N, K] of the local heads in the last training forward,
             each of which wants the loss too.
@@ -240,6 +240,8 @@ class FDFA(nn.Module):
         self.network = Network(tuple(at) if isinstance(at, Sequence) else at, output, sample_index)
         self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
         self.network.look_at(module)
+        # What trains in several processes, where these have the same feedback.
+        self._in_step_by: Callable[[], Any] = _nothing
 
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         if device.type == "cpu":
@@ -303,14 +305,41 @@ class FDFA(nn.Module):
         module = modules["module"]
         if not (self.training and torch.is_grad_enabled()):
             return module(*args, **kwargs)
-        step = self._step(module, args, kwargs)
+        ranks = None
+        if not isinstance(self.method, Backpropagation):
+            ranks = ranks_of_step(self, self._in_step_by(), torch.compiler.is_compiling())
+        step = self._step(module, args, kwargs, ranks)
         if not torch.compiler.is_compiling():
             self.network.look_at(module)
         if not self.network.checked:
             self._prepare(args, kwargs)
+            self._in_step_by = _nothing
+        if ranks is None:
+            if self._in_step_by is not _nothing and not is_measuring():
+                self._in_step_by = _nothing
+        elif self._in_step_by() is not ranks.trainer:
+            self._take_state_from_first(ranks)
         return self.method.forward(step)
 
-    def _step(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrainingStep:
+    def _take_state_from_first(self, ranks: Ranks) -> None:
+        """Gives all processes that train this model the noise and the feedback of the first. From then
+        on all learn the same feedback."""
+        banks = self.feedback, self.exp_avg, self.exp_avg_sq
+        learned = [t for bank in banks for t in bank.values()]
+        if self.feedback_update is not None:
+            learned += self.feedback_update.buffers()
+        state = [self.noise_state, self.updates, *learned]
+        ranks.take_from_first(state)
+        ranks.leave_out(state)
+        self._in_step_by = weakref.ref(ranks.trainer)
+
+    def _step(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        ranks: Ranks | None = None,
+    ) -> TrainingStep:
         modules: dict[str, Any] = self._modules
         buffers: dict[str, Any] = self._buffers
         rule = self.rule if self.method.feedback == "learned" else "fixed"
@@ -335,6 +364,7 @@ class FDFA(nn.Module):
                 self.betas,
                 self.eps,
                 self.feedback_update,
+                ranks,
             ),
             modules["heads"],
             self.local_outputs,
@@ -376,8 +406,9 @@ class FDFA(nn.Module):
         raise RuntimeError(NOT_SCRIPTABLE)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: without the last outputs of local heads, which hold a graph."""
-        state = self.__dict__ | {"local_outputs": []}
+        """For copies: without the last outputs of local heads, which hold a graph, and without the
+        processes that train this model."""
+        state = self.__dict__ | {"local_outputs": [], "_in_step_by": _nothing}
         del state["_copies"]
         return state
 
@@ -429,33 +460,29 @@ class FDFA(nn.Module):
         if tangent is None and dual.perturbs:
             raise no_tangent(droppers)
         if tangent is not None and output.shape[0] > 0 and not bool((tangent != 0).any()):
-            warnings.warn(
+            warn(
                 "FDFA: the tangent of the output is zero, so no block learns before it is not. Do all "
                 "weights of the output layer start at zero? Those learn by the first steps",
-                stacklevel=3,
             )
         if droppers:
-            warnings.warn(
+            warn(
                 f"FDFA: module {droppers[0]} drops the tangent; blocks whose only way to the output "
                 "leads through it learn no feedback",
-                stacklevel=3,
             )
         self._warn_of_layouts(dual)
         untrained = summarize(step, 0).untrained
         for record in dual.records:
             is_output = output.numel() > 0 and record.output.data_ptr() == output.data_ptr()
             if is_output and not isinstance(self.network.blocks[record.name], Block):
-                warnings.warn(
+                warn(
                     "FDFA: no parameter learns by the output's exact gradient, since point "
                     f"'{record.name}' stands at the output itself; let `at` leave it out",
-                    stacklevel=3,
                 )
         if untrained:
             others = f" and {len(untrained) - 1} more" if len(untrained) > 1 else ""
-            warnings.warn(
+            warn(
                 f"FDFA: no gradient of the output reaches parameter '{untrained[0]}'{others} in eval "
                 "mode; model.summary(input) lists what each learns by",
-                stacklevel=3,
             )
         blocks = self.network.blocks
         unused = [name for name in blocks if name not in {record.name for record in dual.records}]
@@ -481,10 +508,9 @@ class FDFA(nn.Module):
     def _warn_of_layouts(self, dual: DualPass) -> None:
         """Of what would be taken otherwise than it may be meant."""
         if self.patch > 1 and dual.has_positions:
-            warnings.warn(
+            warn(
                 f"FDFA: patch={self.patch} has no effect, since the output has K values for each token "
                 "or pixel, which all have one B; leave it out",
-                stacklevel=4,
             )
         modules = {own.name: own.module for own in self.network.passes}
         for record in dual.records:
@@ -495,11 +521,10 @@ class FDFA(nn.Module):
             _, tokens, features = shape
             channels = channels_of(self.module.get_submodule(name))
             if channels == tokens or (channels is None and tokens == features):
-                warnings.warn(
+                warn(
                     f"FDFA: block or point '{record.name}' returns {list(shape)}, which counts as "
                     "[N, T, D], since a module of your own does not tell; if it is [N, D, T], give at= "
                     "the last of torch's layers within it instead",
-                    stacklevel=4,
                 )
 
     def _create(self, record: BlockRecord, outputs: int) -> None:
@@ -585,6 +610,10 @@ class FDFA(nn.Module):
                 )
                 state_dict[prefix + name] = getattr(self, name)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _nothing() -> None:
+    """What no model has, as a reference to it."""
 
 
 def _shape(parameter: Tensor) -> torch.Size | None:

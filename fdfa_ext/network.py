@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
@@ -23,6 +22,7 @@ from fdfa_ext.layers import Block
 from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, kept_activation, nodes_behind
 from fdfa_ext.plan import MakeForward, Plan, is_overridden
 from fdfa_ext.points import BLOCKS, At, channels_first_at, check_module, find_points
+from fdfa_ext.warning import warn
 
 
 class StrayedError(Exception):
@@ -391,11 +391,10 @@ def _warn_of_activations(plan: Plan, result: Any) -> None:
     if kept is None and _any_tangent(result):
         kept = f"the result of the model, a {type(result).__name__},"
     if kept is not None:
-        warnings.warn(
+        warn(
             f"FDFA: {kept} keeps a hidden activation; a loss on it trains no parameter but those "
             "between it and the points before it, which cut autograd. Return in one tensor what has a "
             "loss, and split it there",
-            stacklevel=2,
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fdfa_ext.fusion import channels_first
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
@@ -20,6 +21,12 @@ At = Sequence[str | type[nn.Module]] | Callable[[str, nn.Module], Any] | None
 def check_module(module: Any) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"FDFA: module must be a torch.nn.Module; got {type(module).__name__}")
+    for name, inner in module.named_modules():
+        if isinstance(inner, DistributedDataParallel):
+            raise ValueError(
+                f"FDFA: module '{name}' is a DistributedDataParallel, whose processes would each learn "
+                "feedback of their own; put FDFA into DistributedDataParallel instead"
+            )
 
 
 def check_at(at: Any) -> None:

@@ -80,6 +80,19 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Same:
+    """The output's own rows."""
+
+    rows: int
+
+    def errors(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def tangents(self, rows: Tensor) -> Tensor:
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
 class Members:
     """Rows that are parts of a sample, as a graph's nodes are."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fdfa_ext._ops import fused
 from fdfa_ext.autograd import Finish, attach_parts
+from fdfa_ext.data_parallel import Ranks
 from fdfa_ext.dual_pass import DualPass, NetworkEnd
 from fdfa_ext.feedback import FeedbackStep
 from fdfa_ext.heads import LocalHeads
@@ -52,7 +53,7 @@ class TrainingStep:
         """
         if self.network.output is None:
             return self._finished(finish, *self.run_blocks(takes_output_layer))
-        dual = self._new_pass(self.noise_state)
+        dual = self._new_pass(self.noise_state, self.feedback.ranks)
         end = dual.end = NetworkEnd(
             lambda output, tangent: self._finished(finish, dual, *self._checked(dual, output, tangent))
         )
@@ -82,7 +83,7 @@ class TrainingStep:
 
         For a method that takes the output layer these may be what goes into it, if it is in the pass.
         """
-        dual = self._new_pass(self.noise_state)
+        dual = self._new_pass(self.noise_state, self.feedback.ranks)
         dual.takes_output_layer = takes_output_layer and self.network.sample_index is None
         try:
             output, tangent = self.network.forward(self.module, dual, self.args, self.kwargs)
@@ -151,7 +152,7 @@ class TrainingStep:
         """u of the block that has this place in the noise, in the shape of its output `like`."""
         return perturbation(self.operators, like, state, index, self.noise, self.patch)
 
-    def _new_pass(self, noise_state: Tensor) -> DualPass:
+    def _new_pass(self, noise_state: Tensor, ranks: Ranks | None = None) -> DualPass:
         perturbs = self.tangents != "none"
         compiling = torch.compiler.is_compiling()
         if compiling and perturbs:
@@ -167,6 +168,7 @@ class TrainingStep:
             self.tangents,
             perturbs,
             self.network.dimensions,
+            ranks,
         )
 
 

@@ -370,6 +370,64 @@ def test_auto_stands_behind_norms_that_all_mix_positions_for_want_of_others() ->
     assert wrapped(net, torch.randn(4, 5, 8), at="auto").block_names == ["1.norm1", "2.norm1", "3"]
 
 
+class ImageBlock(nn.Module):
+    """A residual block of images that normalises first, with a skip connection of its own where it halves
+    them."""
+
+    def __init__(self, before: int, after: int, norm: Any = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.stride = 1 if before == after else 2
+        self.norm1, self.relu = norm(before), nn.ReLU(inplace=True)
+        self.first = nn.Conv2d(before, after, 3, self.stride, 1)
+        self.norm2, self.second = norm(after), nn.Conv2d(after, after, 3, 1, 1)
+        self.short = nn.Conv2d(before, after, 1, self.stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.relu(self.norm1(x))
+        y = self.second(torch.relu(self.norm2(self.first(h))))
+        return y + (x if self.stride == 1 else self.short(h))
+
+
+class ImageStage(nn.Sequential):
+    """Blocks in a module whose class repeats and changes its features' shape."""
+
+
+def _of_images(*layers: nn.Module) -> nn.Sequential:
+    end = [nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    return nn.Sequential(nn.Conv2d(1, 4, 3), *layers, *end)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c)])
+def test_auto_stands_behind_the_first_norm_of_residual_blocks_of_images(norm: Any) -> None:
+    x = torch.randn(4, 1, 10, 10)
+    net = _of_images(ImageBlock(4, 4, norm), ImageBlock(4, 8, norm))
+    model = wrapped(net, x, at="auto")
+    assert model.block_names == ["1.relu", "2.relu", "5"]
+    # The stem's error comes by the skip connection too, which nothing cuts.
+    learns = [point.name for point in model.summary(x).points if "0.weight" in point.parameters]
+    assert learns == ["1.relu", "2.relu"]
+    model(x).sum().backward()
+    without = [name for name, p in net.named_parameters() if p.grad is None]
+    assert without == ["1.short.weight", "1.short.bias"]  # which it does not use
+
+
+def test_auto_takes_stages_of_blocks_that_normalise_first_as_one() -> None:
+    first = ImageStage(ImageBlock(4, 6), ImageBlock(6, 6))
+    net = _of_images(first, ImageStage(ImageBlock(6, 8), ImageBlock(8, 8)))
+    names = wrapped(net, torch.randn(4, 1, 10, 10), at="auto").block_names
+    assert names == ["1.0.relu", "2.0.relu", "5"]
+
+
+def test_auto_takes_a_norm_by_itself_where_its_activation_is_no_module() -> None:
+    class Functional(ImageBlock):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.second(torch.relu(self.norm2(self.first(torch.relu(self.norm1(x))))))
+
+    net = _of_images(*(Functional(4, 4) for _ in range(2)), nn.Conv2d(4, 8, 1))
+    names = wrapped(net, torch.randn(4, 1, 10, 10), at="auto").block_names
+    assert names == ["1.norm1", "2.norm1", "6"]
+
+
 @pytest.mark.parametrize(
     "at",
     [
@@ -827,6 +885,13 @@ def test_layers_that_lead_to_no_other_learn_exactly() -> None:
     model = wrapped(Parallel(), x, at="auto")
     assert model.block_names == ["body"]
     assert model.summary(x).exact == ["boxes.weight", "boxes.bias", "classes.weight", "classes.bias"]
+
+
+def test_a_warning_is_at_the_line_that_led_to_it() -> None:
+    net = nn.Sequential(nn.ReLU(), nn.Linear(8, 3))
+    with pytest.warns(UserWarning, match="stands at the output itself") as caught:
+        FDFA(net, at=["1"], example_input=torch.randn(4, 8))
+    assert caught[0].filename == __file__
 
 
 def test_a_point_at_the_output_itself_is_warned_of() -> None:

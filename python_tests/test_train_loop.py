@@ -221,6 +221,41 @@ def test_the_command_line_compares_both_methods(tmp_path):
         assert 0 < float(row["test_accuracy"]) <= 1
 
 
+def test_processes_train_as_one_and_the_first_one_writes(tmp_path: Path) -> None:
+    methods = ("fdfa", "dkp", "bp", "lg-fg-a")
+    command = [
+        "fdfa_ext",
+        "train",
+        "--method",
+        ",".join(methods),
+        "--epochs",
+        "2",
+        "--batch-size",
+        "63",
+    ]
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    printed = []
+    for folder, how in (("one", []), ("two", several)):
+        done = subprocess.run(
+            [sys.executable, "-m", *how, *command, "--output", str(tmp_path / folder)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout.count("\n"))
+    assert printed[0] == printed[1]
+    for method in methods:
+        one, two = (
+            list(csv.DictReader((tmp_path / folder / f"{method}.csv").open()))
+            for folder in ("one", "two")
+        )
+        assert len(one) == len(two) == 2
+        for expected, row in zip(one, two, strict=True):
+            for name in expected.keys() - {"seconds"}:
+                assert float(row[name]) == pytest.approx(float(expected[name]), abs=4e-3), name
+
+
 def test_the_command_line_resumes(tmp_path, capsys):
     def train(*flags: str) -> list[dict[str, str]]:
         output = tmp_path / "-".join(flags).replace("/", "_")

@@ -219,7 +219,8 @@ struct FeedbackParams {
   NoiseParams noise;
   Rule rule;
   float scale, decay;
-  float lr, beta1, beta2, eps;
+  double beta1, beta2;
+  float lr, eps;
   bool tf32;             // the products may round their factors to tf32; for CUDA alone
   bool transposed;       // delta is [features, samples] instead, for the CPU alone
   float* bias_grad;      // [features] sum over the samples of delta as it is stored; null: not wanted

@@ -237,8 +237,8 @@ void step_blocks(at::ScalarType dtype, const Network& net, const Motion& motion,
       p.rule = motion.rule;
       p.decay = static_cast<float>(motion.decay);
       p.lr = static_cast<float>(motion.lr);
-      p.beta1 = static_cast<float>(motion.beta1);
-      p.beta2 = static_cast<float>(motion.beta2);
+      p.beta1 = motion.beta1;
+      p.beta2 = motion.beta2;
       p.eps = static_cast<float>(motion.eps);
       p.tf32 = tf32;
       launched.push_back(p);

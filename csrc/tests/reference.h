@@ -121,12 +121,12 @@ double moved(const FeedbackParams<T>& p, int64_t at, double g) {
   if (!std::isfinite(g)) return b;
   if (p.rule == Rule::ema) return b - p.lr * gradient;
   const double t = static_cast<double>(*p.updates + 1);
-  const double m = p.beta1 * p.exp_avg[at] + (1 - double{p.beta1}) * gradient;
-  const double v = p.beta2 * p.exp_avg_sq[at] + (1 - double{p.beta2}) * gradient * gradient;
+  const double m = p.beta1 * p.exp_avg[at] + (1 - p.beta1) * gradient;
+  const double v = p.beta2 * p.exp_avg_sq[at] + (1 - p.beta2) * gradient * gradient;
   p.exp_avg[at] = static_cast<float>(m);
   p.exp_avg_sq[at] = static_cast<float>(v);
-  const double mean = m / (1 - std::pow(double{p.beta1}, t));
-  const double square = v / (1 - std::pow(double{p.beta2}, t));
+  const double mean = m / (1 - std::pow(p.beta1, t));
+  const double square = v / (1 - std::pow(p.beta2, t));
   return b - p.lr * mean / (std::sqrt(square) + p.eps);
 }
 

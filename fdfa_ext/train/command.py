@@ -1,6 +1,7 @@
 """``python -m fdfa_ext train``: arguments to runs, runs to lines, CSV, plot and table."""
 
 import argparse
+import importlib
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from fdfa_ext.methods import METHODS
 from fdfa_ext.noise import NOISES
 from fdfa_ext.train.data import DATASETS, load_dataset
 from fdfa_ext.train.models import MODELS, WEIGHTS
+from fdfa_ext.train.processes import is_first, processes
 from fdfa_ext.train.training import Config, EpochResult, Run, read_checkpoint
 
 _CONFIG_FIELDS = [field.name for field in fields(Config)]
@@ -119,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def train(given: dict[str, Any]) -> None:
     """What the command does, for the arguments that were given, by name."""
     try:
-        from fdfa_ext.train import report
+        importlib.import_module("fdfa_ext.train.report")
     except ModuleNotFoundError as error:
         raise UserError(f"the train command needs {error.name}: pip install {error.name}") from None
 
@@ -131,6 +133,13 @@ def train(given: dict[str, Any]) -> None:
     if "checkpoint" in given and given["checkpoint"].is_dir():
         raise UserError(f"--checkpoint {given['checkpoint']} is a folder: give a file")
 
+    with processes(given.get("device")) as device:
+        _train(configs, checkpoint, given | {"device": device})
+
+
+def _train(configs: list[Config], checkpoint: dict[str, Any] | None, given: dict[str, Any]) -> None:
+    from fdfa_ext.train import report
+
     first = configs[0]
     trained = "-".join(config.method for config in configs)
     size = "".join(f"-{word}{n}" for word, n in (("hidden", first.hidden), ("width", first.width)) if n)
@@ -139,12 +148,14 @@ def train(given: dict[str, Any]) -> None:
     data = load_dataset(first.dataset, given.get("data_dir"))
     histories: dict[str, list[EpochResult]] = {}
     for config in configs:
-        run = Run(config, data, given.get("device"))
+        run = Run(config, data, given["device"])
         if checkpoint:
             run.load(checkpoint)
         output.mkdir(parents=True, exist_ok=True)
         _fit(run, output / f"{config.method}.csv", given.get("checkpoint"))
         histories[config.method] = run.history
+    if not is_first():
+        return
     report.plot(histories, title, output / "curves.png")
     print(report.final_table(histories), f"CSV and plot: {output}", sep="\n\n")
 
@@ -172,6 +183,10 @@ def _fit(run: Run, csv_file: Path, checkpoint: Path | None) -> None:
     from fdfa_ext.train import report
 
     config = run.config
+    if not is_first():
+        while len(run.history) < config.epochs:
+            run.train_epoch()
+        return
     print(f"{config.dataset}, {config.model}, {config.method}, seed {config.seed}")
     print(report.EPOCH_HEADER, flush=True)
     total, done = (run.steps_per_epoch * epochs for epochs in (config.epochs, len(run.history)))

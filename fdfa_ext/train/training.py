@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fdfa_ext import FDFA
 from fdfa_ext.arguments import UserError
 from fdfa_ext.methods import METHODS, KolenPollack
 from fdfa_ext.train.data import Dataset, batches
 from fdfa_ext.train.models import IMAGE_SIDES, NORMALISED, build_net
+from fdfa_ext.train.processes import count, own_part, total
 
 LR_DECAY = 0.95  # of the weights' rate, each epoch; the feedback's rate stays (Appendix A)
 _WITH_TANGENTS = [name for name, method in METHODS.items() if method().tangents != "none"]
@@ -81,6 +84,8 @@ class EpochResult:
 class Run:
     """A net in training. The same seed gives the same initial weights and data order for every method.
 
+    Several processes train it together, each with its part of every batch.
+
     Args:
         config: the settings; ``config.epochs`` is for the caller, who calls :meth:`train_epoch`.
         data: the images, on any device; they are moved to ``device`` as a whole.
@@ -121,6 +126,7 @@ class Run:
             backend=config.backend,
             example_input=self._prepared(self.data.train_images[: config.batch_size]),
         )
+        self._trained = DistributedDataParallel(self.model) if count() > 1 else self.model
         method = self.model.method
         parameters = [self.model.forward_parameters()]
         if config.feedback == "grad" and method.feedback == "learned":
@@ -154,19 +160,20 @@ class Run:
         for images, labels in batches(
             self.data.train_images, self.data.train_labels, self.config.batch_size, self._order
         ):
+            n, images, labels = len(labels), own_part(images), own_part(labels)
             for optimizer in self._optimizers:
                 optimizer.zero_grad()
-            logits = self.model(self._prepared(images))
-            loss = F.cross_entropy(logits, labels)
-            local = [F.cross_entropy(output, labels) for output in self.model.local_outputs]
+            logits = self._trained(self._prepared(images))
+            loss = _mean_loss(logits, labels, n)
+            local = [_mean_loss(output, labels, n) for output in self.model.local_outputs]
             sum(local, loss).backward()
             for optimizer in self._optimizers:
                 optimizer.step()
             correct = (logits.detach().argmax(1) == labels).sum()
-            totals += torch.stack([loss.detach() * len(labels), correct])
+            totals += torch.stack([loss.detach() * (n / count()), correct])
             on_step()
         self._scheduler.step()
-        train_loss, train_accuracy = (totals / len(self.data.train_images)).tolist()
+        train_loss, train_accuracy = (total(totals) / len(self.data.train_images)).tolist()
         seconds = time.perf_counter() - started
         test_loss, test_accuracy = self.evaluate()
         result = EpochResult(
@@ -183,10 +190,11 @@ class Run:
         image_batches = torch.split(self.data.test_images, EVAL_BATCH)
         label_batches = torch.split(self.data.test_labels, EVAL_BATCH)
         for images, labels in zip(image_batches, label_batches, strict=True):
+            images, labels = own_part(images), own_part(labels)
             logits = self.model(self._prepared(images))
             loss = F.cross_entropy(logits, labels, reduction="sum")
             totals += torch.stack([loss, (logits.argmax(1) == labels).sum()])
-        loss, accuracy = (totals / len(self.data.test_images)).tolist()
+        loss, accuracy = (total(totals) / len(self.data.test_images)).tolist()
         return loss, accuracy
 
     def save(self, file: Path) -> None:
@@ -219,6 +227,13 @@ class Run:
         if self._side:
             images = F.interpolate(images, (self._side, self._side), mode="bilinear", antialias=True)
         return images.contiguous(memory_format=self._format)
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, n: int) -> Tensor:
+    """The cross-entropy of a part of a batch of n, whose mean over the processes is the batch's."""
+    if count() == 1:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="sum") * (count() / n)
 
 
 def read_checkpoint(file: Path) -> tuple[Config, dict[str, Any]]:
