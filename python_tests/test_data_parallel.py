@@ -273,7 +273,7 @@ RUNS: dict[str, Run] = (
         "a method of one's own": Run(options={"method": OwnRule()}),
         "sharded": Run(sharded="model"),
         "sharded and checkpointed": Run(sharded="model", around=Checkpointed),
-    "sharded by blocks": Run(sharded="blocks", options={"feedback": "ema"}),
+        "sharded by blocks": Run(sharded="blocks", options={"feedback": "ema"}),
         "sharded with its feedback": Run(
             sharded="model", options={"feedback": "grad"}, backend="fused"
         ),
