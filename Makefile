@@ -2,7 +2,8 @@
 #   make train     train digits by FDFA and by backpropagation, side by side
 #   make test      the fast Python tests
 #   make test-all  all Python tests
-#   make test-zoo  models of torchvision, timm and transformers, which it installs
+#   make test-zoo  models of torchvision, timm and transformers, and loops of Lightning, transformers
+#                  and Accelerate, which it installs
 #   make coverage  all Python tests, and the lines of the package that they reach
 #   make cpp-test  the C++ tests of the kernels
 #   make lint      formatting, linting and types
@@ -31,7 +32,7 @@ test-all: .venv/built
 
 test-zoo: .venv/built
 	$(BIN)/pip install --quiet -r requirements-zoo.txt
-	$(BIN)/python -m $(PYTEST) python_tests/test_zoo.py
+	$(BIN)/python -m $(PYTEST) python_tests/test_zoo.py python_tests/test_zoo_loops.py
 
 coverage: .venv/built
 	$(BIN)/coverage erase

@@ -3,6 +3,7 @@
 Checked on torch 2.11 and 2.13. test_torch_internals.py says which one is gone when torch moves.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,6 +117,12 @@ def _saves_by(*hooks: str) -> bool:
 def is_in_backward() -> bool:
     """Whether autograd runs a backward, which a reentrant checkpoint computes within."""
     return torch._C._current_graph_task_id() != -1
+
+
+def when_backward_ends(function: Callable[[], None]) -> None:
+    """Runs it when the backward that runs has ended, and what others have put off till then before."""
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(function))
 
 
 def has_kernel(operator: str, device: str) -> bool:

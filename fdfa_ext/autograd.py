@@ -195,6 +195,7 @@ class _BlockBackward:
             found = self._checked("feedback_gradient", gradient, [m.shape for m in matrices])
             if self.feedback.rule == "grad":
                 gradients[:] = found
+                self.feedback.keep_averaged(self.names)
             else:
                 self.feedback.move(self.names, found, len(error))
         shapes = [patch_shape(saved.shape, self.patch) for saved in saved_activations]
@@ -287,6 +288,7 @@ class _SharedBackward(_BlockBackward):
                 error, tangent, noise_state, matrices, saved, list(outputs), self.activations
             )
         if feedback.rule == "grad":
+            feedback.keep_averaged(self.names)
             return deltas, gradients
         rows = sum(self.rows) if self.gathers else len(error)
         feedback.move(self.names, gradients, rows, are_common=self.gathers)

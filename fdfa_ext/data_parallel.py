@@ -39,6 +39,8 @@ class Ranks:
         self.group = _own_group(trainer, group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        # Whether the backward of this step averages gradients, or leaves that to one of a later step.
+        self.averages_gradients = bool(getattr(trainer, "require_backward_grad_sync", True))
         self._exchanged: dict[int, Tensor] = {}
 
     def noise_state(self, own: Tensor, kind: int, rows: int) -> Tensor:

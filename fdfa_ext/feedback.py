@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from fdfa_ext._torch_internals import fused_adam_, graph_break
 from fdfa_ext.data_parallel import Ranks
+from fdfa_ext.feedback_gradients import keep_averaged, withhold
 from fdfa_ext.noise import in_memory_format
 
 RULES = ("ema", "adam", "grad")
@@ -54,6 +55,7 @@ class FeedbackBank(nn.Module):
             declared.data = value
         else:
             self._parameters[key] = nn.Parameter(value)
+        self.withhold()
 
     @property
     def _tensors(self) -> dict[str, Any]:
@@ -106,6 +108,15 @@ class FeedbackBank(nn.Module):
 
     def items(self) -> list[tuple[str, Tensor]]:
         return list(zip(self.keys(), self.values(), strict=True))
+
+    def withhold(self, are_averaged: bool = False) -> None:
+        """Keeps the gradients of parameters from loops, whatever tensors they are now."""
+        if self._as_parameters:
+            withhold(self._tensors.values(), are_averaged)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.withhold()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         def move(t: Tensor) -> Tensor:
@@ -178,6 +189,11 @@ class FeedbackStep:
                 for name in names:
                     found[-1].append(tensors[name.replace(".", "/")])  # FeedbackBank.key, uncalled
         return found
+
+    def keep_averaged(self, names: Sequence[str]) -> None:
+        """In the backward of rule "grad": keeps from loops the gradients that processes average."""
+        if self.ranks is not None:
+            keep_averaged(lambda: self.select(names)[0], self.ranks)
 
     def move(
         self, names: Sequence[str], gradients: list[Tensor], rows: int, are_common: bool = False

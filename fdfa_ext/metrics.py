@@ -18,6 +18,7 @@ from fdfa_ext.data_parallel import measuring
 from fdfa_ext.dual_pass import DualPass
 from fdfa_ext.duals import first_tensor, with_first
 from fdfa_ext.feedback import FeedbackUpdate
+from fdfa_ext.feedback_gradients import waiting_gradients
 from fdfa_ext.jvp import point_rules
 from fdfa_ext.layers import joins_positions
 from fdfa_ext.methods import BlockMethod
@@ -61,6 +62,13 @@ def gradient_alignment(
                 for name, value in estimate.items():
                     mean[name] += value  # the length of a sum does not matter to its angle
     return {name: _angle(mean[name], value) for name, value in exact.items()}
+
+
+def feedback_norm(model: FDFA) -> dict[str, float]:
+    """Frobenius norm of each block's B, by the block's name."""
+    norms = [torch.linalg.vector_norm(matrix.detach()) for matrix in model.feedback.values()]
+    whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of DTensor
+    return dict(zip(model.feedback.keys(), torch.stack(whole).tolist() if whole else [], strict=True))
 
 
 def estimator_variance(
@@ -525,6 +533,7 @@ def _untouched(model: FDFA) -> Iterator[None]:
         )
     state = _state(model)
     gradients = {p: p.grad for p in model.parameters()}
+    put_back = waiting_gradients(model.feedback_parameters())
     modes = {module: module.training for module in model.modules()}
     local_outputs = model.local_outputs
     try:
@@ -535,6 +544,7 @@ def _untouched(model: FDFA) -> Iterator[None]:
         model.local_outputs = local_outputs
         for p, gradient in gradients.items():
             p.grad = gradient
+        put_back()
         for module, mode in modes.items():
             module.training = mode
 

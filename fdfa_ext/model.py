@@ -16,6 +16,7 @@ from fdfa_ext.autograd import check_blocks
 from fdfa_ext.data_parallel import Ranks, is_measuring, ranks_of_step
 from fdfa_ext.dual_pass import BACKENDS, BlockRecord, DualPass
 from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
+from fdfa_ext.feedback_gradients import drop, give
 from fdfa_ext.fusion import channels_of
 from fdfa_ext.heads import LocalHeads
 from fdfa_ext.layers import NOT_SCRIPTABLE, Block
@@ -33,10 +34,17 @@ from fdfa_ext.warning import warn
 
 class _with_signature_of_module:
     """A forward whose signature, as `inspect` tells, is that of the module within: trainers read it to
-    know which inputs to give."""
+    know which inputs to give. That of the class, by which they know targets, has the name for targets
+    that these have in transformers."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
+        signature = inspect.signature(function)
+        labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+        first, args, kwargs = signature.parameters.values()
+        self.function.__dict__["__signature__"] = signature.replace(
+            parameters=[first, args, labels, kwargs]
+        )
 
     def __get__(self, model: Any, kind: type | None = None) -> Any:
         return self.function if model is None else _Forward(self.function, model)
@@ -112,10 +120,11 @@ class FDFA(nn.Module):
             as those of feedback where it does not learn, are ignored.
         feedback: how B follows the estimate G = dᵀu / N of the mean Jacobian. "adam": Adam on the
             gradient B - G (Appendix A, the paper's tables). "ema": B ← (1 - lr) B + lr G (eq. 8).
-            "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer. The same for
-            another method's ∇B in place of B - G. Since B - G does not scale with the loss, keep
-            `feedback_parameters()` out of GradScaler and of gradient clipping. Or a FeedbackUpdate,
-            which uses none of the next three arguments.
+            "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer, when that takes
+            a step: the mean over the backwards since its last one. Before it there is none, since B - G
+            does not scale with the loss, as gradients do that loops clip and unscale. The same for
+            another method's ∇B in place of B - G. Or a FeedbackUpdate, which uses none of the next
+            three arguments.
         feedback_lr: α, per step.
         betas: Adam's, for feedback="adam".
         eps: Adam's.
@@ -314,6 +323,8 @@ class FDFA(nn.Module):
         if not self.network.checked:
             self._prepare(args, kwargs)
             self._in_step_by = _nothing
+        if self.rule == "grad" and not torch.compiler.is_compiling():
+            modules["feedback"].withhold(ranks is not None)
         if ranks is None:
             if self._in_step_by is not _nothing and not is_measuring():
                 self._in_step_by = _nothing
@@ -390,6 +401,30 @@ class FDFA(nn.Module):
     def feedback_parameters(self) -> Iterator[nn.Parameter]:
         """The feedback matrices of feedback="grad"; none for the rules that FDFA applies itself."""
         return self.feedback.parameters()
+
+    def give_feedback_gradients(self) -> None:
+        """Sets `.grad` of the feedback_parameters() to the mean of ∇B over the backwards since it was
+        last set, as the step of any torch.optim optimizer does that has them."""
+        give(self.feedback_parameters())
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or name.startswith("_") or not hasattr(module, name):
+                raise
+            value = getattr(module, name)
+            # What could run the module or be trained unperturbed is asked of the module itself.
+            if callable(value) or isinstance(value, Tensor):
+                error.add_note(f"The module within has one: model.module.{name}")
+                raise
+            return value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As nn.Module's; drops what no optimizer has taken of ∇B too."""
+        drop(self.feedback_parameters())
+        super().zero_grad(set_to_none)
 
     def extra_repr(self) -> str:
         options = {
@@ -576,6 +611,19 @@ class FDFA(nn.Module):
             for key, head in heads:
                 if head.has_shape and other.heads.of(key).take_shape(head.weight.shape, head.weight):
                     other.heads.of(key).load_state_dict(head.state_dict())
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's, with copies of B of images and of all but the first of tied parameters: some
+        file formats hold no tensor twice."""
+        state = super().state_dict(*args, **kwargs)
+        if kwargs.get("keep_vars"):
+            return state
+        seen: set[int] = set()
+        for name, parameter in self.named_parameters(kwargs.get("prefix", ""), remove_duplicate=False):
+            if id(parameter) in seen and name in state:
+                state[name] = state[name].clone()
+            seen.add(id(parameter))
+        return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback and heads that a saved model has and this one has not yet."""

@@ -45,6 +45,7 @@ def test_plain_forms_give_the_gradients_of_fdfa(
 
     state = model.noise_state.clone()
     F.cross_entropy(model(x), y).backward()
+    model.give_feedback_gradients()
     expected = [p.grad for p in [*model.forward_parameters(), *model.feedback_parameters()]]
     net.zero_grad()
 

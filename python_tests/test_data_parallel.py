@@ -353,6 +353,8 @@ def train(run: Run, rank: int = 0, world: int = 1, processes: int = 1) -> dict[s
                     outputs = [output.transpose(1, 2) for output in outputs]
                 losses = [F.cross_entropy(output, y, reduction="sum") for output in outputs]
                 (sum(losses) * scale).backward()
+        # What loops scale and clip is not for those of feedback.
+        assert all(p.grad is None for p in model.feedback_parameters()), (run, step)
         optimizer.step()
     return {
         name: t.full_tensor() if isinstance(t, DTensor) else t.clone()

@@ -125,6 +125,7 @@ def test_dkp_learns_from_error_times_activation_with_decay(
     before = {key: b.detach().clone() for key, b in model.feedback.items()}
     literal = Literal(model, x, y)
     loss_of(model, x, y).backward()
+    model.give_feedback_gradients()
     for key, b in before.items():
         gradient = torch.einsum("nk,n...->k...", literal.error, literal.outputs[key]) + 0.1 * b
         if rule == "grad":
@@ -485,6 +486,7 @@ def test_two_processes_with_a_first_sample_each_perturb_as_one(backend: str, met
         model.noise_state.copy_(torch.tensor([7, 0, first]))
     for model, part in zip(models, (x, x[:3], x[3:]), strict=True):
         model(part).square().mean().backward()
+        model.give_feedback_gradients()
     whole, *halves = [[p.grad for p in model.parameters()] for model in models]
     for expected, first_half, second_half in zip(whole, *halves, strict=True):
         torch.testing.assert_close((first_half + second_half) / 2, expected, rtol=1e-4, atol=1e-5)

@@ -4,11 +4,8 @@ Those of torchvision, timm and transformers are skipped where the package is mis
 """
 
 import copy
-import functools
-import importlib.util
 import re
 import runpy
-import sys
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from libraries import library
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -194,32 +192,8 @@ TORCH: dict[str, Callable[[], Case]] = {
 }
 
 
-@functools.cache
-def _declare_torchvision() -> None:
-    """torchvision from PyPI is compiled for a CUDA build of torch. Beside a CPU build it does not find its
-    operators, which no model here uses, and imports where they are declared."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
-
-
-def _library(name: str) -> Any:
-    """Skips where it is not installed. One that is but does not import is an error."""
-    for package in ("torchvision", name.partition(".")[0]):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    _declare_torchvision()
-    return importlib.import_module(name)
-
-
 def _torchvision() -> Any:
-    return _library("torchvision.models")
+    return library("torchvision.models")
 
 
 def _images(side: int = 64) -> tuple[Tensor]:
@@ -246,7 +220,7 @@ def _segmentation(name: str) -> Callable[[], Case]:
 
 def _timm(name: str, **options: Any) -> Callable[[], Case]:
     def make() -> Case:
-        timm = _library("timm")
+        timm = library("timm")
         return Case(timm.create_model(name, num_classes=4, **options), _images(), entropy)
 
     return make
@@ -266,7 +240,7 @@ _T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "
 
 def _text(model: str, config: str, labels: str = "classes", **options: Any) -> Callable[[], Case]:
     def make() -> Case:
-        transformers = _library("transformers")
+        transformers = library("transformers")
         net = getattr(transformers, model)(getattr(transformers, config)(**options))
         ids = torch.randint(0, 100, (4, 12))
         targets = {"classes": ids[:, 0] % 2, "tokens": ids, "tags": ids % 2}[labels]
@@ -287,7 +261,7 @@ class Encoder(nn.Module):
 
 
 def _t5() -> Case:
-    transformers = _library("transformers")
+    transformers = library("transformers")
     encoder = transformers.T5EncoderModel(transformers.T5Config(**_T5))
     return Case(Encoder(encoder), (torch.randint(0, 100, (4, 12)),), entropy)
 
@@ -411,7 +385,7 @@ def test_the_tangent_is_that_of_the_perturbed_model(name: str) -> None:
     ("name", "lowest"), [("torchvision_resnet", 85), ("transformers_classifier", 78)]
 )
 def test_the_examples_of_other_libraries_learn(name: str, lowest: float, capsys: Any) -> None:
-    _library(name.partition("_")[0])
+    library(name.partition("_")[0])
     runpy.run_path(str(EXAMPLES / f"{name}.py"))
     (accuracy,) = re.findall(r"test accuracy ([\d.]+)%", capsys.readouterr().out)
     assert float(accuracy) > lowest  # 72 of a DistilBERT whose head alone is trained

@@ -1,0 +1,185 @@
+"""What loops do to gradients, and the loops that people use: each trains as it comes."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import conv_net, mlp
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fdfa_ext import FDFA
+
+INPUT, TARGET = torch.randn(32, 6), torch.randint(3, (32,))
+
+Loop = Callable[[FDFA, torch.optim.Optimizer], Any]
+
+
+def plain(model: FDFA, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(INPUT), TARGET).backward()
+    optimizer.step()
+
+
+def clip(parameters: Any) -> None:
+    norm = nn.utils.clip_grad_norm_(parameters, 0.01)
+    assert norm > 0.01
+
+
+def clipped(model: FDFA, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(INPUT), TARGET).backward()
+    clip(model.parameters())
+    optimizer.step()
+
+
+def clipped_weights(model: FDFA, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(INPUT), TARGET).backward()
+    clip(model.forward_parameters())
+    optimizer.step()
+
+
+def clipped_in_a_closure(model: FDFA, optimizer: torch.optim.Optimizer) -> None:
+    """As Lightning does it."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(INPUT), TARGET)
+        loss.backward()
+        clip(model.parameters())
+        return loss
+
+    assert optimizer.step(closure) is not None  # type: ignore[arg-type, func-returns-value]
+
+
+def scaled(model: FDFA, optimizer: torch.optim.Optimizer) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(model(INPUT), TARGET)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def scaled_and_clipped(model: FDFA, optimizer: torch.optim.Optimizer) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(model(INPUT), TARGET)).backward()
+    scaler.unscale_(optimizer)
+    clip(model.parameters())
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def trained(loop: Loop, **options: Any) -> list[Tensor]:
+    """Weights and B after some steps, each by SGD, which the size of a gradient matters to."""
+    torch.manual_seed(0)
+    model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, **options)
+    for _ in range(5):
+        loop(model, optimizer)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}], ids=str)
+@pytest.mark.parametrize(
+    ("loop", "same"),
+    [
+        (clipped, clipped_weights),
+        (clipped_in_a_closure, clipped_weights),
+        (scaled, plain),
+        (scaled_and_clipped, clipped_weights),
+    ],
+)
+def test_loops_leave_the_gradients_of_feedback_as_they_are(
+    loop: Loop, same: Loop, options: dict[str, bool]
+) -> None:
+    for a, b in zip(trained(loop, **options), trained(same, **options), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_feedback_moves_by_the_mean_over_accumulated_batches() -> None:
+    """Of which each has a part of the loss, as loops have it."""
+    torch.manual_seed(0)
+    model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
+    parts, found = copy.deepcopy(model), []
+    for part in (slice(16), slice(16, 32)):
+        alone = copy.deepcopy(model)
+        alone.noise_state.copy_(parts.noise_state)
+        F.cross_entropy(alone(INPUT[part]), TARGET[part]).backward()
+        alone.give_feedback_gradients()
+        found.append([b.grad for b in alone.feedback.values()])
+        (F.cross_entropy(parts(INPUT[part]), TARGET[part]) / 2).backward()
+    assert all(b.grad is None for b in parts.feedback.values())
+    parts.give_feedback_gradients()
+    for b, *each in zip(parts.feedback.values(), *found, strict=True):
+        torch.testing.assert_close(b.grad, sum(each) / 2)
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_of_the_mean() -> None:
+    model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
+    plain(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.zero_grad()
+    twin = copy.deepcopy(model)
+    F.cross_entropy(model(INPUT), TARGET).backward()
+    F.cross_entropy(twin(INPUT), TARGET).backward()
+    with torch.no_grad():
+        model.module[-1].weight.fill_(torch.inf)
+    model(INPUT).sum().backward()
+    for each in (model, twin):
+        each.give_feedback_gradients()
+    for a, b in zip(model.feedback.values(), twin.feedback.values(), strict=True):
+        assert b.grad is not None
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_feedback_that_no_optimizer_moves_is_said() -> None:
+    model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
+    optimizer = torch.optim.SGD(model.forward_parameters(), lr=0.1)
+    for _ in range(99):
+        plain(model, optimizer)
+    with pytest.warns(UserWarning, match="have waited for 100 backwards"):
+        plain(model, optimizer)
+
+
+def test_zero_grad_drops_gradients_that_wait() -> None:
+    model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
+    F.cross_entropy(model(INPUT), TARGET).backward()
+    model.zero_grad()
+    model.give_feedback_gradients()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, "loaded"])
+def test_other_parameters_in_place_of_the_feedback_are_kept_from_loops_too(change: Any) -> None:
+    model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
+    if change == "loaded":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model = change(model)
+    F.cross_entropy(model(INPUT), TARGET).backward()
+    assert all(b.grad is None for b in model.feedback.values())
+    model.give_feedback_gradients()
+    assert all(b.grad is not None for b in model.feedback.values())
+
+
+@pytest.mark.parametrize("feedback", ["adam", "ema", "grad"])
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_average_of_models_is_one_of_their_weights(feedback: str, use_buffers: bool) -> None:
+    x, y = torch.randn(16, 1, 12, 12), torch.randint(3, (16,))
+    model = FDFA(conv_net(), feedback=feedback, example_input=x[:2])
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    expected = [p.detach().clone() for p in model.module.parameters()]
+    for step in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        average.update_parameters(model)
+        for mean, p in zip(expected, model.module.parameters(), strict=True):
+            mean.lerp_(p.detach(), 0.5 if step else 1.0)
+    for mean, p in zip(expected, average.module.module.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), mean)
