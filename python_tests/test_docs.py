@@ -3,6 +3,7 @@
 import ast
 import copy
 import csv
+import importlib.util
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from marks import slow_but
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fdfa_ext
 from fdfa_ext import FDFA, FDFALinear, jvp
@@ -27,6 +29,7 @@ from fdfa_ext.bench.roofline import CASES, HEAD, parts_of_step, table_lines
 from fdfa_ext.experiments.report import mean_and_deviation
 from fdfa_ext.experiments.runs import read_record
 from fdfa_ext.experiments.tables import paper_accuracies
+from fdfa_ext.train.models import build_net
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -318,6 +321,41 @@ def test_troubleshooting_has_each_message() -> None:
     assert len(found) > 50
     missing = [f"{file}: {clause}" for file, clause in sorted(found) if f"`{clause}" not in documented]
     assert not missing, "docs/troubleshooting.md lacks\n" + "\n".join(missing)
+
+
+def scaling() -> Any:
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "scripts" / "scaling.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scaling"] = module  # which dataclasses look themselves up in
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_on_scaling_has_the_tables_of_its_script() -> None:
+    page = (DOCS / "scaling.md").read_text()
+    assert scaling().written(page) == page
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_the_page_on_scaling_counts_the_operations_that_torch_counts(which: int) -> None:
+    """Of a dense net and a convolutional one, forward and backward."""
+    on_paper = scaling().NETS[which]
+    name, shape, hidden = [("mlp", (1, 28, 28), 3), ("cnn-unnormalised", (1, 28, 28), 1)][which - 1]
+    net = build_net(name, shape, 10, hidden)
+    x = torch.randn(4, *shape)
+    for method in ("bp", "fdfa"):
+        model = FDFA(copy.deepcopy(net), method=method, example_input=x)
+        with FlopCounterMode(display=False) as counter:
+            output = model(x)
+            forward = counter.get_total_flops()
+            output.sum().backward()
+        counted = forward / len(x), (counter.get_total_flops() - forward) / len(x)
+        expected = on_paper.bp_forward, on_paper.bp_backward
+        if method == "fdfa":
+            expected = on_paper.forward, on_paper.gradients
+        assert counted == pytest.approx(expected, rel=1e-3), method
 
 
 @pytest.mark.parametrize("name", ["table-b6", "table-2"])
