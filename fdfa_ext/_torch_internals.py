@@ -116,7 +116,12 @@ def _saves_by(*hooks: str) -> bool:
 
 def is_in_backward() -> bool:
     """Whether autograd runs a backward, which a reentrant checkpoint computes within."""
-    return torch._C._current_graph_task_id() != -1
+    return running_backward() != -1
+
+
+def running_backward() -> int:
+    """A number of the backward that runs, of which no other has it."""
+    return torch._C._current_graph_task_id()
 
 
 def when_backward_ends(function: Callable[[], None]) -> None:

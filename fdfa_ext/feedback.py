@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from fdfa_ext._torch_internals import fused_adam_, graph_break
 from fdfa_ext.data_parallel import Ranks
-from fdfa_ext.feedback_gradients import keep_averaged, withhold
+from fdfa_ext.feedback_gradients import keep_averaged, share, withhold
 from fdfa_ext.noise import in_memory_format
 
 RULES = ("ema", "adam", "grad")
@@ -109,10 +109,14 @@ class FeedbackBank(nn.Module):
     def items(self) -> list[tuple[str, Tensor]]:
         return list(zip(self.keys(), self.values(), strict=True))
 
-    def withhold(self, are_averaged: bool = False) -> None:
+    def withhold(self) -> None:
         """Keeps the gradients of parameters from loops, whatever tensors they are now."""
         if self._as_parameters:
-            withhold(self._tensors.values(), are_averaged)
+            withhold(self._tensors.values())
+
+    def share(self, are_averaged: bool) -> None:
+        """Says whether processes average the gradients of parameters in the next backward."""
+        share(self.parameters(), are_averaged)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -125,7 +129,9 @@ class FeedbackBank(nn.Module):
             device = fn(t).device
             return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
 
-        return super()._apply(move, recurse)
+        result = super()._apply(move, recurse)
+        self.withhold()
+        return result
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for key, value in self._tensors.items():
@@ -137,6 +143,7 @@ class FeedbackBank(nn.Module):
             if isinstance(saved, Tensor):
                 state_dict[prefix + key] = in_memory_format(saved)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.withhold()
         shapeless = self._parameters.keys() - self._tensors.keys()
         missing = args[2]
         missing[:] = [key for key in missing if key.removeprefix(prefix) not in shapeless]
@@ -193,7 +200,7 @@ class FeedbackStep:
     def keep_averaged(self, names: Sequence[str]) -> None:
         """In the backward of rule "grad": keeps from loops the gradients that processes average."""
         if self.ranks is not None:
-            keep_averaged(lambda: self.select(names)[0], self.ranks)
+            keep_averaged(self.select(names)[0], self.ranks)
 
     def move(
         self, names: Sequence[str], gradients: list[Tensor], rows: int, are_common: bool = False

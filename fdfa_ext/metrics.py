@@ -18,7 +18,7 @@ from fdfa_ext.data_parallel import measuring
 from fdfa_ext.dual_pass import DualPass
 from fdfa_ext.duals import first_tensor, with_first
 from fdfa_ext.feedback import FeedbackUpdate
-from fdfa_ext.feedback_gradients import waiting_gradients
+from fdfa_ext.feedback_gradients import put_back_later
 from fdfa_ext.jvp import point_rules
 from fdfa_ext.layers import joins_positions
 from fdfa_ext.methods import BlockMethod
@@ -66,9 +66,11 @@ def gradient_alignment(
 
 def feedback_norm(model: FDFA) -> dict[str, float]:
     """Frobenius norm of each block's B, by the block's name."""
-    norms = [torch.linalg.vector_norm(matrix.detach()) for matrix in model.feedback.values()]
-    whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]  # of DTensor
-    return dict(zip(model.feedback.keys(), torch.stack(whole).tolist() if whole else [], strict=True))
+    norms = {name: torch.linalg.vector_norm(b.detach()) for name, b in model.feedback.items()}
+    # A DTensor has a part of it in each process.
+    return {
+        name: float(n.full_tensor() if hasattr(n, "full_tensor") else n) for name, n in norms.items()
+    }
 
 
 def estimator_variance(
@@ -533,7 +535,7 @@ def _untouched(model: FDFA) -> Iterator[None]:
         )
     state = _state(model)
     gradients = {p: p.grad for p in model.parameters()}
-    put_back = waiting_gradients(model.feedback_parameters())
+    put_back = put_back_later(model.feedback_parameters())
     modes = {module: module.training for module in model.modules()}
     local_outputs = model.local_outputs
     try:

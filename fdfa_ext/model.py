@@ -16,7 +16,7 @@ from fdfa_ext.autograd import check_blocks
 from fdfa_ext.data_parallel import Ranks, is_measuring, ranks_of_step
 from fdfa_ext.dual_pass import BACKENDS, BlockRecord, DualPass
 from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
-from fdfa_ext.feedback_gradients import drop, give
+from fdfa_ext.feedback_gradients import give
 from fdfa_ext.fusion import channels_of
 from fdfa_ext.heads import LocalHeads
 from fdfa_ext.layers import NOT_SCRIPTABLE, Block
@@ -121,7 +121,7 @@ class FDFA(nn.Module):
         feedback: how B follows the estimate G = dᵀu / N of the mean Jacobian. "adam": Adam on the
             gradient B - G (Appendix A, the paper's tables). "ema": B ← (1 - lr) B + lr G (eq. 8).
             "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer, when that takes
-            a step: the mean over the backwards since its last one. Before it there is none, since B - G
+            a step: the mean over the backwards since zero_grad. Before the step it is zero, since B - G
             does not scale with the loss, as gradients do that loops clip and unscale. The same for
             another method's ∇B in place of B - G. Or a FeedbackUpdate, which uses none of the next
             three arguments.
@@ -271,6 +271,9 @@ class FDFA(nn.Module):
                 f"FDFA: {name} cannot be changed, since what the model keeps was made for it; wrap the "
                 "module again"
             )
+        if self._is_of_module(name):
+            setattr(self.module, name, value)
+            return
         super().__setattr__(name, value)
 
     @property
@@ -324,7 +327,7 @@ class FDFA(nn.Module):
             self._prepare(args, kwargs)
             self._in_step_by = _nothing
         if self.rule == "grad" and not torch.compiler.is_compiling():
-            modules["feedback"].withhold(ranks is not None)
+            modules["feedback"].share(ranks is not None)
         if ranks is None:
             if self._in_step_by is not _nothing and not is_measuring():
                 self._in_step_by = _nothing
@@ -411,20 +414,27 @@ class FDFA(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            module = self.__dict__.get("_modules", {}).get("module")
-            if module is None or name.startswith("_") or not hasattr(module, name):
+            value = self._of_module(name)
+            if value is None:
                 raise
-            value = getattr(module, name)
             # What could run the module or be trained unperturbed is asked of the module itself.
             if callable(value) or isinstance(value, Tensor):
                 error.add_note(f"The module within has one: model.module.{name}")
                 raise
             return value
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As nn.Module's; drops what no optimizer has taken of ∇B too."""
-        drop(self.feedback_parameters())
-        super().zero_grad(set_to_none)
+    def _is_of_module(self, name: str) -> bool:
+        """Whether it is data of the module within, which is read and written as the model's."""
+        if "_copies" not in self.__dict__ or name in self.__dict__ or hasattr(type(self), name):
+            return False  # while the model is made, all names are its own
+        value = self._of_module(name)
+        is_own = name in self._parameters or name in self._buffers or name in self._modules
+        return not (is_own or value is None or callable(value) or isinstance(value, Tensor))
+
+    def _of_module(self, name: str) -> Any:
+        """A public attribute of the module within; None for none."""
+        module = self.__dict__.get("_modules", {}).get("module")
+        return None if module is None or name.startswith("_") else getattr(module, name, None)
 
     def extra_repr(self) -> str:
         options = {
@@ -616,14 +626,20 @@ class FDFA(nn.Module):
         """As nn.Module's, with copies of B of images and of all but the first of tied parameters: some
         file formats hold no tensor twice."""
         state = super().state_dict(*args, **kwargs)
-        if kwargs.get("keep_vars"):
-            return state
-        seen: set[int] = set()
-        for name, parameter in self.named_parameters(kwargs.get("prefix", ""), remove_duplicate=False):
-            if id(parameter) in seen and name in state:
-                state[name] = state[name].clone()
-            seen.add(id(parameter))
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        if not kwargs.get("keep_vars", len(args) > 2 and args[2]):
+            for _, name in self._tied(prefix.removesuffix(".")):
+                if name in state:
+                    state[name] = state[name].clone()
         return state
+
+    def _tied(self, prefix: str) -> Iterator[tuple[str, str]]:
+        """The first and another name of each parameter that has several."""
+        names: dict[int, str] = {}
+        for name, parameter in self.named_parameters(prefix, remove_duplicate=False):
+            first = names.setdefault(id(parameter), name)
+            if first != name:
+                yield first, name
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback and heads that a saved model has and this one has not yet."""
@@ -649,6 +665,9 @@ class FDFA(nn.Module):
             saved = state_dict.get(f"{prefix}heads.{FeedbackBank.key(block)}.weight")
             if saved is not None:
                 self.heads.of(block).take_shape(saved.shape, saved.to(self.noise_state.device))
+        for first, name in self._tied(prefix.removesuffix(".")):
+            if first in state_dict and name in state_dict:  # or assign=True would untie them
+                state_dict[name] = state_dict[first]
         for name in ("noise_state", "updates"):
             saved = state_dict.get(prefix + name)
             if isinstance(saved, Tensor) and saved.is_floating_point():

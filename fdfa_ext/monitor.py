@@ -44,4 +44,7 @@ def write_tensorboard(
     for tag, value in scalars(model, batch, loss_fn).items():
         writer.add_scalar(tag, value, step)
     for name, matrix in model.feedback.items():
-        writer.add_histogram(f"feedback/{name}", matrix.detach(), step)
+        values: Any = matrix.detach()
+        values = values.full_tensor() if hasattr(values, "full_tensor") else values  # of a DTensor
+        if values.isfinite().all():  # of others there is no histogram, and the norm tells
+            writer.add_histogram(f"feedback/{name}", values, step)

@@ -11,7 +11,7 @@ from nets import conv_net, mlp
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fdfa_ext import FDFA
+from fdfa_ext import FDFA, FDFALinear
 
 INPUT, TARGET = torch.randn(32, 6), torch.randint(3, (32,))
 
@@ -113,7 +113,7 @@ def test_feedback_moves_by_the_mean_over_accumulated_batches() -> None:
         alone.give_feedback_gradients()
         found.append([b.grad for b in alone.feedback.values()])
         (F.cross_entropy(parts(INPUT[part]), TARGET[part]) / 2).backward()
-    assert all(b.grad is None for b in parts.feedback.values())
+    assert not any(b.grad.any() for b in parts.feedback.values())
     parts.give_feedback_gradients()
     for b, *each in zip(parts.feedback.values(), *found, strict=True):
         torch.testing.assert_close(b.grad, sum(each) / 2)
@@ -145,12 +145,87 @@ def test_feedback_that_no_optimizer_moves_is_said() -> None:
         plain(model, optimizer)
 
 
-def test_zero_grad_drops_gradients_that_wait() -> None:
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("steps", [False, True])
+def test_zero_grad_drops_gradients_that_wait(outer: bool, steps: bool) -> None:
+    model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0 if steps else 0.1)
+    F.cross_entropy(model(INPUT[:8]), TARGET[:8]).backward()
+    if steps:
+        optimizer.step()
+    (nn.Sequential(model) if outer else optimizer).zero_grad()
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for each in (model, twin):
+        F.cross_entropy(each(INPUT), TARGET).backward()
+    optimizer.step()
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    for a, b in zip(model.feedback.values(), twin.feedback.values(), strict=True):
+        assert a.any()
+        assert torch.equal(a, b)
+
+
+def test_a_batch_without_samples_has_no_part_in_the_mean() -> None:
     model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
     F.cross_entropy(model(INPUT), TARGET).backward()
-    model.zero_grad()
+    model(INPUT[:0]).sum().backward()
+    twin = copy.deepcopy(model)
     model.give_feedback_gradients()
-    assert all(p.grad is None for p in model.parameters())
+    twin.noise_state[1] -= 2
+    F.cross_entropy(twin(INPUT), TARGET).backward()
+    twin.give_feedback_gradients()
+    for a, b in zip(model.feedback.values(), twin.feedback.values(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_feedback_as_parameters_can_be_swapped() -> None:
+    """Which torch refuses where tensors have weak references."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
+        F.cross_entropy(model(INPUT), TARGET).backward()
+        model.zero_grad()
+        saved = copy.deepcopy(model.state_dict())
+        model.to("meta").to_empty(device="cpu").load_state_dict(saved)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    plain(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert all(b.any() for b in model.feedback.values())
+
+
+def test_data_of_the_module_is_that_of_the_model() -> None:
+    net = mlp()
+    net.config, net.seen, net.run = {"a": 1}, 0, lambda: None
+    model = FDFA(net)
+    assert model.config is net.config
+    model.seen += 1
+    assert net.seen == 1
+    for name in ("run", "0", "nothing"):
+        assert not hasattr(model, name)
+    model.name = "mine"
+    assert not hasattr(net, "name")
+
+
+def test_tied_weights_are_loaded_as_one() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = FDFALinear(6, 6)
+            self.head = nn.Linear(6, 6)
+            self.head.weight = self.hidden.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.hidden(x))
+
+    for make in (lambda model: model, nn.Sequential):
+        model = make(FDFA(Tied(), example_input=INPUT[:2]))
+        state = model.state_dict()
+        values = [t.untyped_storage().data_ptr() for t in state.values()]
+        assert len({*values}) == len(values)
+        model.load_state_dict(state, assign=True)
+        inner = model.get_submodule("0.module" if isinstance(model, nn.Sequential) else "module")
+        assert inner.head.weight.data_ptr() == inner.hidden.weight.data_ptr()
 
 
 @pytest.mark.parametrize("change", [copy.deepcopy, "loaded"])
@@ -161,9 +236,9 @@ def test_other_parameters_in_place_of_the_feedback_are_kept_from_loops_too(chang
     else:
         model = change(model)
     F.cross_entropy(model(INPUT), TARGET).backward()
-    assert all(b.grad is None for b in model.feedback.values())
+    assert not any(b.grad.any() for b in model.feedback.values())
     model.give_feedback_gradients()
-    assert all(b.grad is not None for b in model.feedback.values())
+    assert all(b.grad.any() for b in model.feedback.values())
 
 
 @pytest.mark.parametrize("feedback", ["adam", "ema", "grad"])
