@@ -1,6 +1,7 @@
 """FDFA: a torch model with what lives from step to step: feedback, its moments, noise, local heads."""
 
 import copy
+import functools
 import inspect
 import math
 import weakref
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from fdfa_ext.auto import GRANULARITIES, auto_points, default_output
@@ -417,11 +419,36 @@ class FDFA(nn.Module):
             value = self._of_module(name)
             if value is None:
                 raise
-            # What could run the module or be trained unperturbed is asked of the module itself.
-            if callable(value) or isinstance(value, Tensor):
+            if isinstance(value, nn.Module | Tensor):
+                # Called or trained by itself it would be unperturbed.
                 error.add_note(f"The module within has one: model.module.{name}")
                 raise
-            return value
+            return self._method_of_module(name, value) if callable(value) else value
+
+    def _method_of_module(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method, which may not run the module where a step of FDFA should."""
+
+        def refuse(inner: nn.Module, inputs: Any) -> None:
+            if inner in inside:
+                raise RuntimeError(
+                    f"FDFA: {name} of {type(self.module).__name__} runs the module, which would train "
+                    "by backpropagation; call the model itself, or call it under torch.no_grad() or in "
+                    "eval mode"
+                )
+
+        inside = {*self.module.modules()}
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not (self.training and torch.is_grad_enabled()):
+                return method(*args, **kwargs)
+            hook = register_module_forward_pre_hook(refuse)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                hook.remove()
+
+        return call
 
     def _is_of_module(self, name: str) -> bool:
         """Whether it is data of the module within, which is read and written as the model's."""

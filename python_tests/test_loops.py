@@ -196,15 +196,37 @@ def test_feedback_as_parameters_can_be_swapped() -> None:
 
 def test_data_of_the_module_is_that_of_the_model() -> None:
     net = mlp()
-    net.config, net.seen, net.run = {"a": 1}, 0, lambda: None
+    net.config, net.seen = {"a": 1}, 0
     model = FDFA(net)
     assert model.config is net.config
     model.seen += 1
     assert net.seen == 1
-    for name in ("run", "0", "nothing"):
+    for name in ("0", "nothing"):
         assert not hasattr(model, name)
     model.name = "mine"
     assert not hasattr(net, "name")
+
+
+def test_methods_of_the_module_are_those_of_the_model_but_train_nothing() -> None:
+    class Net(nn.Sequential):
+        def width(self) -> int:
+            return 6
+
+        def probabilities(self, x: Tensor) -> Tensor:
+            return self(x).softmax(1)
+
+        def hidden(self, x: Tensor) -> Tensor:
+            return self[0](x)
+
+    model = FDFA(Net(*mlp()), example_input=INPUT[:2])
+    assert model.width() == 6
+    for name in ("probabilities", "hidden"):
+        with pytest.raises(RuntimeError, match=f"{name} of Net runs the module"):
+            getattr(model, name)(INPUT)
+        with torch.no_grad():
+            expected = getattr(model, name)(INPUT)
+        assert torch.equal(getattr(copy.deepcopy(model).eval(), name)(INPUT), expected)
+    F.cross_entropy(model(INPUT), TARGET).backward()  # no hook was left
 
 
 def test_tied_weights_are_loaded_as_one() -> None:
