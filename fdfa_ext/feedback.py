@@ -25,9 +25,11 @@ class FeedbackBank(nn.Module):
     images as copies.
     """
 
-    def __init__(self, as_parameters: bool = False) -> None:
+    def __init__(self, as_parameters: bool = False, are_withheld: bool = False) -> None:
+        """are_withheld: whether loops may not scale the gradients of parameters."""
         super().__init__()
         self._as_parameters = as_parameters
+        self._are_withheld = are_withheld
 
     @staticmethod
     def key(name: str) -> str:
@@ -111,7 +113,7 @@ class FeedbackBank(nn.Module):
 
     def withhold(self) -> None:
         """Keeps the gradients of parameters from loops, whatever tensors they are now."""
-        if self._as_parameters:
+        if self._are_withheld:
             withhold(self._tensors.values())
 
     def share(self, are_averaged: bool) -> None:

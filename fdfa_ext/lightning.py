@@ -91,9 +91,9 @@ class _Watched:
         return scalars(self.model, (self.input, self.gradients), _linear)
 
     def _see(self, model: FDFA, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        self.hook.remove()
-        if not torch.is_grad_enabled():
+        if not (model.training and torch.is_grad_enabled()):
             return
+        self.hook.remove()
         bound = inspect.signature(model.module.forward).bind(*args, **kwargs)
         self.input = dict(bound.arguments) if kwargs else args
         for place, leaf in enumerate(tree_leaves(result)):

@@ -124,9 +124,9 @@ class FDFA(nn.Module):
             gradient B - G (Appendix A, the paper's tables). "ema": B ← (1 - lr) B + lr G (eq. 8).
             "grad": B is a parameter and gets `.grad` = B - G, for any torch optimizer, when that takes
             a step: the mean over the backwards since zero_grad. Before the step it is zero, since B - G
-            does not scale with the loss, as gradients do that loops clip and unscale. The same for
-            another method's ∇B in place of B - G. Or a FeedbackUpdate, which uses none of the next
-            three arguments.
+            does not scale with the loss, as gradients do that loops clip and unscale. With "dkp", whose
+            ∇B does, it is set in the backward. The same for another method's ∇B in place of B - G. Or a
+            FeedbackUpdate, which uses none of the next three arguments.
         feedback_lr: α, per step.
         betas: Adam's, for feedback="adam".
         eps: Adam's.
@@ -239,7 +239,11 @@ class FDFA(nn.Module):
         self.noise = noise
         self.patch = patch
         self.backend = backend
-        self.feedback = FeedbackBank(as_parameters=feedback == "grad" and method.feedback == "learned")
+        learns_as_parameters = feedback == "grad" and method.feedback == "learned"
+        # What a method makes of the error alone, as dkp does, scales with the loss.
+        self.feedback = FeedbackBank(
+            learns_as_parameters, learns_as_parameters and method.tangents != "none"
+        )
         self.exp_avg = FeedbackBank()
         self.exp_avg_sq = FeedbackBank()
         self.heads = LocalHeads()

@@ -101,6 +101,22 @@ def test_loops_leave_the_gradients_of_feedback_as_they_are(
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("loop", [scaled, scaled_and_clipped])
+def test_feedback_that_learns_by_the_error_is_scaled_with_it(loop: Loop) -> None:
+    """As the weights are, which the feedback of Kolen and Pollack's method is to become like."""
+    same = plain if loop is scaled else clipped
+    results = []
+    for each in (loop, same):
+        torch.manual_seed(0)
+        model = FDFA(mlp(), method="dkp", feedback="grad", example_input=INPUT[:2])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for _ in range(3):
+            each(model, optimizer)
+        results.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_feedback_moves_by_the_mean_over_accumulated_batches() -> None:
     """Of which each has a part of the loss, as loops have it."""
     torch.manual_seed(0)
