@@ -924,7 +924,7 @@ def test_the_signature_is_that_of_the_model() -> None:
     net = WithLoss()
     model = wrapped(net, {"inputs": torch.randn(4, 6)}, at="auto")
     assert inspect.signature(model.forward) == inspect.signature(net.forward)
-    assert [*inspect.signature(FDFA.forward).parameters] == ["self", "args", "kwargs"]
+    assert [*inspect.signature(FDFA.forward).parameters] == ["self", "args", "labels", "kwargs"]
     calls: list[int] = []
     original = model.forward
 
