@@ -23,8 +23,9 @@ class FeedbackMonitor(Callback):
     of fdfa_ext.monitor.scalars for each block and parameter. With several models their names come
     first: `encoder/feedback_norm`.
 
-    The angles are those of the batch and the loss of the training step that they follow, whose forward
-    calls the model once. They cost a step of the method and one of backpropagation.
+    The angles are those of the batch and the loss of the training step that they follow, for the first
+    training forward of the model in it. They cost a step of the method and one of backpropagation.
+    Methods with local heads have none, whose loss is not the model's alone.
 
     Args:
         every_n_steps: training steps from one measurement to the next, 50 by default.
@@ -35,11 +36,14 @@ class FeedbackMonitor(Callback):
             raise ValueError(f"FeedbackMonitor: every_n_steps must be 1 or more; got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._watched: list[_Watched] = []
+        self._last_step = 0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx % self.every_n_steps == 0:
+        step = trainer.global_step + 1  # as loggers count, which write after it
+        if step % self.every_n_steps == 0 and step != self._last_step:
+            self._last_step = step
             named = pl_module.named_modules()
             self._watched = [_Watched(name, m) for name, m in named if isinstance(m, FDFA)]
 
@@ -86,7 +90,7 @@ class _Watched:
 
     def measured(self) -> dict[str, float]:
         self.hook.remove()
-        if not self.gradients:
+        if not self.gradients or self.model.method.local_heads:
             return scalars(self.model)
         return scalars(self.model, (self.input, self.gradients), _linear)
 

@@ -5,6 +5,7 @@ Skipped where the package is missing: `make test-zoo`.
 
 import re
 import runpy
+import types
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def test_lightning_resumes_from_its_checkpoint(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("method", ["fdfa", "dfa", "fg-w", "bp"])
 def test_a_monitor_in_lightning_leaves_training_as_it_is(method: str) -> None:
-    monitor = library("fdfa_ext.lightning").FeedbackMonitor(every_n_steps=3)
+    monitor = library("fdfa_ext.lightning").FeedbackMonitor(every_n_steps=4)
     alone, watched = (lightning_module(method=method) for _ in range(2))
     fit(alone)
     trainer = fit(watched, callbacks=[monitor])
@@ -202,6 +203,26 @@ def test_a_monitor_in_lightning_leaves_training_as_it_is(method: str) -> None:
         assert shown["gradient_angle/0.weight"] < 0.01
     else:
         assert 1 < shown["gradient_angle"] < 180
+
+
+def test_a_monitor_has_no_angles_of_local_heads() -> None:
+    module = lightning_module(method="lg-fg-a")
+    trainer = fit(module, callbacks=[library("fdfa_ext.lightning").FeedbackMonitor(2)])
+    assert "gradient_angle" not in trainer.callback_metrics
+
+
+def test_a_monitor_waits_for_a_training_forward() -> None:
+    module = lightning_module()
+    step = module.training_step
+
+    def teaching(_: Any, batch: list[Tensor], index: int) -> Tensor:
+        with torch.no_grad():
+            module.model(batch[0])
+        return step(batch, index)
+
+    module.training_step = types.MethodType(teaching, module)
+    trainer = fit(module, callbacks=[library("fdfa_ext.lightning").FeedbackMonitor(8)])
+    assert 1 < trainer.callback_metrics["gradient_angle"] < 180
 
 
 def test_a_monitor_wants_a_number_of_steps() -> None:
