@@ -354,7 +354,7 @@ def train(run: Run, rank: int = 0, world: int = 1, processes: int = 1) -> dict[s
                 losses = [F.cross_entropy(output, y, reduction="sum") for output in outputs]
                 (sum(losses) * scale).backward()
         # What loops scale and clip is not for those of feedback.
-        if not run.sharded:
+        if not run.sharded and run.options.get("method", "fdfa") != "dkp":
             assert not any(p.grad.any() for p in model.feedback_parameters() if p.grad is not None)
         optimizer.step()
     return {

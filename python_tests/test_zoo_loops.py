@@ -3,6 +3,7 @@
 Skipped where the package is missing: `make test-zoo`.
 """
 
+import importlib
 import re
 import runpy
 import types
@@ -166,6 +167,11 @@ def lightning_module(**options: Any) -> Any:
     return Images()
 
 
+def feedback_monitor(every_n_steps: int) -> Any:
+    library("lightning")
+    return importlib.import_module("fdfa_ext.lightning").FeedbackMonitor(every_n_steps)
+
+
 def fit(module: Any, epochs: int = 2, callbacks: Any = (), **kwargs: Any) -> Any:
     trainer = library("lightning").Trainer(
         max_epochs=epochs,
@@ -191,7 +197,7 @@ def test_lightning_resumes_from_its_checkpoint(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("method", ["fdfa", "dfa", "fg-w", "bp"])
 def test_a_monitor_in_lightning_leaves_training_as_it_is(method: str) -> None:
-    monitor = library("fdfa_ext.lightning").FeedbackMonitor(every_n_steps=4)
+    monitor = feedback_monitor(every_n_steps=4)
     alone, watched = (lightning_module(method=method) for _ in range(2))
     fit(alone)
     trainer = fit(watched, callbacks=[monitor])
@@ -207,7 +213,7 @@ def test_a_monitor_in_lightning_leaves_training_as_it_is(method: str) -> None:
 
 def test_a_monitor_has_no_angles_of_local_heads() -> None:
     module = lightning_module(method="lg-fg-a")
-    trainer = fit(module, callbacks=[library("fdfa_ext.lightning").FeedbackMonitor(2)])
+    trainer = fit(module, callbacks=[feedback_monitor(2)])
     assert "gradient_angle" not in trainer.callback_metrics
 
 
@@ -221,13 +227,13 @@ def test_a_monitor_waits_for_a_training_forward() -> None:
         return step(batch, index)
 
     module.training_step = types.MethodType(teaching, module)
-    trainer = fit(module, callbacks=[library("fdfa_ext.lightning").FeedbackMonitor(8)])
+    trainer = fit(module, callbacks=[feedback_monitor(8)])
     assert 1 < trainer.callback_metrics["gradient_angle"] < 180
 
 
 def test_a_monitor_wants_a_number_of_steps() -> None:
     with pytest.raises(ValueError, match="every_n_steps must be 1 or more; got 0"):
-        library("fdfa_ext.lightning").FeedbackMonitor(0)
+        feedback_monitor(0)
 
 
 @pytest.mark.parametrize("feedback", ["adam", "grad"])
