@@ -73,6 +73,7 @@ ACTIVATION_NAMES: dict[Any, str] = {  # of the operators
 aten = torch.ops.aten
 # As torch has them, whatever a user puts in their place, which is what calls the rules.
 _GROUP_NORM, _MAX_POOL2D, _RELU = F.group_norm, F.max_pool2d, F.relu
+_INSTANCE_NORM = F.instance_norm
 _OWN = {name: function for name, function in vars(F).items() if type(function) is FunctionType}
 
 
@@ -517,6 +518,14 @@ def _contiguous_group_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
     return _GROUP_NORM(dual, *rest, **named)
 
 
+def _instance_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
+    # Of one sample torch 2.13's backward is wrong for a gradient in channels_last, as blocks have it.
+    y = _INSTANCE_NORM(input, *rest, **named)
+    if len(y) == 1 and y.requires_grad:
+        y.register_hook(Tensor.contiguous)
+    return y
+
+
 def _relu_in_place(input: Tensor, inplace: bool = False) -> Tensor:
     tangent = unpack_dual(input)[1] if inplace and is_own_level_open() else None
     if tangent is None:
@@ -578,6 +587,7 @@ def _by_products(function: Any, *args: Any, **named: Any) -> Any:
 _STAND_INS: dict[Any, Callable[..., Any]] = {
     F.conv2d: reference.convolve,
     F.group_norm: _contiguous_group_norm,
+    F.instance_norm: _instance_norm,
     F.relu: _relu_in_place,
     **{function: partial(_by_products, function) for function in ATTENTION_RULES},
 }

@@ -196,6 +196,30 @@ def test_a_dense_block_takes_any_dimensions_between_batch_and_features(
             torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "bp"])
+@pytest.mark.parametrize("at", [None, ["3"]])
+def test_one_sample_has_exact_gradients_through_instance_norm(at: Any, method: str) -> None:
+    found = []
+    for dtype, backend in ((torch.float32, "fused"), (torch.float64, "reference")):
+        torch.manual_seed(1)
+        layers: list[nn.Module] = [
+            nn.Conv2d(2, 4, 3),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3),
+            nn.InstanceNorm2d(4),
+        ]
+        if at is None:
+            layers = [FDFABlock(*layers[:2]), FDFABlock(*layers[2:])]
+        net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 3)).to(dtype)
+        x = torch.randn(1, 2, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+        model = FDFA(net, at=at, method=method, backend=backend, example_input=x)
+        F.cross_entropy(model(x), torch.tensor([1])).backward()
+        found.append([p.grad.double() for p in net.parameters() if p.grad is not None])
+    scale = max(gradient.norm() for gradient in found[1])
+    for fused, exact in zip(*found, strict=True):
+        assert (fused - exact).norm() < 1e-5 * scale
+
+
 def test_volumes_train_as_the_reference() -> None:
     x, y = torch.randn(4, 1, 3, 3, 4), torch.arange(4) % 3
     net = nn.Sequential(
