@@ -13,12 +13,13 @@ fi
 
 objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
-for source in csrc/cuda/*.cu; do
-  "$nvcc" -std=c++20 -O3 -Icsrc -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
+# Several at a time. xargs fails if one of them does.
+for source in csrc/cuda/*.cu; do basename "$source"; done |
+  xargs -P "$(getconf _NPROCESSORS_ONLN)" -I '{}' \
+    "$nvcc" -std=c++20 -O3 -Icsrc -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
-    -c "$source" -o "$objects/$(basename "$source").o"
-  echo "compiled $source"
-done
+    -c 'csrc/cuda/{}' -o "$objects/{}.o"
+echo "compiled csrc/cuda/*.cu"
 # The operators include the kernels' header in C++, which knows less than CUDA.
 echo '#include "cuda/kernels.h"' >"$objects/header.cpp"
 "$nvcc" -std=c++20 -Icsrc -Xcompiler -Wall,-Wextra,-Werror -c "$objects/header.cpp" -o "$objects/header.o"

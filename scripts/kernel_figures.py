@@ -13,7 +13,9 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -201,7 +203,9 @@ def main() -> int:
         return figure
 
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    compiled = [kernel for source in sources for kernel in compile_kernels(source, architecture)]
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        found = compilers.map(partial(compile_kernels, architecture=architecture), sources)
+        compiled = [kernel for kernels in found for kernel in kernels]
 
     families: dict[str, list[Kernel]] = {}
     for kernel in compiled:
