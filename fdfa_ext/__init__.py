@@ -8,6 +8,7 @@ from fdfa_ext.jvp import register_jvp
 from fdfa_ext.layers import FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.methods import register_method
 from fdfa_ext.model import FDFA, check
+from fdfa_ext.pipeline import Pipeline
 
 __all__ = [
     "FDFA",
@@ -15,6 +16,7 @@ __all__ = [
     "FDFAConv2d",
     "FDFALinear",
     "FeedbackUpdate",
+    "Pipeline",
     "build_info",
     "check",
     "make_graphed_step",

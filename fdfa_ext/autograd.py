@@ -463,13 +463,8 @@ def attach_fused(
 def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int, outputs: int) -> None:
     """Raises unless the blocks of a pass of n samples have what the backward needs, and fit their B."""
     for record in dual.records:
-        reads_output = record.activation != "identity" and record.saved_activation is record.output
-        needed = reads_output or rule.keeps_output
-        if needed and not dual.compiling and record.output._version != record.version:
-            raise RuntimeError(
-                f"FDFA: the output of block '{record.name}' was changed in place by a module "
-                "after it, but is needed later; use the module without inplace"
-            )
+        if not dual.compiling:
+            check_unchanged(rule, record)
         shape = record.output.shape
         if shape[0] != n:
             raise ValueError(
@@ -492,6 +487,16 @@ def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int
                 f"FDFA: block '{record.name}': its feedback must lie in {record.memory_format}, the "
                 f"order of the noise; got strides {matrix.stride()}"
             )
+
+
+def check_unchanged(rule: BlockRule, record: BlockRecord) -> None:
+    """Raises if a module changed the output of a block that the backward needs."""
+    reads_output = record.activation != "identity" and record.saved_activation is record.output
+    if (reads_output or rule.keeps_output) and record.output._version != record.version:
+        raise RuntimeError(
+            f"FDFA: the output of block '{record.name}' was changed in place by a module "
+            "after it, but is needed later; use the module without inplace"
+        )
 
 
 Finish = Callable[[DualPass, Tensor, Tensor | None, FeedbackStep], Tensor]

@@ -39,6 +39,16 @@ from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
 BACKENDS: dict[str, Any] = {"fused": fused, "reference": reference}
 
 
+@dataclass(frozen=True, slots=True)
+class DenseLayer:
+    """What a dense layer at the end of a block's graph has computed with."""
+
+    x: Tensor  # [N, *, in_features], as it was at this version
+    version: int
+    weight: Tensor
+    bias: Tensor | None
+
+
 @dataclass(slots=True)
 class BlockRecord:
     """What the feedback step needs of one block once the output's error is known."""
@@ -54,6 +64,9 @@ class BlockRecord:
     donated: bool  # nobody else reads the saved activation: δ may take its memory
     channels_first: bool | None  # of a sequence that is recorded as an image; None: no such
     positions: Positions | None  # whose rows the tensors are; None: of samples
+    layer: (
+        DenseLayer | None
+    )  # in a micro-batch, if the anchor is a dense layer's result and nothing else
 
     def of_user(self, t: Tensor) -> Tensor:
         """A tensor of the output's shape as the block returns it, but that FDFALinear takes several
@@ -96,6 +109,29 @@ class BlockLists:
         self.changed = False  # whether any output was, in place
 
 
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Which samples of a batch a pass has, where several passes have a batch together."""
+
+    first: int
+    samples: int
+
+    def noise_state(self, of_batch: Tensor, rows: int) -> Tensor:
+        """That of a block with so many rows in this pass.
+
+        Raises:
+            ValueError: a row is none of a sample, so that nobody knows how many other passes have.
+        """
+        if rows % max(self.samples, 1):
+            raise ValueError(
+                "FDFA: a block or point in a Pipeline must have as many rows for each sample; got "
+                f"{rows} for {self.samples} samples"
+            )
+        state = of_batch.clone()
+        state[2] += self.first * (rows // max(self.samples, 1))
+        return state
+
+
 @dataclass(slots=True)
 class NetworkEnd:
     """What becomes of the output, where a module within the model returns it."""
@@ -119,6 +155,8 @@ class DualPass:
     perturbs: bool
     dimensions: int  # of the output
     ranks: Ranks | None = None  # the processes that share the batch; None: this one has all of it
+    micro_batch: MicroBatch | None = None  # None: all samples of this process's batch
+    input_tangent: Tensor | None = None  # of a stage's input; none enters a whole model
     sample_index: Tensor | None = None  # int64 [rows]: the sample that each row of features is of
     output_positions: Positions | None = None  # once it is there, if it has any
     source: Source | None = None  # where rows have their errors from, in a part; None: the output's own
@@ -139,7 +177,7 @@ class DualPass:
     def run(self, calls: Sequence[Call], layer: nn.Linear | None, x: Tensor) -> PrimalTangent:
         """Makes the calls one after the other, each with primal and tangent of what the one before
         returned. The output layer after them is left to the method where it can take that."""
-        tangent: Tensor | None = None
+        tangent = self.input_tangent
         for call in calls:
             x, tangent = call(x, tangent)
         if layer is None:
@@ -273,7 +311,11 @@ class DualPass:
 
     def noise_of(self, block: int, rows: int) -> Tensor:
         """The noise state of a block of so many rows, by its place in the noise."""
-        if self.ranks is None or not self.perturbs:
+        if not self.perturbs:
+            return self.noise_state
+        if self.micro_batch is not None:
+            return self.micro_batch.noise_state(self.noise_state, rows)
+        if self.ranks is None:
             return self.noise_state
         return self.ranks.noise_state(self.noise_state, self._kind(block), rows)
 
@@ -432,6 +474,7 @@ class BlockPass:
                 torch.contiguous_format,
                 taken_bias=taken,
                 positions=positions,
+                layer=self._layer(dual, x, weight, bias),
             )
         if not dual.perturbs:
             ty = None
@@ -603,6 +646,7 @@ class BlockPass:
         """donated: memory for the tangent of the result, if it has the right order."""
         module: Any = tail.first
         taken: Tensor | None = None
+        layer: DenseLayer | None = None
         pooled: Tensor | None = None
         has_positions = dual.has_positions
         fused_pool = None if tail.pool is not None or has_positions else _fused_pool(dual, pool, x)
@@ -630,6 +674,7 @@ class BlockPass:
         elif isinstance(module, nn.Linear):
             weight, bias, taken = self._parameters_of(dual, module, x)
             y, ty, pre = fused.linear(x, tangent, weight, bias, **options)
+            layer = self._layer(dual, x, weight, bias) if tail.pool is None else None
         else:
             y, ty, pre, pooled = fused.conv2d(
                 x,
@@ -659,7 +704,9 @@ class BlockPass:
             ty = None if tangent is None else ty
             return _behind(pool, None, *self._end(dual, y, ty, None, pre, tail.activation))
         own_output = fused_pool is not None
-        self._record(dual, y, pre, tail.activation, memory_format, own_output, taken_bias=taken)
+        self._record(
+            dual, y, pre, tail.activation, memory_format, own_output, taken_bias=taken, layer=layer
+        )
         return _behind(pool, pooled if own_output else None, y, ty if dual.perturbs else None)
 
     def _options(
@@ -683,6 +730,13 @@ class BlockPass:
         if takes and bias is not None and bias.requires_grad:
             return weight, bias.detach(), bias
         return weight, bias, None
+
+    @staticmethod
+    def _layer(dual: DualPass, x: Tensor, weight: Tensor, bias: Tensor | None) -> DenseLayer | None:
+        same = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        if dual.micro_batch is None or x.requires_grad or not same:
+            return None
+        return DenseLayer(x, x._version, weight, bias)
 
     def _running_pass(self) -> DualPass:
         dual = self.dual
@@ -732,6 +786,7 @@ class BlockPass:
         taken_bias: Tensor | None = None,
         channels_first: bool | None = None,
         positions: Positions | None = None,
+        layer: DenseLayer | None = None,
     ) -> None:
         """own_output: no module after the block sees it. taken_bias: one that is left to the method.
         channels_first: of a sequence as an image. positions: whose rows the tensors are."""
@@ -758,6 +813,7 @@ class BlockPass:
                 donated and not (dual.compiling or dual.exposes),
                 channels_first,
                 positions,
+                layer,
             )
         )
 

@@ -318,6 +318,8 @@ class FDFA(nn.Module):
         """What the module returns; in training its backward does the whole step of the method."""
         if self.local_outputs:
             self.local_outputs = []
+        if self.network.first_index is not None:
+            self.network.refuse_stage()
         # From the dictionary: nn.Module's attributes cost half a microsecond each.
         modules: dict[str, Any] = self._modules
         module = modules["module"]

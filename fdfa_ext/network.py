@@ -15,7 +15,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import GLOBAL_HOOKS, is_in_checkpoint, traced_unpack_dual
 from fdfa_ext.dual_pass import BlockPass, DualPass
-from fdfa_ext.duals import forward_mode, has_tangent, refuse_unknown, slow_attention, unpack_dual
+from fdfa_ext.duals import (
+    forward_mode,
+    has_tangent,
+    make_dual,
+    refuse_unknown,
+    slow_attention,
+    unpack_dual,
+)
 from fdfa_ext.evaluation import evaluating, restore_buffers, save_buffers
 from fdfa_ext.jvp import point_rules
 from fdfa_ext.layers import Block
@@ -43,12 +50,17 @@ class Network:
         sample_index: name of the argument that says of which sample each row of features is.
         uses: how often a forward uses a block, as a dry run found it, where that is more than once.
         dimensions: of the output, as a dry run found them: beyond two a token or pixel is a sample.
+        first_index: the first block's place in the noise, in a stage of a larger model; None in a whole
+            one.
     """
 
-    def __init__(self, at: At, output: str | None, sample_index: str | None) -> None:
+    def __init__(
+        self, at: At, output: str | None, sample_index: str | None, first_index: int | None = None
+    ) -> None:
         self.at = at
         self.output = output
         self.sample_index = sample_index
+        self.first_index = first_index
         self.dimensions = 2
         self.uses: dict[str, int] = {}
         self.returning = ""
@@ -70,12 +82,13 @@ class Network:
         check_module(module)
         if any(isinstance(vars(inner).get("network"), Network) for inner in module.modules()):
             raise ValueError("FDFA: the module has an FDFA within it; wrap it once, as a whole")
-        plan = Plan(module, self.at, self.output, self.uses)
+        first_index = self.first_index or 0
+        plan = Plan(module, self.at, self.output, self.uses, first_index)
         if plan.perturbed != self._perturbed or plan.overriding != self._overriding:
             self.checked = False
             if self.uses and plan.perturbed != self._perturbed:  # they may be used otherwise
                 self.uses = {}
-                plan = Plan(module, self.at, self.output)
+                plan = Plan(module, self.at, self.output, first_index=first_index)
         self._perturbed, self._overriding = plan.perturbed, plan.overriding
         self._use(plan)
         return plan
@@ -189,6 +202,8 @@ class Network:
     def _run(
         self, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
+        if dual.micro_batch is None:
+            self.refuse_stage()
         for value in (*args, *kwargs.values()) if kwargs else args:
             if not isinstance(value, Tensor) or value.requires_grad:
                 args = tuple(map(_without_grad, args))
@@ -237,6 +252,14 @@ class Network:
                     del inner.__dict__["forward"]
                 else:
                     inner.__dict__["forward"] = forward
+
+    def refuse_stage(self) -> None:
+        """For what wants a whole model."""
+        if self.first_index is not None:
+            raise RuntimeError(
+                "FDFA: this model is one stage of a Pipeline, and its output not that of the whole; "
+                "train by pipeline.step(x, target), and evaluate by pipeline(x)"
+            )
 
     def _check_compilable(self, module: nn.Module) -> None:
         """A compiler cannot plan: a block that came later would learn by backpropagation."""
@@ -366,6 +389,7 @@ def _through_points(
     if plan.backward_hooked:
         hooks = _backward_hooks_called(plan, dual)
     with forward_mode() if dual.perturbs else nullcontext(), hooks as outputs:
+        args = _with_tangent(args, dual)
         with point_rules():
             try:
                 result = module(*args, **kwargs)
@@ -382,6 +406,13 @@ def _through_points(
         output, tangent = unpack_dual(_check_type(result))
         outputs.append(output)
     return output, None if tangent is None else tangent.detach()
+
+
+def _with_tangent(args: tuple[Any, ...], dual: DualPass) -> tuple[Any, ...]:
+    """The inputs of a forward, of which a stage's has a tangent."""
+    if dual.input_tangent is None:
+        return args
+    return (make_dual(args[0], dual.input_tangent),)
 
 
 def _warn_of_activations(plan: Plan, result: Any) -> None:
@@ -408,6 +439,7 @@ def _on_dual_tensors(
     if plan.backward_hooked:
         hooks = _backward_hooks_called(plan, dual)
     with forward_mode() if dual.perturbs else nullcontext(), hooks as outputs:
+        args = _with_tangent(args, dual)
         with rules:
             try:
                 output = _check_type(module(*args, **kwargs))

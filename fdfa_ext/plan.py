@@ -100,8 +100,10 @@ class Plan:
         at: At = None,
         output: str | None = None,
         uses: Mapping[str, int] = _ONCE,
+        first_index: int = 0,
     ) -> None:
-        """uses: of blocks that a forward uses several times."""
+        """uses: of blocks that a forward uses several times. first_index: the first block's place in
+        the noise."""
         self.module = module
         self.perturbed = dict(find_points(module, at))
         named = dict(module.named_modules())
@@ -111,7 +113,8 @@ class Plan:
         for name, block in self.perturbed.items():
             first = None if isinstance(block, Block) else channels_first_at(module, name)
             for use in range(1, uses.get(name, 1) + 1):
-                own = BlockPass(name if use == 1 else f"{name}:{use}", len(self.passes), name)
+                index = first_index + len(self.passes)
+                own = BlockPass(name if use == 1 else f"{name}:{use}", index, name)
                 if own.name in self.blocks or (use > 1 and own.name in self.perturbed):
                     raise ValueError(
                         f"FDFA: block or point '{own.name}' has the name of a use of '{name}'; rename "

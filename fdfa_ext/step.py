@@ -53,7 +53,7 @@ class TrainingStep:
         """
         if self.network.output is None:
             return self._finished(finish, *self.run_blocks(takes_output_layer))
-        dual = self._new_pass(self.noise_state, self.feedback.ranks)
+        dual = self.new_pass(self.noise_state, self.feedback.ranks)
         end = dual.end = NetworkEnd(
             lambda output, tangent: self._finished(finish, dual, *self._checked(dual, output, tangent))
         )
@@ -83,7 +83,7 @@ class TrainingStep:
 
         For a method that takes the output layer these may be what goes into it, if it is in the pass.
         """
-        dual = self._new_pass(self.noise_state, self.feedback.ranks)
+        dual = self.new_pass(self.noise_state, self.feedback.ranks)
         dual.takes_output_layer = takes_output_layer and self.network.sample_index is None
         try:
             output, tangent = self.network.forward(self.module, dual, self.args, self.kwargs)
@@ -112,7 +112,7 @@ class TrainingStep:
 
         It finds the output's dimensions; what it returns is rows [K], whatever these are.
         """
-        dual = self._new_pass(self.noise_state.clone())
+        dual = self.new_pass(self.noise_state.clone())
         if not self.network.checked:
             dual.unforeseen = Counter()
         found: list[tuple[Tensor, Tensor | None]] = []
@@ -152,7 +152,7 @@ class TrainingStep:
         """u of the block that has this place in the noise, in the shape of its output `like`."""
         return perturbation(self.operators, like, state, index, self.noise, self.patch)
 
-    def _new_pass(self, noise_state: Tensor, ranks: Ranks | None = None) -> DualPass:
+    def new_pass(self, noise_state: Tensor, ranks: Ranks | None = None) -> DualPass:
         perturbs = self.tangents != "none"
         compiling = torch.compiler.is_compiling()
         if compiling and perturbs:

@@ -2,9 +2,8 @@
 does with all of it."""
 
 import contextlib
-import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from filelock import FileLock
 from nets import batch, conv_net, mlp
+from processes import needs_gloo, states_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -27,9 +26,7 @@ from fdfa_ext.metrics import gradient_alignment, mean_jacobian
 
 STEPS = 4
 MOST_GATHERED = autograd._MOST_GATHERED
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"
-)
+pytestmark = needs_gloo
 
 
 class Language(nn.Module):
@@ -434,28 +431,14 @@ def work(rank: int, world: int, names: list[str], folder: str) -> None:
     dist.destroy_process_group()
 
 
-def states_of(
-    world: int, names: Iterable[str], factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
-    """For each process its state after each of these runs."""
-    # pytest's own processes share them: the first that comes makes them for all.
-    root = factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"{world}_processes"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            torch.multiprocessing.spawn(work, (world, [*names], str(folder)), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
-
-
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return states_of(2, RUNS, tmp_path_factory)
+    return states_of(work, "processes", 2, RUNS, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def of_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return states_of(4, OF_FOUR, tmp_path_factory)
+    return states_of(work, "processes", 4, OF_FOUR, tmp_path_factory)
 
 
 def check(run: Run, states: list[dict[str, Tensor]]) -> None:

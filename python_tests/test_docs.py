@@ -129,6 +129,13 @@ def test_the_example_of_a_language_model_comes_close_to_backpropagation(tmp_path
 
 
 @pytest.mark.slow
+def test_the_example_of_stages_learns(tmp_path: Path) -> None:
+    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    printed = python(*launch, EXAMPLES / "stages.py", folder=tmp_path)
+    assert accuracies_in(printed)[0] > 85
+
+
+@pytest.mark.slow
 def test_the_example_of_a_rule_learns_by_each_method(tmp_path: Path) -> None:
     printed = python(EXAMPLES / "own_rule.py", folder=tmp_path)
     dfa, own, exact = accuracies_in(printed)

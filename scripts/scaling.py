@@ -1,8 +1,9 @@
 """What a step of FDFA and of backpropagation computes, sends and waits for on 8 to 1024 GPUs, on paper.
 
-    python scripts/scaling.py docs/scaling.md     write the tables of that page anew, and its figure
+    python scripts/scaling.py docs/scaling.md     write the tables of that page anew, and its figures
 
-Nothing here is measured. The page has the assumptions; the constants below are all of them.
+Nothing but the last table is measured. The page has the assumptions; the constants below are all of
+them.
 """
 
 import argparse
@@ -228,48 +229,67 @@ def sharded(net: Net, gpus: int) -> tuple[float, float]:
     return part * 3 * net.parameters, part * (2 * net.parameters + net.kept_weights) + feedback
 
 
-def pipeline(net: Net, stages: int, batches: int) -> tuple[float, float]:
-    """Time of a step in equal stages, by backpropagation (1F1B) and FDFA, over that of backpropagation
-    without waiting."""
+@dataclass(frozen=True)
+class Pipelined:
+    """A step in equal stages."""
+
+    time: float  # over that of backpropagation without waiting
+    waiting: float  # share of the time in which a stage has nothing to do
+    kept: list[int]  # by each stage: the most micro-batches whose activations it has at a time
+    events: list[tuple[int, float, float, bool]]  # stage, start, length, whether it is a forward
+
+
+def pipeline(net: Net, stages: int, batches: int) -> tuple[Pipelined, Pipelined]:
+    """By backpropagation (1F1B) and by FDFA."""
     work = batches * (net.bp_forward + net.bp_backward)
-    times = (
-        _simulated(stages, batches, net.bp_forward, net.bp_backward, is_backpropagation=True),
-        _simulated(stages, batches, net.forward, net.gradients, is_backpropagation=False),
+    return (
+        _simulated(stages, batches, net.bp_forward, net.bp_backward, work, is_backpropagation=True),
+        _simulated(stages, batches, net.forward, net.gradients, work, is_backpropagation=False),
     )
-    return times[0] / work, times[1] / work
 
 
 def _simulated(
-    stages: int, batches: int, forward: float, gradients: float, is_backpropagation: bool
-) -> float:
+    stages: int, batches: int, forward: float, gradients: float, unit: float, is_backpropagation: bool
+) -> Pipelined:
     """A stage that is free takes the gradients of its next micro-batch if they can start, or else a
-    forward. They can when the last stage has e, and for backpropagation when the next one has its own.
-    A stage has no more micro-batches under way than there are stages from it to the end.
+    forward. In backpropagation they can when the next stage has its own, and a stage has no more
+    micro-batches under way than there are stages from it to the end. In FDFA they can when the last
+    stage has e and d of all micro-batches, since B moves first.
     """
     forwards: list[list[float]] = [[] for _ in range(stages)]  # when each micro-batch was through
     backwards: list[list[float]] = [[] for _ in range(stages)]
     free = [0.0] * stages
+    kept = [0] * stages
+    events = []
 
     def next_of(stage: int) -> tuple[float, bool]:
         """When it can start what, True for a forward."""
         i, j = len(forwards[stage]), len(backwards[stage])
-        error = forwards[-1] if not is_backpropagation or stage == stages - 1 else backwards[stage + 1]
+        if not is_backpropagation:
+            error = [forwards[-1][-1]] * batches if len(forwards[-1]) == batches else []
+        else:
+            error = forwards[-1] if stage == stages - 1 else backwards[stage + 1]
         start = max(free[stage], error[j]) if j < min(i, len(error)) else math.inf
         gradient = (start, False)
         inputs = forwards[stage - 1] if stage else [0.0] * batches
-        if i < min(batches, len(inputs)) and i - j < stages - stage:
+        most = stages - stage if is_backpropagation else batches
+        if i < min(batches, len(inputs)) and i - j < most:
             return min(gradient, (max(free[stage], inputs[i]), True))
         return gradient
 
     waiting = [next_of(stage) for stage in range(stages)]
     for _ in range(2 * stages * batches):
         (start, is_forward), stage = min(zip(waiting, range(stages), strict=True))
-        free[stage] = start + (forward if is_forward else gradients)
+        length = forward if is_forward else gradients
+        events.append((stage, start / unit, length / unit, is_forward))
+        free[stage] = start + length
         (forwards if is_forward else backwards)[stage].append(free[stage])
-        touched = range(stages) if stage == stages - 1 else range(max(stage - 1, 0), stage + 2)
-        for other in touched:
+        kept[stage] = max(kept[stage], len(forwards[stage]) - len(backwards[stage]))
+        tells_all = stage == stages - 1 and len(forwards[stage]) == batches
+        for other in range(stages) if tells_all else range(max(stage - 1, 0), min(stage + 2, stages)):
             waiting[other] = next_of(other)
-    return max(free)
+    busy = batches * (forward + gradients)
+    return Pipelined(max(free) / unit, 1 - busy / max(free), kept, events)
 
 
 def table(header: list[str], rows: Iterable[Iterable[str]]) -> str:
@@ -334,10 +354,30 @@ def stages_table() -> str:
     rows = []
     for net in PIPELINED:
         for stages in (2, 8, 64):
-            times = [t for batches in (1, 4) for t in pipeline(net, stages, batches * stages)]
-            rows.append([net.name, str(stages), *(f"{t:.2f}" for t in times)])
-    ways = [f"{way}, {n} micro-batches" for n in ("p", "4p") for way in ("1F1B", "FDFA")]
-    return table(["net", "stages p", *ways], rows)
+            for batches in (stages, 4 * stages):
+                row = [net.name, str(stages), str(batches)]
+                for way in pipeline(net, stages, batches):
+                    mean = sum(way.kept) / stages
+                    row += [f"{way.time:.2f}", f"{way.waiting:.0%}", f"{max(way.kept)}, {mean:.3g}"]
+                rows.append(row)
+    of = ("time", "waiting", "kept")
+    ways = [f"{way}: {what}" for way in ("1F1B", "FDFA") for what in of]
+    return table(["net", "stages p", "micro-batches", *ways], rows)
+
+
+def measured_table() -> str:
+    """Of what scripts/pipeline_timeline.py has recorded."""
+    record = Path(__file__).parents[1] / "docs" / "records" / "pipeline.csv"
+    rows, ways = [], []
+    for line in record.read_text().splitlines():
+        if match := re.fullmatch(r"# (\d+) processes: (.*)", line):
+            times = [words.removesuffix(" ms").rsplit(" ", 1) for words in match[2].split("; ")]
+            ways = [way for way, _ in times]
+            numbers = [float(ms) for _, ms in times]
+            ratios = [f"{numbers[way] / numbers[2 + way]:.2f}" for way in (0, 1)]
+            rows.append([match[1], *(ms for _, ms in times), *ratios])
+    ratio = [f"{way} / one process" for way in ("1F1B", "FDFA")]
+    return table(["processes", *ways, *ratio], rows)
 
 
 STAGES = (2, 4, 8, 16, 32, 64)
@@ -347,6 +387,7 @@ TABLES = {
     "data parallel": data_parallel_table,
     "sharded": sharded_table,
     "stages": stages_table,
+    "measured stages": measured_table,
 }
 
 
@@ -370,7 +411,7 @@ def draw(path: Path) -> None:
             if net is not PIPELINED[0]:  # which is too small for its times to mean anything
                 left.plot(gpus, times, style, color=color, label=f"{name}: {label}")
         for label, style, which in (("backpropagation (1F1B)", ":", 0), ("FDFA", "-", 1)):
-            times = [pipeline(net, p, p)[which] for p in STAGES]
+            times = [pipeline(net, p, p)[which].time for p in STAGES]
             right.plot(STAGES, times, style, color=color, label=f"{name}: {label}")
     left.set(xscale="log", xlabel="GPUs", ylabel="step / backpropagation on one GPU", ylim=(0, 6))
     left.set_title("data parallel, the same batch on each GPU", fontsize=10)
@@ -386,6 +427,35 @@ def draw(path: Path) -> None:
         axes.minorticks_off()
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def draw_stages(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, all_axes = pyplot.subplots(2, 2, figsize=(11, 6.5), sharex=True)
+    for row, stages in zip(all_axes, (4, 64), strict=True):
+        ways = zip(
+            row, ("backpropagation, 1F1B", "FDFA"), pipeline(NETS[1], stages, stages), strict=True
+        )
+        for axes, name, way in ways:
+            for stage in range(stages):
+                for forward, color in ((True, "tab:blue"), (False, "tab:orange")):
+                    spans = [e[1:3] for e in way.events if e[0] == stage and e[3] == forward]
+                    look = {"facecolor": color, "edgecolor": "white" if stages < 64 else "none"}
+                    axes.broken_barh(spans, (stage - 0.5, 1), **look)
+            axes.invert_yaxis()
+            axes.set_title(f"{name}, {stages} stages and micro-batches", fontsize=10)
+            axes.set(ylabel="stage", yticks=range(0, stages, max(stages // 8, 1)))
+    for axes in all_axes[-1]:
+        axes.set_xlabel("time / backpropagation without waiting")
+    names = {"forward": "tab:blue", "gradients": "tab:orange"}
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=color) for color in names.values()]
+    all_axes[0, 0].legend(handles, names, fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -407,6 +477,7 @@ def main() -> None:
     page = parser.parse_args().page
     page.write_text(written(page.read_text()))
     draw(page.parent / "figures" / "scaling.png")
+    draw_stages(page.parent / "figures" / "stages.png")
 
 
 if __name__ == "__main__":
