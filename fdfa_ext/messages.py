@@ -77,8 +77,8 @@ class Ending:
 class Messages:
     """Those of one process, whose stage has its rank in the group."""
 
-    def __init__(self, group: Any, device: torch.device) -> None:
-        self.group, self.device = group, device
+    def __init__(self, group: Any) -> None:
+        self.group = group
         self.rank: int = dist.get_rank(group)
         self.size: int = dist.get_world_size(group)
         self._under_way: list[tuple[Any, Tensor]] = []  # with their memory
@@ -94,10 +94,10 @@ class Messages:
             _check(y)
             layout, old = (_Layout.of(y), ty is not None), self._sent
             numbers = [*noise_state.tolist(), *batch.numbers()]
-            self._send(self._packed([*numbers, int(layout[1]), *layout[0].numbers()]))
+            self._send(_packed([*numbers, int(layout[1]), *layout[0].numbers()], y.device))
             if old is not None and old != layout:
                 for _ in range(1 + old[1]):
-                    self._send(old[0].message(old[0].empty(old[0].shape[0], self.device)))
+                    self._send(old[0].message(old[0].empty(old[0].shape[0], y.device)))
             self._sent = layout
         assert self._sent is not None, "by the first one"
         expected = self._sent[0]
@@ -117,9 +117,10 @@ class Messages:
 
         x: the batch, if this process has it too.
         """
-        header = torch.empty(4 + Batch.LENGTH + _Layout.LENGTH, dtype=torch.int64, device=self.device)
+        device = noise_state.device
+        header = torch.empty(4 + Batch.LENGTH + _Layout.LENGTH, dtype=torch.int64, device=device)
         coming, old = self._receive(header), self._received
-        first = [] if old is None else self._receive_pair(old, old[0].shape[0])
+        first = [] if old is None else self._receive_pair(old, old[0].shape[0], device)
         coming.wait()
         batch = Batch.read(header[3 : 3 + Batch.LENGTH].tolist())
         if batch.is_training != is_training:
@@ -140,10 +141,10 @@ class Messages:
         if old is not None and old != layout:
             _wait(first)
         if old != layout:
-            first = self._receive_pair(layout, parts[0].samples)
+            first = self._receive_pair(layout, parts[0].samples, device)
         self._received = layout
         for part, following in zip(parts, [*parts[1:], None], strict=True):
-            after = [] if following is None else self._receive_pair(layout, following.samples)
+            after = [] if following is None else self._receive_pair(layout, following.samples, device)
             y, ty = _wait(first)
             yield part, batch, y, ty
             first = after
@@ -154,28 +155,28 @@ class Messages:
         layout, old = (_Layout.of(error.contiguous()), tangent is not None), self._ending
         bits = struct.unpack("<q", struct.pack("<d", ending.loss))[0]
         first = _CHANNELS_FIRST.index(ending.channels_first)
-        header = self._packed([bits, first, int(layout[1]), *layout[0].numbers()])
+        header = _packed([bits, first, int(layout[1]), *layout[0].numbers()], error.device)
         both = torch.stack([error] if tangent is None else [error, tangent.to(error.dtype)])
         content = both.contiguous().flatten().view(torch.uint8)
         if old == layout:
             self._broadcast(torch.cat([header.view(torch.uint8), content]))
         else:
-            self._broadcast(torch.cat([header.view(torch.uint8), self._memory(old)]))
+            self._broadcast(torch.cat([header.view(torch.uint8), _memory(old, error.device)]))
             self._broadcast(content)
         self._ending = layout
 
-    def ended(self) -> Ending:
+    def ended(self, device: torch.device) -> Ending:
         """What the last stage sent."""
         length = 8 * (3 + _Layout.LENGTH)
         old = self._ending
-        message = self._memory(old, length)
+        message = _memory(old, device, length)
         source = dist.get_global_rank(self.group, self.size - 1)
         dist.broadcast(message, source, self.group)
         bits, first, has_tangent, *numbers = message[:length].view(torch.int64).tolist()
         layout = _Layout.read(numbers), bool(has_tangent)
         content = message[length:]
         if old != layout:
-            content = self._memory(layout)
+            content = _memory(layout, device)
             dist.broadcast(content, source, self.group)
         self._ending = layout
         both = content.view(layout[0].dtype).view(1 + layout[1], *layout[0].shape)
@@ -188,13 +189,6 @@ class Messages:
             work.wait()
         self._under_way = []
 
-    def _packed(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
-
-    def _memory(self, layout: tuple[_Layout, bool] | None, before: int = 0) -> Tensor:
-        size = 0 if layout is None else layout[0].bytes * (1 + layout[1])
-        return torch.empty(before + size, dtype=torch.uint8, device=self.device)
-
     def _send(self, t: Tensor) -> None:
         to = dist.get_global_rank(self.group, self.rank + 1)
         self._under_way.append((dist.isend(t, to, self.group), t))
@@ -203,13 +197,24 @@ class Messages:
         source = dist.get_global_rank(self.group, self.rank - 1)
         return dist.irecv(message, source, self.group)
 
-    def _receive_pair(self, layout: tuple[_Layout, bool], samples: int) -> list[tuple[Any, Tensor]]:
-        tensors = [layout[0].empty(samples, self.device) for _ in range(1 + layout[1])]
+    def _receive_pair(
+        self, layout: tuple[_Layout, bool], samples: int, device: torch.device
+    ) -> list[tuple[Any, Tensor]]:
+        tensors = [layout[0].empty(samples, device) for _ in range(1 + layout[1])]
         return [(self._receive(layout[0].message(t)), t) for t in tensors]
 
     def _broadcast(self, t: Tensor) -> None:
         source = dist.get_global_rank(self.group, self.rank)
         self._under_way.append((dist.broadcast(t, source, self.group, async_op=True), t))
+
+
+def _packed(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def _memory(layout: tuple[_Layout, bool] | None, device: torch.device, before: int = 0) -> Tensor:
+    size = 0 if layout is None else layout[0].bytes * (1 + layout[1])
+    return torch.empty(before + size, dtype=torch.uint8, device=device)
 
 
 def _wait(coming: list[tuple[Any, Tensor]]) -> tuple[Tensor, Tensor | None]:

@@ -90,7 +90,7 @@ class Pipeline:
         _check_alike(model, stages, self.group)
         _keep(model, stages[self.rank])
         self.model = model
-        self._messages = Messages(self.group, model.noise_state.device)
+        self._messages = Messages(self.group)
 
     @property
     def is_first(self) -> bool:
@@ -135,7 +135,7 @@ class Pipeline:
             ending, output = self._end(passes, target)
             self._messages.end(ending)
         else:
-            ending = self._messages.ended()
+            ending = self._messages.ended(model.noise_state.device)
             output = torch.zeros_like(ending.error).requires_grad_()
         self._learn([done.dual for done in passes], output, ending)
         self._messages.finish()
@@ -308,12 +308,10 @@ def _buffer_versions(module: nn.Module) -> dict[str, int]:
 def _warn_of_buffers(module: nn.Module, versions: dict[str, int]) -> None:
     for name, t in module.named_buffers():
         if t._version != versions.get(name, t._version):
-            owner = module.get_submodule(name.rpartition(".")[0])
-            if not isinstance(owner, nn.modules.batchnorm._BatchNorm):  # of which it is said already
-                warn(
-                    f"FDFA: buffer '{name}' moves once for each micro-batch in a Pipeline, so that the "
-                    "stages do not train as one process does",
-                )
+            warn(
+                f"FDFA: buffer '{name}' moves once for each micro-batch in a Pipeline, so that the "
+                "stages do not train as one process does",
+            )
 
 
 def _check_hooks(model: FDFA) -> None:

@@ -482,7 +482,7 @@ def errors_of_one(rank: int) -> dict[str, str]:
         warnings.simplefilter("always")
         pipeline(Counter(), *dense_layers).step(torch.randn(4, 6), torch.randint(5, (4,)))
         said["moves"] = str(caught[-1].message)
-    messages: Any = Messages(group, torch.device("cpu"))
+    messages: Any = Messages(group)
     messages._send = lambda message: None
     state, batch = torch.zeros(3, dtype=torch.int64), Batch(4, 2, True, 0)
     messages.send(MicroBatch(0, 2), batch, state, torch.randn(2, 6), None)
