@@ -252,11 +252,25 @@ def test_processes_do_what_one_would(tmp_path: Path) -> None:
     assert one[0][-1]["train_loss"] != pytest.approx(one[1][-1]["train_loss"], rel=1e-3)
 
 
-def test_an_unreadable_record_is_as_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [
+        "epoch,test_accuracy\n1,0.5\n",
+        "{head}1,0,0,0,0,0,0\n2,",
+        "{head}2,0,0,0,0,0,0\n",
+        "{head}1,0,0,0,0,0,x\n",
+        "{head}1,0,0,0,0,0,0,0\n",
+        "\x00",
+        "\udcff",
+    ],
+)
+def test_what_is_no_record_is_neither_used_nor_overwritten(tmp_path: Path, content: str) -> None:
     file = tmp_path / "record.csv"
     assert read_record(file) == []
-    file.write_text("epoch,test_accuracy\n1,0.5\n2,")
-    assert read_record(file) == []
+    head = "epoch,lr,train_loss,train_accuracy,test_loss,test_accuracy,seconds\n"
+    file.write_bytes(content.format(head=head).encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"record.csv is not the record of a run: move it away"):
+        read_record(file)
 
 
 def test_a_figure_of_two_data_sets_is_refused(tmp_path: Path, capsys) -> None:

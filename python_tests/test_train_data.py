@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from fdfa_ext.arguments import UserError
-from fdfa_ext.train.data import batches, load_dataset
+from fdfa_ext.train.data import Dataset, batches, load_dataset
 
 CIFAR_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
@@ -90,7 +91,10 @@ def test_the_environment_names_the_data_folder(tmp_path, monkeypatch):
         (b"", "starts with 0x,"),
         (b"\x00\x00\x08\x03\x00\x00", "ends within its header of 16 bytes"),
         (idx_bytes(np.zeros((6, 5, 7)))[:-1], "says 6 x 5 x 7, that is 226 bytes, but has 225"),
+        (idx_bytes(np.zeros((6, 5, 7))) + b"x", "says 6 x 5 x 7, that is 226 bytes, but has more"),
         (idx_bytes(np.zeros((0, 5, 7))), "says 0 x 5 x 7"),
+        (bytes([0, 0, 8, 3]) + 12 * b"\x7f" + b"x", "which no such set has"),
+        (bytes([0, 0, 8, 3]) + 12 * b"\xff" + b"x", "says -1 x -1 x -1, which no such set has"),
         (idx_bytes(np.zeros((5, 5, 7))), "holds 5 images, .* 6 labels"),
     ],
 )
@@ -114,6 +118,50 @@ def test_a_broken_archive_and_a_label_out_of_range_are_named(tmp_path):
             load_dataset("mnist", tmp_path)
 
 
+def test_an_archive_is_unpacked_no_further_than_its_header_says(tmp_path: Path) -> None:
+    write_idx(tmp_path, compressed=True)
+    bomb = gzip.compress(idx_bytes(np.zeros((6, 5, 7))) + bytes(2**28))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(bomb)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="that is 226 bytes, but has more"):
+        load_dataset("mnist", tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_images_to_train_and_to_test_with_have_one_size(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((4, 5, 6))))
+    with pytest.raises(UserError, match=r"differ: float32 \[6, 1, 5, 7\] and float32 \[4, 1, 5, 6\]"):
+        load_dataset("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (
+            "images",
+            lambda t: t.double(),
+            r"train_images must be float32 \[N, C, H, W\], got float64 \[4",
+        ),
+        ("images", lambda t: t[0], r"got float32 \[1, 2, 2\]"),
+        ("images", lambda t: t[:0], r"got float32 \[0, 1, 2, 2\]"),
+        ("images", lambda t: t / 0, "train_images hold NaN or infinity"),
+        ("labels", lambda t: t[:3], r"train_labels must be int64 \[4\], one an image, got int64 \[3\]"),
+        ("labels", lambda t: t.int(), "got int32"),
+        ("labels", lambda t: t + 1, "train_labels are from 1 to 4, outside 0 to 3"),
+        ("labels", lambda t: t - 1, "from -1 to 2"),
+    ],
+)
+def test_a_data_set_is_what_it_says(part: str, change, message: str) -> None:
+    images, labels = torch.ones(4, 1, 2, 2), torch.arange(4)
+    parts = {"train_images": images, "train_labels": labels}
+    Dataset(**parts, test_images=images, test_labels=labels, n_classes=4)
+    parts[f"train_{part}"] = change(parts[f"train_{part}"])
+    with pytest.raises(UserError, match=message):
+        Dataset(**parts, test_images=images, test_labels=labels, n_classes=4)
+
+
 @pytest.mark.parametrize("subfolder", [".", "cifar-10-batches-py"])
 def test_cifar_batches_are_read(tmp_path, subfolder):
     contents = write_cifar(tmp_path / subfolder)
@@ -128,9 +176,17 @@ def test_cifar_batches_are_read(tmp_path, subfolder):
     ("batch", "message"),
     [
         ({b"data": np.zeros((3, 3071), np.uint8), b"labels": [1, 2, 3]}, "3 x 3072"),
-        ({b"data": np.zeros((3, 3072)), b"labels": [1, 2, 3]}, "got float64"),
+        ({b"data": np.zeros((3, 3072)), b"labels": [1, 2, 3]}, "it holds an array of 'f8'"),
+        ({b"data": np.zeros((3, 3072), "i8"), b"labels": [1, 2, 3]}, "got int64"),
+        ({b"data": np.array([None]), b"labels": [1]}, "it holds an array of 'O8'"),
         ({b"data": np.zeros((3, 3072), np.uint8), b"labels": [1, 2, 11]}, "label 11"),
+        ({b"data": np.zeros((3, 3072), np.uint8), b"labels": [1, 2, -1]}, "label -1"),
+        ({b"data": np.zeros((3, 3072), np.uint8), b"labels": [1, 2, 2.5]}, "no whole numbers"),
+        ({b"data": np.zeros((3, 3072), np.uint8), b"labels": [1, True, 2]}, "no whole numbers"),
+        ({b"data": np.zeros((3, 3072), np.uint8), b"labels": [1, 2, 2**70]}, "too large"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [1, 2, 3]}, "got uint8 of 2 x 3072"),
         ({b"labels": [1]}, "not a CIFAR python batch"),
+        ([1], "not a CIFAR python batch"),
         (os.getcwd, "not a CIFAR python batch: it refers to posix.getcwd"),
     ],
 )
@@ -139,6 +195,42 @@ def test_broken_cifar_batches_are_named(tmp_path, batch, message):
     (tmp_path / "data_batch_3").write_bytes(pickle.dumps(batch, protocol=2))
     with pytest.raises(UserError, match=f"data_batch_3.*{message}"):
         load_dataset("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x02]q\x00.",
+        b"\x80\x02U\xff.",  # a string that ends before its length
+        b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b".",  # 2^60 bytes
+        b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # the memo's place number 2^31 - 1
+        b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b".",  # a frame of 2^62 bytes
+        b"(" * 10**5 + b".",
+        b"cos\nsystem\n(S'touch {mark}'\ntR.",
+        b"cnumpy\nndarray\n(K\x03tR.",
+    ],
+)
+def test_what_pickles_can_do_they_do_not(tmp_path: Path, content: bytes) -> None:
+    write_cifar(tmp_path)
+    mark = tmp_path / "mark"
+    (tmp_path / "data_batch_2").write_bytes(content.replace(b"{mark}", str(mark).encode()))
+    with pytest.raises(UserError, match="data_batch_2 is not a CIFAR python batch"):
+        load_dataset("cifar10", tmp_path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_arrays_are_read_as_numpy_writes_them(tmp_path: Path, protocol: int, order: str) -> None:
+    contents = write_cifar(tmp_path)
+    batch = contents["data_batch_1"]
+    again = {b"data": np.asarray(batch[b"data"], order=order), b"labels": np.array(batch[b"labels"])}
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(again, protocol=protocol))
+    data = load_dataset("cifar10", tmp_path)
+    pixels = torch.from_numpy(batch[b"data"]).view(3, 3, 32, 32).float()
+    torch.testing.assert_close(data.train_images[:3], (pixels / 255 - 0.5) / 0.5)
+    assert data.train_labels[:3].tolist() == batch[b"labels"]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +276,7 @@ def write_tiny_imagenet(folder: Path) -> list[str]:
 def test_tiny_imagenet_is_read_from_its_folder(tmp_path, subfolder):
     write_tiny_imagenet(tmp_path / subfolder)
     data = load_dataset("tiny-imagenet", tmp_path)
-    assert data.n_classes == 200
+    assert data.n_classes == 200  # as many as wnids.txt names
     assert data.train_images.shape == (2, 3, 64, 64)
     assert data.train_labels.tolist() == [0, 1]
     assert data.test_labels.tolist() == [1, 0]  # as the annotations order them
@@ -201,12 +293,32 @@ def test_broken_parts_of_tiny_imagenet_are_named(tmp_path):
     Image.new("RGB", (64, 63)).save(image)
     with pytest.raises(UserError, match="must be of 64 x 64 pixels, got 64 x 63"):
         load_dataset("tiny-imagenet", tmp_path)
-    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn00000000\n")
-    with pytest.raises(UserError, match=r"val_annotations.txt cannot be read: KeyError\('n00000000'\)"):
+    Image.new("RGB", (64, 64)).save(image, format="PNG")
+    with pytest.raises(UserError, match=f"{names[0]}_0.JPEG cannot be read"):
         load_dataset("tiny-imagenet", tmp_path)
-    (tmp_path / "wnids.txt").write_text("n1\nn2\n")
-    with pytest.raises(UserError, match="must name 200 classes, got 2"):
-        load_dataset("tiny-imagenet", tmp_path)
+
+
+def test_the_lists_of_tiny_imagenet_name_classes_and_files(tmp_path: Path) -> None:
+    names = write_tiny_imagenet(tmp_path)
+    annotations, classes = tmp_path / "val" / "val_annotations.txt", tmp_path / "wnids.txt"
+    image = f"val_0.JPEG\t{names[0]}\n".encode()
+    for file, content, message in (
+        (annotations, b"val_0.JPEG\tn00000000\n", "names the class 'n00000000', which is not in"),
+        (annotations, b"val_0.JPEG\n", "must hold names, 2 a line, got 'val_0.JPEG' in line 1"),
+        (annotations, b"../../secret.JPEG\tn0\n", "must hold names, 2 a line, got '../../secret"),
+        (annotations, 2 * image, "names an image twice"),
+        (annotations, b"", "has no images in .*val"),
+        (annotations, b"\xff", "cannot be read"),
+        (classes, b"n1\nn2\nn1\n", "must name classes, each once, got 2 in 3 lines"),
+        (classes, b"n1\n\n", "must hold names, 1 a line, got '' in line 2"),
+        (classes, b"n1\n/etc\n", "must hold names, 1 a line, got '/etc' in line 2"),
+        (classes, b"", "must name classes, each once, got 0"),
+    ):
+        before = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"{file.name}.*{message}|{message}"):
+            load_dataset("tiny-imagenet", tmp_path)
+        file.write_bytes(before)
 
 
 def test_batches_hold_every_image_once_in_an_order_the_seed_gives():

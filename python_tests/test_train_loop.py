@@ -291,7 +291,10 @@ def test_the_command_line_resumes(tmp_path, capsys):
         ("--dataset cifar10 --data-dir {tmp}", "cifar10 is not in {tmp}: put data_batch_1"),
         ("--resume {tmp}/none.pt", "cannot read the checkpoint {tmp}/none.pt: No such file"),
         ("--resume {tmp}/bad.pt", "{tmp}/bad.pt is not a checkpoint"),
-        ("--method fdfa,bp --checkpoint {tmp}/c.pt", "--checkpoint holds one run: give one --method"),
+        (
+            "--method fdfa,bp --checkpoint {tmp}/c.pt",
+            "--checkpoint and --resume are for one run: give one --method",
+        ),
     ],
 )
 def test_what_the_user_gets_wrong_is_one_sentence(tmp_path: Path, monkeypatch, capsys, flags, message):

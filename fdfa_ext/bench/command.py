@@ -39,6 +39,7 @@ from fdfa_ext.bench.timing import (
     take_turns,
 )
 from fdfa_ext.memory import keep_freed_memory
+from fdfa_ext.train.files import replacing
 
 BENCH_DESCRIPTION = (
     "Time whole training steps: forward, cross-entropy, backward, fused Adam on the weights and Adam "
@@ -236,11 +237,14 @@ def _earlier_rows(file: Path, facts: dict[str, str]) -> dict[Case, list[report.S
     exact = facts["commit"] != "unknown" and not facts["commit"].endswith("-dirty")
     if not exact or not file.exists():
         return {}
-    rows = [
-        report.StepTime(Case(**row["case"]), row["method"], Spread(*row["ms"]), row["memory"])
-        for row in json.loads(file.read_text())["rows"]
-        if facts.items() <= row.items()
-    ]
+    try:
+        rows = [
+            report.StepTime(Case(**row["case"]), row["method"], Spread(*row["ms"]), row["memory"])
+            for row in json.loads(file.read_text())["rows"]
+            if facts.items() <= row.items()
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{file} is not what bench --json writes: move it away") from None
     return report.by_case(rows)
 
 
@@ -348,10 +352,8 @@ def _check_plot(file: Path) -> None:
 
 
 def _write_json(file: Path, **content: Any) -> None:
-    """At once, so that a run which is killed leaves a whole file."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(file)
+    with replacing(file) as stream:
+        stream.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def _write_trace(step: Any, file: Path, device: torch.device) -> None:

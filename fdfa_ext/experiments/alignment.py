@@ -1,14 +1,15 @@
 """Figure 8: the angle between each layer's estimate and the true gradient, over the epochs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
 from fdfa_ext.arguments import UserError
-from fdfa_ext.experiments.report import band, in_words, write_rows, write_text
+from fdfa_ext.experiments.report import band, in_words, write_text
 from fdfa_ext.experiments.runs import Job, Options, Record, run_all
 from fdfa_ext.metrics import gradient_alignment
+from fdfa_ext.train.files import write_rows
 from fdfa_ext.train.training import Config, Run
 
 _METHODS = ("dfa", "dkp", "fdfa")
@@ -53,7 +54,7 @@ def alignment(name: str, options: Options, folder: Path) -> str:
         for row in record
         for layer in range(1, _HIDDEN + 1)
     ]
-    write_rows(points, folder / "points.csv")
+    write_rows([asdict(point) for point in points], folder / "points.csv")
     _plot(groups, f"{name}, {dataset}", folder / "figure.png")
     return write_text(_markdown(groups), folder / "table.md")
 

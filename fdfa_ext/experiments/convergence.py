@@ -1,11 +1,11 @@
 """Figures 3 and 4: training loss and test accuracy by epoch and by run time, CIFAR10."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from fdfa_ext.experiments.report import band, in_words, mean_and_deviation, write_rows, write_text
+from fdfa_ext.experiments.report import band, in_words, mean_and_deviation, write_text
 from fdfa_ext.experiments.runs import (
     Job,
     Options,
@@ -17,6 +17,7 @@ from fdfa_ext.experiments.runs import (
     ways,
 )
 from fdfa_ext.methods import METHODS
+from fdfa_ext.train.files import write_rows
 
 _QUANTITIES = {"train_loss": "training loss, nats", "test_accuracy": "test accuracy"}
 
@@ -58,9 +59,8 @@ def convergence(name: str, options: Options, folder: Path) -> str:
         (net_name(config), way_name(config)): records[i * options.seeds : (i + 1) * options.seeds]
         for i, config in enumerate(configs)
     }
-    write_rows(
-        [p for key, group in groups.items() for p in _points(*key, group)], folder / "points.csv"
-    )
+    points = [asdict(point) for key, group in groups.items() for point in _points(*key, group)]
+    write_rows(points, folder / "points.csv")
     _plot(groups, by_time, f"{name}, {dataset}", folder / "figure.png")
     return write_text(_markdown(groups), folder / "table.md")
 

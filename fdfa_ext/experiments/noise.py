@@ -6,7 +6,7 @@ that decides their convergence.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdfa_ext.experiments.report import in_words, write_rows, write_text
+from fdfa_ext.experiments.report import in_words, write_text
 from fdfa_ext.experiments.runs import Job, Options, run_all
 from fdfa_ext.metrics import estimator_variance
+from fdfa_ext.train.files import write_rows
 from fdfa_ext.train.training import EVAL_BATCH, Config, Run
 
 _METHODS = ("fdfa", "fg-a", "fg-w")
@@ -89,7 +90,7 @@ def variance_and_loss(name: str, options: Options, folder: Path) -> str:
         Point(*kind, record[-1]["variance"], record[-1]["loss"])
         for kind, record in zip(kinds, records, strict=True)
     ]
-    write_rows(points, folder / "points.csv")
+    write_rows([asdict(point) for point in points], folder / "points.csv")
     _plot(points, f"{name}, {dataset}", folder / "figure.png")
     return write_text(_markdown(points), folder / "table.md")
 

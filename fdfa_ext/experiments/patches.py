@@ -1,7 +1,7 @@
 """The variance of an estimate of B over the side of the patches and the batch: docs/estimation.md."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFAConv2d, FDFALinear
-from fdfa_ext.experiments.report import in_words, write_rows, write_text
+from fdfa_ext.experiments.report import in_words, write_text
 from fdfa_ext.experiments.runs import Options
 from fdfa_ext.metrics import mean_jacobian
 from fdfa_ext.patches import patch_means, patch_pixels
 from fdfa_ext.train.data import Dataset, load_dataset
+from fdfa_ext.train.files import write_rows
 
 _BLOCKS = {"0": "conv 1", "1": "conv 2", "4": "dense"}
 
@@ -55,7 +56,7 @@ def patch_variance(name: str, options: Options, folder: Path) -> str:
         for seed in range(options.seeds)
         for point in tqdm(_points(data, size, seed), unit="point", leave=False, disable=None)
     ]
-    write_rows(points, folder / "points.csv")
+    write_rows([asdict(point) for point in points], folder / "points.csv")
     _plot(points, f"{name}, {dataset}", folder / "figure.png")
     return write_text(_markdown(points), folder / "table.md")
 

@@ -1,26 +1,16 @@
 """What experiments write: rows as CSV, text, and numbers in words."""
 
-import csv
 from collections.abc import Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-
-def write_rows(rows: "Sequence[DataclassInstance]", file: Path) -> None:
-    """CSV with the dataclass's fields as columns."""
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(rows[0])])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+from fdfa_ext.train.files import replacing
 
 
 def write_text(text: str, file: Path) -> str:
-    file.write_text(f"{text}\n")
+    with replacing(file) as stream:
+        stream.write(f"{text}\n".encode())
     return text
 
 

@@ -5,8 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ import torch
 
 from fdfa_ext.arguments import UserError
 from fdfa_ext.train.data import Dataset, load_dataset
-from fdfa_ext.train.training import Config, Run, read_checkpoint
+from fdfa_ext.train.files import write_rows
+from fdfa_ext.train.training import Config, EpochResult, Run, read_checkpoint, remove_checkpoint
 
 Record = list[dict[str, float]]  # of a run: a row an epoch, EpochResult's fields and what was watched
+_COLUMNS = {field.name for field in fields(EpochResult)}
 
 # The paper states 1e-4 for every run. Its figures for fg-w, and on the convolutional net for bp and
 # fg-a, come at ten times that: docs/results.md.
@@ -110,10 +111,23 @@ def _on_file(job: Job, file: Path) -> Record:
 
 
 def read_record(file: Path) -> Record:
-    """A run's rows so far; none where there is no such file, or one cut off within a row."""
-    with suppress(OSError, ValueError, TypeError), file.open(newline="") as stream:
-        return [{name: float(cell) for name, cell in row.items()} for row in csv.DictReader(stream)]
-    return []
+    """A run's rows so far; none where there is no such file.
+
+    Raises:
+        UserError: the file is no record.
+    """
+    try:
+        with file.open(newline="") as stream:
+            rows = csv.DictReader(stream)
+            record = [{name: float(cell) for name, cell in row.items()} for row in rows]
+            is_record = set(rows.fieldnames or ()) >= _COLUMNS
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, csv.Error):
+        is_record = False
+    if not is_record or [row["epoch"] for row in record] != list(range(1, len(record) + 1)):
+        raise UserError(f"{file} is not the record of a run: move it away")
+    return record
 
 
 def net_name(config: Config) -> str:
@@ -162,19 +176,10 @@ def _work(job: Job, file: Path, options: Options, on_epoch: Callable[[], Any]) -
     while len(run.history) < config.epochs:
         row = asdict(run.train_epoch())
         record.append(row | job.watch(run) if job.watch else row)
-        _write_record(record, file)
+        write_rows(record, file)
         run.save(checkpoint)
         on_epoch()
-    checkpoint.unlink(missing_ok=True)  # the record is what remains
-
-
-def _write_record(record: Record, file: Path) -> None:
-    unfinished = file.with_suffix(".part")
-    with unfinished.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(record[0]))
-        writer.writeheader()
-        writer.writerows(record)
-    os.replace(unfinished, file)
+    remove_checkpoint(checkpoint)  # the record is what remains
 
 
 def _in_parallel(

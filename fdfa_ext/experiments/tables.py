@@ -1,13 +1,14 @@
 """Tables 1, 2, 3 and B.6: test accuracy by net, method and data set, beside the paper's."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fdfa_ext.experiments.report import mean_and_deviation, write_rows, write_text
+from fdfa_ext.experiments.report import mean_and_deviation, write_text
 from fdfa_ext.experiments.runs import Job, Options, net_name, paper_config, run_all, way_name, ways
 from fdfa_ext.methods import METHODS
+from fdfa_ext.train.files import write_rows
 
 # Test accuracy in percent, mean and deviation of 10 runs; Table 1 is the mlp-4 part of Table B.6.
 _SMALL = ("mnist", "fashion-mnist", "cifar10")
@@ -123,7 +124,7 @@ def table(name: str, options: Options, folder: Path) -> str:
         mean, deviation = mean_and_deviation(finals)
         papers = paper.get((_PAPERS_NET.get(key[0], key[0]), *key[1:]), (None, None))
         cells.append(Cell(*key, options.seeds, mean, deviation, *papers))
-    write_rows(cells, folder / "cells.csv")
+    write_rows([asdict(cell) for cell in cells], folder / "cells.csv")
     _plot(cells, f"{name}, {options.epochs} epochs", folder / "figure.png")
     return write_text(markdown(cells), folder / "table.md")
 

@@ -6,7 +6,7 @@ no derivative shrinks or grows with the net.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFALinear
 from fdfa_ext.bench.report import slope
-from fdfa_ext.experiments.report import band, in_words, write_rows, write_text
+from fdfa_ext.experiments.report import band, in_words, write_text
 from fdfa_ext.experiments.runs import Options
 from fdfa_ext.metrics import estimator_variance
 from fdfa_ext.train.data import Dataset, load_dataset
+from fdfa_ext.train.files import write_rows
 
 _NEURONS = 100  # of the hidden layer where it is not what varies
 _OUTPUTS = 10
@@ -62,7 +63,7 @@ def variance_slopes(name: str, options: Options, folder: Path) -> str:
         for seed in range(options.seeds)
         for point in tqdm(make_points(data, size, seed), unit="point", leave=False, disable=None)
     ]
-    write_rows(points, folder / "points.csv")
+    write_rows([asdict(point) for point in points], folder / "points.csv")
     _plot(points, x_label, f"{name}, {dataset}", folder / "figure.png")
     return write_text(_markdown(points, x_label), folder / "table.md")
 

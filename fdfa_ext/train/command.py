@@ -2,9 +2,13 @@
 
 import argparse
 import importlib
-from collections.abc import Callable
-from dataclasses import fields, replace
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import torch
@@ -15,8 +19,9 @@ from fdfa_ext.feedback import RULES
 from fdfa_ext.methods import METHODS
 from fdfa_ext.noise import NOISES
 from fdfa_ext.train.data import DATASETS, load_dataset
+from fdfa_ext.train.files import write_rows
 from fdfa_ext.train.models import MODELS, WEIGHTS
-from fdfa_ext.train.processes import is_first, processes
+from fdfa_ext.train.processes import count, is_first, processes
 from fdfa_ext.train.training import Config, EpochResult, Run, read_checkpoint
 
 _CONFIG_FIELDS = [field.name for field in fields(Config)]
@@ -100,13 +105,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpoint",
         Path,
-        "write the run's state to this file after each epoch",
+        "write the run's state to this file at the start, after each epoch and when interrupted; a run "
+        "that the file holds goes on where it was",
         metavar="FILE",
     )
     add(
         "--resume",
         Path,
-        "continue this checkpoint's run, with its settings, up to --epochs",
+        "continue this checkpoint's run, with its settings, up to --epochs; the file stays as it is",
         metavar="FILE",
     )
     add(
@@ -127,11 +133,9 @@ def train(given: dict[str, Any]) -> None:
 
     if "threads" in given:
         torch.set_num_threads(given["threads"])
-    configs, checkpoint = _runs(given)
-    if len(configs) > 1 and "checkpoint" in given:
-        raise UserError("--checkpoint holds one run: give one --method")
     if "checkpoint" in given and given["checkpoint"].is_dir():
         raise UserError(f"--checkpoint {given['checkpoint']} is a folder: give a file")
+    configs, checkpoint = _runs(given)
 
     with processes(given.get("device")) as device:
         _train(configs, checkpoint, given | {"device": device})
@@ -163,17 +167,25 @@ def _train(configs: list[Config], checkpoint: dict[str, Any] | None, given: dict
 def _runs(given: dict[str, Any]) -> tuple[list[Config], dict[str, Any] | None]:
     """The runs that were asked for, and the state in which the first begins, if it is resumed."""
     settings = {name: value for name, value in given.items() if name in _CONFIG_FIELDS}
-    methods = settings.pop("method", None)
-    if "resume" not in given:
-        return [Config(**settings, method=method) for method in methods or [Config.method]], None
-    base, checkpoint = read_checkpoint(given["resume"])
-    if methods:
-        settings["method"] = ",".join(methods)
-    wanted = replace(base, **settings)
+    methods = settings.pop("method", [Config.method])
+    if len(methods) > 1 and given.keys() & {"checkpoint", "resume"}:
+        raise UserError("--checkpoint and --resume are for one run: give one --method")
+    if "resume" in given:
+        file = given["resume"]
+        base, checkpoint = read_checkpoint(file)
+        wanted = replace(base, **settings | ({"method": methods[0]} if "method" in given else {}))
+    else:
+        configs = [Config(**settings, method=method) for method in methods]
+        file, wanted = given.get("checkpoint"), configs[0]
+        if file is None or not file.exists():
+            return configs, None
+        base, checkpoint = read_checkpoint(file)
     changed = [name for name in _CONFIG_FIELDS if getattr(base, name) != getattr(wanted, name)]
     if changed not in ([], ["epochs"]):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in changed if name != "epochs")
-        raise UserError(f"{given['resume']} was trained with another {names}, which cannot change")
+        raise UserError(f"{file} was trained with another {names}, which cannot change")
+    if (done := len(checkpoint["history"])) > wanted.epochs:
+        raise UserError(f"{file} holds {done} epochs, more than --epochs {wanted.epochs}")
     return [wanted], checkpoint
 
 
@@ -189,14 +201,66 @@ def _fit(run: Run, csv_file: Path, checkpoint: Path | None) -> None:
         return
     print(f"{config.dataset}, {config.model}, {config.method}, seed {config.seed}")
     print(report.EPOCH_HEADER, flush=True)
-    total, done = (run.steps_per_epoch * epochs for epochs in (config.epochs, len(run.history)))
+    total, done = config.epochs * run.steps_per_epoch, run.steps
     # disable=None: no bar where stderr is a file.
-    with tqdm(total=total, initial=done, unit="step", leave=False, disable=None) as bar:
+    with (
+        tqdm(total=total, initial=done, unit="step", leave=False, disable=None) as bar,
+        _between_steps(run, checkpoint) as check_interrupt,
+    ):
+
+        def on_step() -> None:
+            bar.update()
+            check_interrupt()
+
+        if run.history:
+            _write_history(run, csv_file)
+        if checkpoint and not checkpoint.exists():
+            run.save(checkpoint)
         while len(run.history) < config.epochs:
-            result = run.train_epoch(bar.update)
+            result = run.train_epoch(on_step)
             with bar.external_write_mode():
                 print(report.epoch_line(result), flush=True)
-            report.write_csv(run.history, csv_file)
+            _write_history(run, csv_file)
             if checkpoint:
                 run.save(checkpoint)
     print()
+
+
+def _write_history(run: Run, file: Path) -> None:
+    write_rows([asdict(result) for result in run.history], file)
+
+
+@contextmanager
+def _between_steps(run: Run, checkpoint: Path | None) -> Iterator[Callable[[], None]]:
+    """What to call after each step: an interrupted run is saved there, and ends.
+
+    A second interruption ends it at once. Processes that train together end at once too: they would
+    have to agree on the step. So does a run without a checkpoint.
+    """
+    if checkpoint is None or count() > 1 or current_thread() is not main_thread():
+        yield lambda: None
+        return
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    def check() -> None:
+        if received:
+            run.save(checkpoint)
+            where = f"after step {run.steps} of {run.config.epochs * run.steps_per_epoch}"
+            print(f"fdfa_ext: interrupted {where}, in {checkpoint}", file=sys.stderr, flush=True)
+            signal.raise_signal(received[0])
+
+    for number in before:
+        signal.signal(number, receive)
+    try:
+        yield check
+    finally:
+        restore()

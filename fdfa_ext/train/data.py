@@ -2,11 +2,13 @@
 
 import gzip
 import importlib
+import math
 import os
 import pickle
+import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,16 @@ from torch import Tensor
 
 from fdfa_ext.arguments import UserError
 
-_CLASSES = {  # of each data set
+_CLASSES = {  # of the data sets whose files do not name them
     "digits": 10,
     "mnist": 10,
     "fashion-mnist": 10,
     "cifar10": 10,
     "cifar100": 100,
-    "tiny-imagenet": 200,
 }
-DATASETS = tuple(_CLASSES)
+DATASETS = (*_CLASSES, "tiny-imagenet")
 
+_MOST_BYTES = 2**32  # of a data file, unpacked: far above every set's
 _IDX_FILES = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
@@ -35,6 +37,7 @@ _CIFAR = {
     "cifar100": (("train", "test"), b"fine_labels"),
 }
 _CIFAR_SHAPE = (3, 32, 32)
+_INTEGERS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}  # numpy's names of dtypes
 _TINY_SHAPE = (3, 64, 64)
 
 # Where a file may lie below the data directory; the second is where torchvision puts it.
@@ -55,13 +58,37 @@ _TORCHVISION = {
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images float32 [N, C, H, W] in [-1, 1], labels int64 [N] in [0, n_classes)."""
+    """Images float32 [N, C, H, W] in [-1, 1], labels int64 [N] in [0, n_classes).
+
+    Raises:
+        UserError: they are something else, NaN and infinity included.
+    """
 
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
     n_classes: int = 10
+
+    def __post_init__(self) -> None:
+        for part in ("train", "test"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            if images.dtype != torch.float32 or images.dim() != 4 or not images.numel():
+                raise UserError(f"{part}_images must be float32 [N, C, H, W], got {_words(images)}")
+            if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+                raise UserError(
+                    f"{part}_labels must be int64 [{len(images)}], one an image, got {_words(labels)}"
+                )
+            if not images.isfinite().all():
+                raise UserError(f"{part}_images hold NaN or infinity")
+            if labels.min() < 0 or labels.max() >= self.n_classes:
+                raise UserError(
+                    f"{part}_labels are from {labels.min()} to {labels.max()}, outside 0 to "
+                    f"{self.n_classes - 1}"
+                )
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            sizes = (_words(self.train_images), _words(self.test_images))
+            raise UserError("images to train with and to test with differ: {} and {}".format(*sizes))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -71,23 +98,27 @@ class Dataset:
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data set on ``device``."""
-        return Dataset(
-            self.train_images.to(device),
-            self.train_labels.to(device),
-            self.test_images.to(device),
-            self.test_labels.to(device),
-            self.n_classes,
+        return replace(
+            self,
+            train_images=self.train_images.to(device),
+            train_labels=self.train_labels.to(device),
+            test_images=self.test_images.to(device),
+            test_labels=self.test_labels.to(device),
         )
 
     def head(self, n: int) -> "Dataset":
         """The first `n` images of training, and as many of testing, where there are more."""
-        return Dataset(
-            self.train_images[:n],
-            self.train_labels[:n],
-            self.test_images[:n],
-            self.test_labels[:n],
-            self.n_classes,
+        return replace(
+            self,
+            train_images=self.train_images[:n],
+            train_labels=self.train_labels[:n],
+            test_images=self.test_images[:n],
+            test_labels=self.test_labels[:n],
         )
+
+
+def _words(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} [{', '.join(map(str, t.shape))}]"
 
 
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
@@ -207,45 +238,81 @@ def _read_idx_pair(image_file: Path, label_file: Path) -> tuple[Tensor, Tensor]:
 
 def _read_idx(file: Path, n_dims: int) -> np.ndarray:
     """An idx file of unsigned bytes: magic number 0x000008 and n_dims, big-endian sizes, the bytes."""
+    header, expected_magic = 4 * (1 + n_dims), f"000008{n_dims:02x}"
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            start = stream.read(header)
+            if (magic := start[:4].hex()) != expected_magic:
+                raise UserError(
+                    f"{file} starts with 0x{magic}, not with 0x{expected_magic} of an idx{n_dims} file"
+                )
+            if len(start) < header:
+                raise UserError(f"{file} ends within its header of {header} bytes")
+            shape = np.frombuffer(start, ">i4", offset=4).tolist()
+            sizes, n = " x ".join(map(str, shape)), math.prod(shape)
+            if min(shape) < 1 or n > _MOST_BYTES:
+                raise UserError(f"{file} says {sizes}, which no such set has")
+            content = bytearray()
+            # No more than is wanted, whatever the rest unpacks to.
+            while len(content) <= n and (block := stream.read(2**20)):
+                content += block
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    header = 4 * (1 + n_dims)
-    magic, expected_magic = content[:4].hex(), f"000008{n_dims:02x}"
-    if magic != expected_magic:
-        raise UserError(
-            f"{file} starts with 0x{magic}, not with 0x{expected_magic} of an idx{n_dims} file"
-        )
-    if len(content) < header:
-        raise UserError(f"{file} ends within its header of {header} bytes")
-    shape = np.frombuffer(content, ">i4", count=n_dims, offset=4)
-    expected = header + int(np.prod(shape, dtype=np.int64))
-    if min(shape) < 1 or len(content) != expected:
-        sizes = " x ".join(map(str, shape))
-        raise UserError(f"{file} says {sizes}, that is {expected} bytes, but has {len(content)}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+    if len(content) != n:
+        found = "more" if len(content) > n else header + len(content)
+        raise UserError(f"{file} says {sizes}, that is {header + n} bytes, but has {found}")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _check_labels(file: Path, labels: np.ndarray, n_classes: int) -> None:
-    if labels.min() < 0 or labels.max() >= n_classes:
-        raise UserError(f"{file} holds the label {labels.max()}, outside 0 to {n_classes - 1}")
+    wrong = labels[(labels < 0) | (labels >= n_classes)]
+    if len(wrong):
+        raise UserError(f"{file} holds the label {wrong[0]}, outside 0 to {n_classes - 1}")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Makes plain containers and numpy arrays and nothing else: a data file runs no code."""
+class _PickledArray:
+    """An array in a pickle, before anybody has looked at it: what numpy hands to `__setstate__`."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def read(self) -> np.ndarray:
+        _, shape, dtype, is_fortran, content = self.state
+        if dtype.name not in _INTEGERS or not isinstance(content, bytes):
+            raise pickle.UnpicklingError(f"it holds an array of {dtype.name!r}")
+        array = np.frombuffer(content, np.dtype(dtype.state[1] + dtype.name))
+        return array.reshape(shape, order="F" if is_fortran else "C").copy()
+
+
+class _PickledDtype(_PickledArray):
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name = name.decode() if isinstance(name, bytes) else name
+
+
+def _latin1(text: str, encoding: Any) -> bytes:
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """Makes plain containers and arrays of integers and nothing else: a data file runs no code.
+
+    It is the one in Python, whose memory no number in the file decides. numpy's own functions trust
+    what the file says.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core", "numpy._core")
         allowed = {
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
+            ("numpy._core.multiarray", "_reconstruct"): lambda *_: _PickledArray(),
+            ("numpy", "ndarray"): None,
+            ("numpy", "dtype"): _PickledDtype,
+            ("_codecs", "encode"): _latin1,
         }
-        if (module, name) not in allowed:
+        key = (module.replace("numpy.core", "numpy._core"), name)
+        if key not in allowed:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
+        return allowed[key]
 
 
 def _read_cifar(file: Path, key: bytes, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -253,10 +320,16 @@ def _read_cifar(file: Path, key: bytes, n_classes: int) -> tuple[np.ndarray, np.
     try:
         with file.open("rb") as stream:
             batch = _ArrayUnpickler(stream, encoding="bytes").load()
-        pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[key], dtype=np.int64)
+        pixels, labels = batch[b"data"].read(), batch[key]
+        if isinstance(labels, _PickledArray):
+            labels = labels.read().tolist()
+        if not all(type(label) is int for label in labels):
+            raise TypeError("its labels are no whole numbers")
+        labels = np.array(labels, np.int64)
     except Exception as error:  # a broken pickle raises nearly anything
-        raise UserError(f"{file} is not a CIFAR python batch: {error}") from None
-    n_pixels = int(np.prod(_CIFAR_SHAPE))
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file} is not a CIFAR python batch: {why}") from None
+    n_pixels = math.prod(_CIFAR_SHAPE)
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), n_pixels) or not len(labels):
         raise UserError(
             f"{file} must hold uint8 data of {len(labels)} x {n_pixels}, one row a label, "
@@ -268,26 +341,41 @@ def _read_cifar(file: Path, key: bytes, n_classes: int) -> tuple[np.ndarray, np.
 
 def _load_tiny_imagenet(root: Path) -> Dataset:
     """wnids.txt numbers the classes; train/CLASS/images; val/images with val_annotations.txt."""
-    (names,) = _locate("tiny-imagenet", root, ("wnids.txt",))
-    folder, n_classes = names.parent, _CLASSES["tiny-imagenet"]
-    number = {name: i for i, name in enumerate(names.read_text().split())}
-    if len(number) != n_classes:
-        raise UserError(f"{names} must name {n_classes} classes, got {len(number)}")
+    (file,) = _locate("tiny-imagenet", root, ("wnids.txt",))
+    folder, names = file.parent, [name for (name,) in _read_columns(file, 1)]
+    number = {name: i for i, name in enumerate(names)}
+    if len(number) < len(names) or not names:
+        raise UserError(f"{file} must name classes, each once, got {len(number)} in {len(names)} lines")
     train = [
-        (file, label)
+        (image, label)
         for name, label in number.items()
-        for file in sorted((folder / "train" / name / "images").glob("*.JPEG"))
+        for image in sorted((folder / "train" / name / "images").glob("*.JPEG"))
     ]
     annotations = folder / "val" / "val_annotations.txt"
-    try:
-        rows = [line.split("\t") for line in annotations.read_text().splitlines()]
-        test = [(folder / "val" / "images" / row[0], number[row[1]]) for row in rows]
-    except (OSError, IndexError, KeyError) as error:
-        raise UserError(f"{annotations} cannot be read: {error!r}") from None
+    test = []
+    for image, name in _read_columns(annotations, 2):
+        if name not in number:
+            raise UserError(f"{annotations} names the class {name!r}, which is not in {file}")
+        test.append((folder / "val" / "images" / image, number[name]))
+    if len(dict(test)) < len(test):
+        raise UserError(f"{annotations} names an image twice")
     for part, pairs in (("train", train), ("val", test)):
         if not pairs:
             raise UserError(f"tiny-imagenet has no images in {folder / part}")
-    return Dataset(*_decode(train), *_decode(test), n_classes)
+    return Dataset(*_decode(train), *_decode(test), len(names))
+
+
+def _read_columns(file: Path, n: int) -> Iterator[list[str]]:
+    """The first `n` words of each line, each the name of a file or folder and no path elsewhere."""
+    try:
+        lines = file.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    for i, line in enumerate(lines, 1):
+        words = line.split()[:n]
+        if len(words) < n or not all(re.fullmatch(r"\w[\w.-]*", word) for word in words):
+            raise UserError(f"{file} must hold names, {n} a line, got {line[:80]!r} in line {i}")
+        yield words
 
 
 def _decode(pairs: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
@@ -296,14 +384,15 @@ def _decode(pairs: list[tuple[Path, int]]) -> tuple[Tensor, Tensor]:
     except ImportError:
         raise UserError("tiny-imagenet is in JPEG: pip install pillow") from None
     images = torch.empty(len(pairs), *_TINY_SHAPE)
+    _, height, width = _TINY_SHAPE
     for image, (file, _) in zip(images, pairs, strict=True):
         try:
-            pixels = np.array(Image.open(file).convert("RGB")).transpose(2, 0, 1)  # some are grey
-        except OSError as error:
+            with Image.open(file, formats=["JPEG"]) as opened:
+                if opened.size != (width, height):
+                    size = " x ".join(map(str, opened.size))
+                    raise UserError(f"{file} must be of {width} x {height} pixels, got {size}")
+                pixels = np.array(opened.convert("RGB")).transpose(2, 0, 1)  # some are grey
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
-        if pixels.shape != _TINY_SHAPE:
-            raise UserError(
-                f"{file} must be of 64 x 64 pixels, got {pixels.shape[2]} x {pixels.shape[1]}"
-            )
         image.copy_(_scale(pixels))
     return images, torch.tensor([label for _, label in pairs])

@@ -1,8 +1,6 @@
 """What a person reads of a run: lines, a CSV, a plot, a table."""
 
-import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 
@@ -19,14 +17,6 @@ def epoch_line(result: EpochResult) -> str:
         f"{result.epoch:5d}  {result.lr:8.2e}  {result.train_loss:10.5f}  {result.train_accuracy:8.2%}"
         f"   {result.test_accuracy:7.2%}   {result.seconds:6.2f}"
     ).rstrip()
-
-
-def write_csv(history: Sequence[EpochResult], file: Path) -> None:
-    """One row an epoch, columns named as the fields of EpochResult."""
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(EpochResult)])
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in history)
 
 
 def plot(histories: Mapping[str, Sequence[EpochResult]], title: str, file: Path) -> None:

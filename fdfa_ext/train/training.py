@@ -1,9 +1,11 @@
 """One training run: the net, its optimizers, the epoch loop and checkpoints that continue exactly."""
 
-import os
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fdfa_ext import FDFA
+from fdfa_ext import FDFA, build_info
 from fdfa_ext.arguments import UserError
+from fdfa_ext.dual_pass import BACKENDS
+from fdfa_ext.feedback import RULES
 from fdfa_ext.methods import METHODS, KolenPollack
-from fdfa_ext.train.data import Dataset, batches
-from fdfa_ext.train.models import IMAGE_SIDES, NORMALISED, build_net
+from fdfa_ext.noise import NOISES
+from fdfa_ext.train.data import DATASETS, Dataset, batches
+from fdfa_ext.train.files import replacing
+from fdfa_ext.train.models import IMAGE_SIDES, MODELS, NORMALISED, WEIGHTS, build_net
 from fdfa_ext.train.processes import count, own_part, total
 
 LR_DECAY = 0.95  # of the weights' rate, each epoch; the feedback's rate stays (Appendix A)
 _WITH_TANGENTS = [name for name, method in METHODS.items() if method().tangents != "none"]
 EVAL_BATCH = 1000  # fits small memories and is as fast as any larger one
+_KNOWN: dict[str, Iterable[str]] = {  # values of the settings that have names
+    "model": MODELS,
+    "dataset": DATASETS,
+    "method": METHODS,
+    "feedback": RULES,
+    "noise": NOISES,
+    "backend": BACKENDS,
+    "weights": WEIGHTS,
+}
+_FORMAT = 2  # of checkpoints; 1 had no number
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,13 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in _KNOWN and not (value is field.default is None):
+                _check_number(field.name, value, whole=not isinstance(field.default, float))
         if self.model != "mlp" and (self.hidden, self.width) != (None, None):
             raise UserError(f"--hidden and --width are for --model mlp, not for {self.model}")
         if self.weights == "zero" and self.model in NORMALISED:
@@ -62,6 +85,14 @@ class Config:
             raise UserError(f"--weights zero is not for {self.method}: no tangent passes such weights")
         if self.feedback == "ema" and not self.feedback_lr < 1:
             raise UserError(f"--feedback ema needs a --feedback-lr below 1; got {self.feedback_lr:g}")
+
+
+def _check_number(name: str, value: object, whole: bool) -> None:
+    least = 0 if name == "seed" else 1
+    if whole and not (isinstance(value, int) and least <= value < 2**63):
+        raise UserError(f"{name} is a whole number of {least} or more; got {value!r}")
+    if not whole and not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise UserError(f"{name} is a number above 0; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +110,16 @@ class EpochResult:
     test_loss: float
     test_accuracy: float
     seconds: float
+
+
+@dataclass
+class _Epoch:
+    """How far an epoch has come."""
+
+    order: Tensor  # the state from which the order of its batches is drawn
+    totals: Tensor  # [2]: sums of losses and of correct answers
+    steps: int = 0
+    seconds: float = 0.0
 
 
 class Run:
@@ -100,6 +141,7 @@ class Run:
         self.config = config
         self.data = data.to(device)
         self.history: list[EpochResult] = []
+        self._epoch: _Epoch | None = None  # the one that has begun
         self._order = torch.Generator().manual_seed(config.seed)
         # Convolutions are fastest with the channels last.
         self._format = torch.contiguous_format if config.model == "mlp" else torch.channels_last
@@ -143,6 +185,11 @@ class Run:
         self._scheduler = torch.optim.lr_scheduler.ExponentialLR(self._optimizers[0], LR_DECAY)
 
     @property
+    def steps(self) -> int:
+        """That have been trained, of all epochs."""
+        return len(self.history) * self.steps_per_epoch + (self._epoch.steps if self._epoch else 0)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches of one epoch, the last and smaller one included."""
         return -(-len(self.data.train_images) // self.config.batch_size)
@@ -150,16 +197,20 @@ class Run:
     def train_epoch(self, on_step: Callable[[], Any] = lambda: None) -> EpochResult:
         """Train one epoch, evaluate, append the result to ``history`` and return it.
 
-        ``on_step`` is called after each step.
+        ``on_step`` is called after each step. What it raises leaves the run between two steps: it can
+        be saved, and the next call goes on within the epoch.
         """
-        started = time.perf_counter()
         self.model.train()
         lr = float(self._scheduler.get_last_lr()[0])
-        # Sums stay on the device: reading them each step would make it wait.
-        totals = torch.zeros(2, device=self.data.train_images.device)
-        for images, labels in batches(
-            self.data.train_images, self.data.train_labels, self.config.batch_size, self._order
-        ):
+        if self._epoch is None:
+            # Sums stay on the device: reading them each step would make it wait.
+            totals = torch.zeros(2, device=self.data.train_images.device)
+            self._epoch = _Epoch(self._order.get_state(), totals)
+        epoch = self._epoch
+        self._order.set_state(epoch.order)
+        started = time.perf_counter() - epoch.seconds
+        data = (self.data.train_images, self.data.train_labels, self.config.batch_size, self._order)
+        for images, labels in islice(batches(*data), epoch.steps, None):
             n, images, labels = len(labels), own_part(images), own_part(labels)
             for optimizer in self._optimizers:
                 optimizer.zero_grad()
@@ -170,10 +221,13 @@ class Run:
             for optimizer in self._optimizers:
                 optimizer.step()
             correct = (logits.detach().argmax(1) == labels).sum()
-            totals += torch.stack([loss.detach() * (n / count()), correct])
+            epoch.totals += torch.stack([loss.detach() * (n / count()), correct])
+            epoch.steps += 1
+            epoch.seconds = time.perf_counter() - started
             on_step()
+        self._epoch = None
         self._scheduler.step()
-        train_loss, train_accuracy = (total(totals) / len(self.data.train_images)).tolist()
+        train_loss, train_accuracy = (total(epoch.totals) / len(self.data.train_images)).tolist()
         seconds = time.perf_counter() - started
         test_loss, test_accuracy = self.evaluate()
         result = EpochResult(
@@ -198,30 +252,52 @@ class Run:
         return loss, accuracy
 
     def save(self, file: Path) -> None:
-        """Write all that :meth:`load` needs. A crash leaves the old file or the new one, whole."""
+        """Write all that :meth:`load` needs.
+
+        A crash leaves the old file or the new one, whole. The old one is kept beside it, with
+        ``.previous`` at the end of its name.
+
+        Raises:
+            UserError: the file cannot be written. The old one is as it was.
+        """
         state = {
+            "format": _FORMAT,
+            "fdfa_ext": build_info()["fdfa_ext"],
             "config": asdict(self.config),
             "history": [asdict(result) for result in self.history],
+            "epoch": vars(self._epoch) if self._epoch else None,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "scheduler": self._scheduler.state_dict(),
             "data_order": self._order.get_state(),
             "torch_rng": torch.get_rng_state(),
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.part")
-        torch.save(state, unfinished)
-        os.replace(unfinished, file)
+        try:
+            with replacing(file, previous=_previous(file)) as stream:
+                torch.save(state, stream)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the second
+            raise UserError(f"cannot write the checkpoint {file}: {error}") from None
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from what :func:`read_checkpoint` returned, exactly as if never interrupted."""
-        self.model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(self._optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self._scheduler.load_state_dict(checkpoint["scheduler"])
-        self._order.set_state(checkpoint["data_order"])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        self.history = [EpochResult(**result) for result in checkpoint["history"]]
+        """Continue from what :func:`read_checkpoint` returned, exactly as if never interrupted.
+
+        Raises:
+            UserError: it is of another net.
+        """
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(self._optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self._scheduler.load_state_dict(checkpoint["scheduler"])
+            self._order.set_state(checkpoint["data_order"])
+            torch.set_rng_state(checkpoint["torch_rng"])
+            self.history = [EpochResult(**result) for result in checkpoint["history"]]
+            self._epoch = _Epoch(**checkpoint["epoch"]) if checkpoint["epoch"] else None
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            why = str(error).replace("\n", " ")
+            raise UserError(f"the checkpoint does not fit the net that it names: {why}") from None
+        if self._epoch:
+            self._epoch.totals = self._epoch.totals.to(self.data.train_images.device)
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         if self._side:
@@ -240,12 +316,50 @@ def read_checkpoint(file: Path) -> tuple[Config, dict[str, Any]]:
     """The settings of a run that :meth:`Run.save` wrote, and its state for :meth:`Run.load`.
 
     Raises:
-        UserError: the file is missing or no such checkpoint.
+        UserError: the file is missing, damaged, or no such checkpoint.
     """
     try:
+        with file.open("rb") as stream:
+            start = stream.read(len(_ZIP))
+            # torch.load does not compare the sums over the tensors' bytes, which the archive holds.
+            damaged = zipfile.ZipFile(stream).testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} has changed")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        return Config(**checkpoint["config"]), checkpoint
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {file}: {error.strerror}") from None
-    except Exception:  # torch.load raises nearly anything on foreign bytes
+        raise UserError(f"cannot read the checkpoint {file}: {error.strerror}{_older(file)}") from None
+    except Exception as error:  # zipfile and torch.load raise nearly anything on foreign bytes
+        if start in (b"", _ZIP) and isinstance(error, zipfile.BadZipFile | EOFError):
+            raise UserError(f"the checkpoint {file} is damaged: {error}{_older(file)}") from None
         raise UserError(f"{file} is not a checkpoint of fdfa_ext train") from None
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"config", "history"}:
+        raise UserError(f"{file} is not a checkpoint of fdfa_ext train")
+    if (found := checkpoint.get("format", 1)) != _FORMAT:
+        writer, reader = checkpoint.get("fdfa_ext", "0.1.0 or older"), build_info()["fdfa_ext"]
+        raise UserError(
+            f"{file} is of format {found}, and fdfa_ext {reader} reads format {_FORMAT}: "
+            f"continue it with fdfa_ext {writer}, which wrote it"
+        )
+    try:
+        return Config(**checkpoint["config"]), checkpoint
+    except (TypeError, UserError) as error:
+        raise UserError(f"{file} holds settings that this fdfa_ext does not know: {error}") from None
+
+
+def remove_checkpoint(file: Path) -> None:
+    """Together with the one before it."""
+    for each in (file, _previous(file)):
+        each.unlink(missing_ok=True)
+
+
+_ZIP = b"PK\x03\x04"  # what the archive that torch.save writes starts with
+
+
+def _previous(file: Path) -> Path:
+    return file.with_name(f"{file.name}.previous")
+
+
+def _older(file: Path) -> str:
+    """The end of a sentence on a checkpoint that cannot be read: the remedy, where there is one."""
+    previous = _previous(file)
+    return f"; the one before it is {previous}" if previous.exists() else ""
