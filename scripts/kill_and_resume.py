@@ -2,17 +2,21 @@
 
     PYTHONPATH=. python scripts/kill_and_resume.py [KILLS] [SEED]
 
-Half of the runs have one step an epoch, so that most kills fall into the writing of a checkpoint. The
-state at the end, and the CSV without its seconds, must be the same to the bit.
+Some runs have a step or two an epoch, so that most kills fall into the writing of a checkpoint, and
+some train in two processes. The state at the end, and the CSV without its seconds, must be the same to
+the bit.
 """
 
 import csv
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,10 +26,12 @@ from torch import Tensor
 
 from fdfa_ext.train.training import read_checkpoint
 
-SETTINGS = (
-    "--epochs 60",
-    "--epochs 300 --batch-size 1437",
-    "--epochs 200 --batch-size 700 --feedback ema",
+_TORCHRUN = "torch.distributed.run --standalone --nproc-per-node 2 -m"
+RUNS = (  # how `python -m` starts them, and their settings
+    ("", "--epochs 60"),
+    ("", "--epochs 300 --batch-size 1437"),
+    (_TORCHRUN, "--epochs 80 --batch-size 300"),
+    ("", "--epochs 200 --batch-size 700 --feedback ema"),
 )
 
 
@@ -35,38 +41,54 @@ def kill_until_through(kills: int, seed: int) -> int:
     for number in count(seed):
         if done >= kills:
             break
-        settings = [*SETTINGS[number % len(SETTINGS)].split(), "--seed", str(number)]
+        launcher, settings = RUNS[number % len(RUNS)]
+        words = [*launcher.split(), "fdfa_ext", "train", *settings.split(), "--seed", str(number)]
         with tempfile.TemporaryDirectory() as name:
             expected, actual = Path(name) / "expected", Path(name) / "actual"
             started = time.perf_counter()
-            assert _start(settings, expected).wait() == 0
+            assert _start(words, expected).wait() == 0
             seconds = time.perf_counter() - started
-            while _is_killed(_start(settings, actual), seconds * rng.uniform(0.2, 1.0)):
-                done += 1
+            while not _ends_within(seconds * rng.uniform(0.2, 1.0), _start(words, actual)):
+                _kill_all_of(actual)
+                done, seconds = done + 1, seconds * 1.05  # the machine may have become slower
                 _check_whole(actual)
-            assert _csv(actual) == _csv(expected), settings
+            assert _csv(actual) == _csv(expected), words
             _check_equal(actual / "run.pt", expected / "run.pt")
-            print(f"{' '.join(settings)}: {done} kills so far, equal to the bit", flush=True)
+            print(f"{' '.join(words)}: {done} kills so far, equal to the bit", flush=True)
     return done
 
 
-def _is_killed(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
-    """Whether the process, killed after so many seconds, was not through before."""
+def _start(words: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+    where = ["--threads", "1", "--output", str(folder), "--checkpoint", str(folder / "run.pt")]
+    return subprocess.Popen(
+        [sys.executable, "-m", *words, *where],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # which torchrun would set, with a warning
+    )
+
+
+def _ends_within(seconds: float, process: "subprocess.Popen[bytes]") -> bool:
     try:
         assert process.wait(timeout=seconds) == 0
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return True
-    return False
+        return False
+    return True
 
 
-def _start(settings: list[str], folder: Path) -> "subprocess.Popen[bytes]":
-    arguments = [*settings, "--threads", "1", "--output", str(folder)]
-    command = [sys.executable, "-m", "fdfa_ext", "train", *arguments]
-    return subprocess.Popen(
-        [*command, "--checkpoint", str(folder / "run.pt")], stdout=subprocess.DEVNULL
-    )
+def _kill_all_of(folder: Path) -> None:
+    """The run that writes to the folder: torchrun, if it has one, and all its processes."""
+    while left := list(_processes_of(folder)):
+        for number in left:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _processes_of(folder: Path) -> Iterator[int]:
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            if str(folder).encode() in file.read_bytes():
+                yield int(file.parent.name)
 
 
 def _check_whole(folder: Path) -> None:
