@@ -178,4 +178,117 @@ void spread(const SpreadParams<T>& p) {
   }
 }
 
+inline void max_pool(const MaxPoolParams& p) {
+  const PoolShape& s = p.shape;
+  for (float* zero : p.zeros) {
+    if (zero && s.samples * s.out_height > 0) *zero = 0.0f;
+  }
+  for (int64_t at = 0; at < s.samples * s.out_image(); ++at) {
+    const int64_t c = at % s.channels, window = at / s.channels;
+    const int64_t left = window % s.out_width * s.stride[1] - s.padding[1];
+    const int64_t top = window / s.out_width % s.out_height * s.stride[0] - s.padding[0];
+    const int64_t n = at / s.out_image();
+    int64_t best = -1;
+    for (int64_t place = 0; place < int64_t{s.kernel[0]} * s.kernel[1]; ++place) {
+      const int64_t row = top + place / s.kernel[1], column = left + place % s.kernel[1];
+      if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+      const int64_t from = ((n * s.height + row) * s.width + column) * s.channels + c;
+      if (best >= 0 && (std::isnan(p.x[best]) || p.x[from] <= p.x[best])) continue;
+      best = from;
+      if (p.winners) p.winners[at] = static_cast<uint8_t>(place);
+    }
+    p.y[at] = p.x[best];
+    const double tangent = p.tx ? p.tx[best] : 0.0;
+    if (p.ty) p.ty[at] = static_cast<float>(tangent + noise(p.noise, n, at % s.out_image()));
+  }
+}
+
+inline void max_pool_backward(const MaxPoolBackwardParams& p) {
+  const PoolShape& s = p.shape;
+  for (int64_t i = 0; i < s.samples * s.image(); ++i) p.dx[i] = 0.0f;
+  for (int64_t at = 0; at < s.samples * s.out_image(); ++at) {
+    const int64_t c = at % s.channels, window = at / s.channels, place = p.winners[at];
+    const int64_t column = window % s.out_width * s.stride[1] - s.padding[1] + place % s.kernel[1];
+    const int64_t row =
+        window / s.out_width % s.out_height * s.stride[0] - s.padding[0] + place / s.kernel[1];
+    if (place >= int64_t{s.kernel[0]} * s.kernel[1]) continue;
+    if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+    p.dx[((at / s.out_image() * s.height + row) * s.width + column) * s.channels + c] += p.delta[at];
+  }
+}
+
+inline void moments(const MomentParams& p, int64_t part_rows) {
+  for (int64_t i = 0; i < p.parts * 4 * p.channels; ++i) p.sums[i] = 0.0;
+  for (int64_t i = 0; i < p.rows * p.channels; ++i) {
+    const int64_t c = i % p.channels;
+    const double d = double{p.x[i]} - p.pivot[c], t = p.t ? p.t[i] : 0.0;
+    const double terms[] = {d, d * d, t, d * t};
+    double* sums = p.sums + i / p.channels / part_rows * 4 * p.channels + c;
+    for (int64_t kind = 0; kind < 4; ++kind) sums[kind * p.channels] += terms[kind];
+  }
+}
+
+// Means of d, d², t and d t, of all parts.
+template <class Params>
+std::vector<double> means(const Params& p, int64_t c) {
+  std::vector<double> result(4, 0.0);
+  for (int64_t i = 0; i < 4 * p.parts; ++i) result[i % 4] += p.sums[i * p.channels + c] / p.rows;
+  return result;
+}
+
+inline void norm(const NormForwardParams& p) {
+  for (int64_t c = 0; c < p.channels; ++c) {
+    double mean = 0, variance = 0, t_mean = 0, product = 0;
+    if (p.sums) {
+      const std::vector<double> m = means(p, c);
+      mean = p.pivot[c] + m[0];
+      variance = m[1] - m[0] * m[0];
+      t_mean = m[2];
+      product = m[3] - m[0] * m[2];
+      if (p.running_mean) {
+        const double unbiased = variance * p.rows / (p.rows - 1);
+        p.running_mean[c] += static_cast<float>(p.momentum * (mean - p.running_mean[c]));
+        p.running_var[c] += static_cast<float>(p.momentum * (unbiased - p.running_var[c]));
+      }
+    } else {
+      mean = p.running_mean[c];
+      variance = p.running_var[c];
+    }
+    const double inverse = 1 / std::sqrt(variance + p.eps);
+    const double scale = (p.weight ? p.weight[c] : 1.0) * inverse;
+    p.mean[c] = static_cast<float>(mean);
+    p.inverse_std[c] = static_cast<float>(inverse);
+    // scale (t - mean t - (x - μ) product / σ²), sorted by what is multiplied
+    const double slope = p.sums ? -scale * product * inverse * inverse : 0.0;
+    p.map.scale()[c] = static_cast<float>(scale);
+    p.map.bias()[c] = static_cast<float>((p.bias ? p.bias[c] : 0.0) - scale * mean);
+    p.map.slope()[c] = static_cast<float>(slope);
+    p.map.offset()[c] = static_cast<float>(p.sums ? -scale * t_mean - slope * mean : 0.0);
+  }
+  if (p.batches && p.sums) ++*p.batches;
+}
+
+inline void norm_backward(const NormBackwardParams& p) {
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const std::vector<double> m = means(p, c);
+    const double mean = p.mean[c], inverse = p.inverse_std[c];
+    const double product = m[3] + (p.pivot[c] - mean) * m[2];  // mean (x - μ) t
+    const double scale = (p.weight ? p.weight[c] : 1.0) * inverse;
+    const double slope = p.training ? -scale * product * inverse * inverse : 0.0;
+    p.map.scale()[c] = static_cast<float>(scale);
+    p.map.slope()[c] = static_cast<float>(slope);
+    p.map.offset()[c] = static_cast<float>(p.training ? -scale * m[2] - slope * mean : 0.0);
+    p.weight_grad[c] = static_cast<float>(product * inverse * p.rows);
+    p.bias_grad[c] = static_cast<float>(m[2] * p.rows);
+  }
+}
+
+inline void combine(const CombineParams& p) {
+  for (int64_t i = 0; i < p.rows * p.channels; ++i) {
+    const int64_t c = i % p.channels;
+    p.out[i] = static_cast<float>(double{p.map.scale[c]} * p.t[i] + double{p.map.slope[c]} * p.x[i] +
+                                  p.map.offset[c]);
+  }
+}
+
 }  // namespace fdfa::test
