@@ -113,10 +113,12 @@ def test_batch_norm_backward_of_an_empty_batch_is_zero(device: torch.device) -> 
 def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None:
     state = noise_state(torch.device("cpu"))
 
-    def run(x: Tensor, mean: Tensor, training: bool = True, counter: Tensor | None = None) -> None:
+    def run(
+        x: Tensor, mean: Tensor, training: bool = True, counter: Tensor | None = None, patch: int = 1
+    ) -> None:
         statistics = (mean, torch.ones(3), counter, training, 0.1, 1e-5)
-        ty = torch.empty_like(x)
-        fused.batch_norm(x, None, ty, None, None, *statistics, state, 0, "relu", "gaussian")
+        rest = (state, 0, "relu", "gaussian", None, patch)
+        fused.batch_norm(x, None, torch.empty_like(x), None, None, *statistics, *rest)
 
     mean = torch.zeros(3)
     with pytest.raises(RuntimeError, match=r"batch_norm: x must be \[N, C\].*channels_last"):
@@ -131,6 +133,8 @@ def test_batch_norm_says_what_is_wrong_and_leaves_the_statistics_alone() -> None
         run(torch.randn(4, 3), torch.zeros(4))
     with pytest.raises(RuntimeError, match="num_batches_tracked must be one int64 on cpu; got Float"):
         run(torch.randn(4, 3), mean, counter=torch.zeros(1))
+    with pytest.raises(ValueError, match="patch must be 1 or more; got 0"):
+        run(torch.randn(4, 3), mean, patch=0)
     assert not mean.any()
 
 
@@ -215,9 +219,33 @@ def test_max_pool2d_says_what_is_wrong() -> None:
         fused.max_pool2d(x, x[:1], (2, 2), (2, 2), (0, 0))
     with pytest.raises(RuntimeError, match="height, width, kernel and stride must be positive"):
         fused.max_pool2d(x[:, :, :0], x[:, :, :0], (2, 2), (2, 2), (1, 0))
+    for padding in (2, 2**62, 2**63 - 1):
+        with pytest.raises(RuntimeError, match="padding at most half the kernel"):
+            fused.max_pool2d(x, x, (3, 3), (2, 2), (padding, 0))
     huge = torch.empty(1, 1, 1, 1).expand(1, 2**16, 2**15, 1)
     with pytest.raises(RuntimeError, match=r"less than 2\^31 elements"):
         fused.max_pool2d(huge, huge, (1, 1), (1, 1), (0, 0))
+
+
+@pytest.mark.parametrize("wrong", [[], [1], [1, 1, 1]], ids=len)
+def test_sides_are_two_numbers(wrong: list[int]) -> None:
+    """A schema's int[2] lets lists of any length through."""
+    x, state = torch.randn(2, 3, 4, 4), noise_state(torch.device("cpu"))
+    ones, zeros = [1, 1], [0, 0]
+    for sides in ((wrong, ones, zeros), (ones, wrong, zeros), (ones, ones, wrong)):
+        for operator, before, after in (
+            (fused.max_pool2d, (x, x), ()),
+            (fused.max_pool2d_end, (x, None, x), (state, 0, "none")),
+            (fused.max_pool2d_backward, (x, x.byte(), ones), ()),
+        ):
+            with pytest.raises(RuntimeError, match="kernel, stride and padding must be two numbers"):
+                operator(*before, *sides, *after)
+    with pytest.raises(RuntimeError, match="input_size must be two numbers"):
+        fused.max_pool2d_backward(x, x.byte(), wrong, ones, ones, zeros)
+    kernel = torch.randn(4, 3, 1, 1)
+    for geometry in ((wrong, zeros, ones), (ones, wrong, ones), (ones, zeros, wrong)):
+        with pytest.raises(RuntimeError, match="conv2d: stride, padding and dilation must be two"):
+            fused.conv2d(x, None, kernel, None, *geometry, 1, state, 0, "relu", "none")
 
 
 def test_winners_are_checked() -> None:

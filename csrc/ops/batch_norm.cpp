@@ -83,6 +83,7 @@ void check_arguments(const Arguments& a) {
                 t.scalar_type(), " ", t.sizes(), " on ", t.device());
   }
   check_counter(a.op, "noise_state", a.noise_state, 3, x);
+  check_patch(a.op, x.sizes(), a.patch);
 }
 
 // All but the last pass over the images, and what that takes; ty is left to the caller.

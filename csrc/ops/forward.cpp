@@ -157,6 +157,9 @@ void check_images(const Convolution& c, const OptionalTensor& bias, const Tensor
   TORCH_CHECK(c.x.dim() == 4, "fdfa::", c.op, ": x must be [N, C, H, W]; got ", c.x.sizes());
   TORCH_CHECK(c.weight.dim() == 4, "fdfa::", c.op,
               ": weight must be [out_channels, in_channels / groups, kh, kw]; got ", c.weight.sizes());
+  TORCH_CHECK(c.stride.size() == 2 && c.padding.size() == 2 && c.dilation.size() == 2, "fdfa::", c.op,
+              ": stride, padding and dilation must be two numbers each; got stride ", c.stride,
+              ", padding ", c.padding, ", dilation ", c.dilation);
   check_operands(c.op, c.x, c.tangent, c.weight, bias, noise_state);
 }
 

@@ -45,9 +45,13 @@ PoolShape check_pool(const char* op, const Tensor& x, at::IntArrayRef kernel, at
                      at::IntArrayRef padding) {
   TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() == 4, "fdfa::", op,
               ": x must be [N, C, H, W] in float32; got ", x.scalar_type(), " ", x.sizes());
+  TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2, "fdfa::", op,
+              ": kernel, stride and padding must be two numbers each; got kernel ", kernel, ", stride ",
+              stride, ", padding ", padding);
   for (int i = 0; i < 2; ++i) {
+    // Twice a padding may be more than 64 bits hold.
     TORCH_CHECK(x.size(2 + i) > 0 && kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 &&
-                    2 * padding[i] <= kernel[i] && x.size(2 + i) + 2 * padding[i] >= kernel[i],
+                    padding[i] <= kernel[i] / 2 && kernel[i] - padding[i] <= x.size(2 + i) + padding[i],
                 "fdfa::", op, ": height, width, kernel and stride must be positive, padding at most ",
                 "half the kernel, and the kernel no larger than the padded image; got kernel ", kernel,
                 ", stride ", stride, ", padding ", padding, " for ", x.sizes());
@@ -144,6 +148,8 @@ Tensor max_pool2d_backward(const Tensor& delta, const Tensor& winners, at::IntAr
   TORCH_CHECK(delta.scalar_type() == at::kFloat && delta.dim() == 4, "fdfa::", op,
               ": delta must be [N, C, H', W'] in float32; got ", delta.scalar_type(), " ",
               delta.sizes());
+  TORCH_CHECK(input_size.size() == 2, "fdfa::", op, ": input_size must be two numbers; got ",
+              input_size);
   const Tensor dx =
       at::empty({delta.size(0), delta.size(1), input_size[0], input_size[1]}, delta.options(), kOrder);
   const PoolShape shape = check_pool(op, dx, kernel, stride, padding);
