@@ -193,12 +193,24 @@ def _(
     return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=order)
 
 
+def _turns_delta(saved: Tensor) -> bool:
+    """As `empty_delta` in csrc/ops/feedback.cpp: δ of a large dense block lies as [D, N] on the CPU."""
+    return (
+        saved.device.type == "cpu"
+        and saved.dim() == 2
+        and saved.dtype == torch.float32
+        and saved.numel() >= 1 << 14
+    )
+
+
 def _delta(op: str, feedback: Tensor, error: Tensor, saved: Tensor, patch: int) -> Tensor:
     expected = [error.shape[1], *patch_shape(saved.shape, patch)[1:]]
     torch._check(
         list(feedback.shape) == expected,
         lambda: f"fdfa::{op}: feedback must be [K, *features] = {expected}, got {list(feedback.shape)}",
     )
+    if _turns_delta(saved):
+        return saved.new_empty(saved.shape[::-1]).t()
     in_patches = patch > 1 and saved.dim() == 4
     row_major = feedback.is_contiguous() and not in_patches
     order = torch.contiguous_format if row_major else torch.channels_last

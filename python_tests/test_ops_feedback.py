@@ -288,3 +288,35 @@ def test_a_refused_feedback_step_changes_nothing(device: torch.device) -> None:
             fused.feedback_step(**{**good, "activations": ["relu", "swish"]})
         for tensor, old in zip((feedback, m, v, updates, delta), before, strict=True):
             assert torch.equal(tensor, old)
+
+
+def test_a_compiler_knows_the_order_of_a_large_delta() -> None:
+    """Its code asserts the strides that the fake kernel foretells."""
+    features = 1 << 14
+    saved_activation, error = torch.randn(2, features), torch.randn(2, 3)
+    args = ([torch.zeros(3, features)], error, error, [saved_activation], [])
+    rest = (noise_state(torch.device("cpu")), [0], ["relu"], "gaussian", 1.0)
+    torch.library.opcheck(fused.feedback_gradient.default, (*args, *rest), test_utils="test_faketensor")
+
+
+def test_a_feedback_node_refuses_lists_of_other_lengths() -> None:
+    """Before its backward would have moved B."""
+    x, saved_activation = torch.randn(3, 2), torch.randn(3, 5)
+    good = {
+        "x": x, "tangent": x, "weight": None, "bias": None, "noise_state": noise_state(torch.device("cpu")),
+        "anchors": [saved_activation.clone().requires_grad_()], "biases": [], "biased": [],
+        "saved_activations": [saved_activation], "donated": [False], "outputs": [],
+        "feedback": [torch.randn(2, 5)], "exp_avg": [], "exp_avg_sq": [], "updates": torch.tensor([0]),
+        "blocks": [0], "activations": ["relu"], "noise": "gaussian", "rule": "ema",
+        "decay": 1.0, "lr": RATE, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8,
+    }  # fmt: skip
+    fused.feedback_node(**good).sum().backward()
+    before = good["noise_state"].clone()
+    for change, message in (
+        ({"anchors": []}, "anchors must have one entry for each of 1 blocks; got 0"),
+        ({"donated": []}, "donated must have one entry for each of 1 blocks; got 0"),
+        ({"weight": torch.randn(4), "input": torch.randn(3, 4)}, "x and weight must be matrices"),
+    ):
+        with pytest.raises(RuntimeError, match="fdfa::feedback_node: " + message):
+            fused.feedback_node(**{**good, **change})
+    assert torch.equal(good["noise_state"], before)

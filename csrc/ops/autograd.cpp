@@ -341,6 +341,8 @@ Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 // by a detour through Python.
 std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, const Tensor& weight,
                                        const OptionalTensor& bias) {
+  TORCH_CHECK(tangent.sym_sizes() == x.sym_sizes(), "fdfa::dual_linear: tangent must have shape ",
+              x.sym_sizes(), "; got ", tangent.sym_sizes());
   Tensor y = product(x, weight, bias);
   if (x.dim() != 2 || at::autocast::is_autocast_enabled(x.device().type())) {
     const at::NoGradGuard guard;

@@ -46,6 +46,8 @@ struct FeedbackNode : torch::autograd::Function<FeedbackNode> {
                                         : std::tuple<Tensor, OptionalTensor>(x.clone(), tangent);
     check_network({"feedback_node", output, output_tangent, noise_state, feedback, saved_activations,
                    outputs, options->blocks, options->activations, options->noise, options->patch});
+    check_count("anchors", anchors.size(), saved_activations);
+    check_count("donated", options->donated.size(), saved_activations);
     for (size_t i = 0; i < saved_activations.size(); ++i)
       check_order(feedback[i], saved_activations[i]);
     check_biases(biases, options->biased, saved_activations);
@@ -118,6 +120,11 @@ struct FeedbackNode : torch::autograd::Function<FeedbackNode> {
     return result;
   }
 
+  static void check_count(const char* argument, size_t count, at::TensorList saved_activations) {
+    TORCH_CHECK(count == saved_activations.size(), "fdfa::feedback_node: ", argument,
+                " must have one entry for each of ", saved_activations.size(), " blocks; got ", count);
+  }
+
   static void check_biases(at::TensorList biases, at::IntArrayRef biased,
                            at::TensorList saved_activations) {
     TORCH_CHECK(biases.size() == biased.size(),
@@ -160,6 +167,9 @@ Tensor feedback_node(const Tensor& x, const OptionalTensor& tangent, const Optio
   TORCH_CHECK(!input || weight,
               "fdfa::feedback_node: input is that of an output layer, whose weight is missing");
   if (input) {
+    TORCH_CHECK(x.dim() == 2 && weight->dim() == 2,
+                "fdfa::feedback_node: x and weight must be matrices; got ", x.sizes(), " and ",
+                weight->sizes());
     check_shape("feedback_node", "input", *input, {x.size(0), weight->size(1)});
     check_shape("feedback_node", "weight", *weight, {x.size(1), input->size(1)});
   }

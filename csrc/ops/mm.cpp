@@ -74,9 +74,10 @@ Tensor memory_at(void* data, at::IntArrayRef sizes, const Tensor& owner) {
 }  // namespace
 
 bool mm_is_onednn(const Tensor& a, const Tensor& b) {
-  return onednn_linear() && a.is_cpu() && a.scalar_type() == at::kFloat &&
-         b.scalar_type() == at::kFloat && a.size(0) * a.size(1) * b.size(1) >= kOneDnnMultiplications &&
-         onednn_is_faster(a, b) && at::globalContext().userEnabledMkldnn();
+  return onednn_linear() && a.dim() == 2 && b.dim() == 2 && a.is_cpu() &&
+         a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
+         a.size(0) * a.size(1) * b.size(1) >= kOneDnnMultiplications && onednn_is_faster(a, b) &&
+         at::globalContext().userEnabledMkldnn();
 }
 
 Tensor mm(const Tensor& a, const Tensor& b) {
