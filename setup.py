@@ -2,7 +2,8 @@
 
 Environment: FDFA_CUDA=1 demands CUDA and fails without it, FDFA_CUDA=0 leaves it out;
 TORCH_CUDA_ARCH_LIST names the GPU architectures (default: 8.0, 9.0 and PTX of 9.0, which later GPUs
-compile when they first load it); MAX_JOBS limits the compiler processes.
+compile when they first load it); MAX_JOBS limits the compiler processes. FDFA_SANITIZE, "address,undefined"
+say, builds with these sanitizers (scripts/sanitize.sh).
 """
 
 import os
@@ -48,6 +49,16 @@ def wants_cuda() -> bool:
     return not missing
 
 
+def sanitizer_flags() -> list[str]:
+    """After all others, whose optimisation would hide lines and accesses."""
+    sanitizers = os.environ.get("FDFA_SANITIZE", "")
+    if not sanitizers:
+        return []
+    # The types of torch's objects, which `vptr` compares, are hidden in its libraries.
+    checks = [f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+    return [*checks, "-O1", "-g1", "-fno-omit-frame-pointer"]
+
+
 def extension(cuda: bool):
     architectures = ""
     if cuda:
@@ -57,11 +68,12 @@ def extension(cuda: bool):
         ("FDFA_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
         ("FDFA_CUDA_ARCHITECTURES", f'"{architectures}"'),
     ]
+    sanitize = sanitizer_flags()
     # OpenMP at compile time only: the pool is the one torch brings. Linking another would give two.
-    flags = {"cxx": [*CPU_FLAGS, "-fopenmp"]}
+    flags = {"cxx": [*CPU_FLAGS, "-fopenmp", *sanitize]}
     # torch's own. A compiler that links it statically would give this module a second one, and a
     # stream of one in the hands of the other crashes, as where an error message has a number in it.
-    link = ["-l:libstdc++.so.6"]
+    link = ["-l:libstdc++.so.6", *sanitize]
     include_dirs = [str(ROOT / "csrc")]
     if not cuda:
         return cpp_extension.CppExtension(

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from fuzz import operators as fuzz
 from operands import DTYPES, RATE, as_double, assert_close, noise_state, rand
 
 from fdfa_ext import reference
@@ -386,3 +387,18 @@ def test_dual_linear_is_linear_twice(
         torch.autograd.grad(y, inputs, error), torch.autograd.grad(expected, inputs, error), strict=True
     ):
         torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_products_take_what_torch_takes_and_refuse_other_tangents() -> None:
+    x, weight = torch.randn(3, 5), torch.randn(5)
+    torch.testing.assert_close(fused.product(x, weight, None), torch.nn.functional.linear(x, weight))
+    with pytest.raises(
+        RuntimeError, match=r"dual_linear: tangent must have shape \[3, 5\]; got \[2, 5\]"
+    ):
+        fused.dual_linear(x, x[:2], torch.randn(4, 5), None)
+
+
+def test_random_arguments_of_every_operator() -> None:
+    """The first moments of `python -m fuzz.operators`."""
+    calls = fuzz.run(seconds=3, seed=0)
+    assert set(calls) == fuzz.all_operators()

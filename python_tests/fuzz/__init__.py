@@ -1,0 +1,1 @@
+"""Fuzzers: random arguments against the definitions, for as long as one likes."""
