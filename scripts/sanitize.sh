@@ -21,12 +21,17 @@ PATH=$PWD/.venv/bin:$PATH FDFA_CUDA=0 FDFA_SANITIZE=address,undefined \
 (cd fdfa_ext && find . -name '*.py' -exec cp --parents -t "$build/lib/fdfa_ext" {} +)
 
 # Python itself is not built with the sanitizers, so their libraries must come before all others; and
-# the C++ library with them, or they would not see its exceptions. Python leaves memory to the end.
+# the C++ library with them, or they would not see its exceptions. Python leaves memory to the end, and
+# memory of an impossible size is an error of torch.
 library() { g++ -print-file-name="$1"; }
 export LD_PRELOAD="$(library libasan.so):$(library libubsan.so):$(library libstdc++.so.6)"
-export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 # The package that was built here, not the one in the project's folder.
 export PYTHONSAFEPATH=1 PYTHONPATH="$build/lib:$PWD/python_tests"
 
+"$python" -c 'import fdfa_ext._C as extension; print(extension.__file__)'
 "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${tests[@]}"
-"$python" -m fuzz.operators --seconds "${FDFA_FUZZ_SECONDS:-60}"
+"$python" -m fuzz.operators --seconds "${FDFA_FUZZ_SECONDS:-60}" || {
+  echo "the case of a finding: run with --verbose" >&2
+  exit 1
+}

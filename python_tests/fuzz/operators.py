@@ -1055,13 +1055,15 @@ def wrong_values(r: Source, kind: str, name: str, value: Any) -> Iterator[tuple[
         yield "type", "one"
 
 
-def run(seconds: float, seed: int) -> dict[str, int]:
-    """Calls by operator; a failure raises with what repeats it."""
+def run(seconds: float, seed: int, verbose: bool = False) -> dict[str, int]:
+    """Calls by operator; a failure raises with what repeats it. verbose: prints each case before it."""
     assert set(OPERATORS) == all_operators(), "an operator has no case, or a case no operator"
     fuzzer = Fuzzer(seed)
     end = time.monotonic() + seconds
     number = 0
     while time.monotonic() < end:
+        if verbose:
+            print(f"case {number}", flush=True)
         fuzzer.run_case(number)
         number += 1
     return dict(fuzzer.calls)
@@ -1072,12 +1074,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="this one alone")
+    parser.add_argument("--verbose", action="store_true", help="print each case before it, for a crash")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.case is not None:
         Fuzzer(options.seed).run_case(options.case)
         return
-    calls = run(options.seconds, options.seed)
+    calls = run(options.seconds, options.seed, options.verbose)
     for operator, count in calls.items():
         print(f"{count:10,} {operator}")
     print(f"{sum(calls.values()):10,} calls, seed {options.seed}")
