@@ -1,1 +1,1 @@
-"""Fuzzers: random arguments against the definitions, for as long as one likes."""
+"""Fuzzers: random calls, nets and files, compared with what must hold for all. CONTRIBUTING.md names the command."""
