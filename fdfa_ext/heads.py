@@ -84,16 +84,20 @@ class LocalHeads(nn.ModuleDict):
         for key in self.keys() - set(keys):
             del self[key]
 
-    def run(self, record: BlockRecord, u: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    def check(self, records: Sequence[BlockRecord], outputs: int) -> None:
+        """Raises ValueError unless the heads of these blocks fit them and the network's outputs."""
+        for record in records:
+            head, features = self.of(record.name), record.output.shape[1:].numel()
+            if (head.out_features, head.in_features) != (outputs, features):
+                raise ValueError(
+                    f"FDFA: block '{record.name}': its local head makes {head.out_features} outputs of "
+                    f"{head.in_features} features, but {outputs} outputs and {features} features came; "
+                    "both are fixed, so wrap the module again"
+                )
+
+    def run(self, record: BlockRecord, u: Tensor) -> tuple[Tensor, Tensor]:
         """The output [N, outputs] of a block's head, and its tangent for u [N, *features]."""
         head = self.of(record.name)
-        features = flatten_features(record.output)
-        if (head.out_features, head.in_features) != (outputs, features.shape[1]):
-            raise ValueError(
-                f"FDFA: block '{record.name}': its local head makes {head.out_features} outputs of "
-                f"{head.in_features} features, but {outputs} outputs and {features.shape[1]} features "
-                "came; both are fixed, so wrap the module again"
-            )
-        local: Tensor = head(features)
+        local: Tensor = head(flatten_features(record.output))
         u = flatten_features(u).to(local.dtype)
         return local, F.linear(u, head.weight.detach().to(local.dtype))

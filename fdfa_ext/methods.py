@@ -222,11 +222,12 @@ class LocalGreedy(ActivityPerturbation):
         feedback: FeedbackStep,
     ) -> Tensor:
         self._check(dual, output, feedback)
-        used = dual.use_noise()
         *hidden, last = dual.records
+        step.heads.check(hidden, output.shape[1])  # before the noise moves
+        used = dual.use_noise()
         for record in hidden:
             u = step.perturbation(record.output, used, record.index)
-            local, local_tangent = step.heads.run(record, u, output.shape[1])
+            local, local_tangent = step.heads.run(record, u)
             local = attach(self, dual, [record], local, local_tangent, used, feedback)
             step.local_outputs.append(dual.of_rows(local))
         return attach(self, dual, [last], output, tangent, used, feedback)

@@ -260,3 +260,17 @@ def test_feedback_in_another_memory_order_is_refused_by_name() -> None:
         ValueError, match=r"FDFA: block '2': its feedback must lie in torch\.channels_last"
     ):
         model(torch.randn(2, 1, 12, 12))
+
+
+def test_a_batch_that_local_heads_refuse_leaves_the_noise() -> None:
+    net = nn.Sequential(
+        FDFABlock(nn.Conv2d(1, 3, 3), nn.Tanh()),
+        FDFABlock(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4)),
+        nn.Linear(4, 2),
+    )
+    model = FDFA(net, method="lg-fg-a", example_input=torch.randn(2, 1, 5, 5))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"local head makes 2 outputs of 27 features, but .* 75 features"):
+        model(torch.randn(2, 1, 7, 7))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
