@@ -588,13 +588,14 @@ def definition(model: FDFA, x: Tensor) -> Results:
     def cut(name: str, y: Tensor) -> Tensor:
         kept[name] = y
         uses[name] += 1
-        return y.detach().clone()
+        # Of an input in channels_last that needs no gradient torch's backward of group_norm crashes.
+        return y.detach().clone(memory_format=torch.contiguous_format)
 
     def forward(module: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Tensor:
         for name in (name for name in names if ":" not in name):
             hook = partial(lambda name, _, __, y: change(name, y), name)
             module.get_submodule(name).register_forward_hook(hook)
-        return module(x)
+        return module(x.contiguous())
 
     plain = copy.deepcopy(model.module)
     output = forward(plain, cut)
