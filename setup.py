@@ -2,8 +2,8 @@
 
 Environment: FDFA_CUDA=1 demands CUDA and fails without it, FDFA_CUDA=0 leaves it out;
 TORCH_CUDA_ARCH_LIST names the GPU architectures (default: 8.0, 9.0 and PTX of 9.0, which later GPUs
-compile when they first load it); MAX_JOBS limits the compiler processes. FDFA_SANITIZE, "address,undefined"
-say, builds with these sanitizers (scripts/sanitize.sh).
+compile when they first load it); MAX_JOBS limits the compiler processes. FDFA_SANITIZE,
+"address,undefined" say, builds with these sanitizers (scripts/sanitize.sh).
 """
 
 import os
