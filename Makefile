@@ -6,12 +6,15 @@
 #                  and Accelerate, which it installs
 #   make coverage  all Python tests, and the lines of the package that they reach
 #   make cpp-test  the C++ tests of the kernels
+#   make fuzz      random operator calls, nets and files, MINUTES=3 of each; SEED=0
 #   make lint      formatting, linting and types
 #   make docs      the documentation with the API reference, into build/docs
 #   make clean     remove what was built, and .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
+MINUTES ?= 3
+SEED ?= 0
 PYTEST := pytest -q -n auto --dist worksteal
 # The extension is built in place: only what is compiled or declared asks for a new build.
 BUILD_INPUTS := $(shell find csrc -type f) setup.py pyproject.toml
@@ -19,7 +22,7 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-all test-zoo coverage cpp-test lint docs clean
+.PHONY: train test test-all test-zoo coverage cpp-test fuzz lint docs clean
 
 train: .venv/built
 	$(BIN)/python -m fdfa_ext train --dataset digits --method fdfa,bp
@@ -44,6 +47,9 @@ cpp-test: .venv/installed
 	cmake -S . -B build/cpp
 	cmake --build build/cpp --parallel
 	ctest --test-dir build/cpp --output-on-failure --parallel 2
+
+fuzz: .venv/built
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python_tests $(BIN)/python -m fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
