@@ -395,7 +395,7 @@ def _group_norm(
     float32 = single_precision(x) and _is_float32(weight, bias)
     if not float32 or x.dim() < 3 or x.numel() == 0 or channels % num_groups != 0:
         return None
-    x, tangent = x.contiguous(), tangent.contiguous()
+    x, tangent = _row_major(x), _row_major(tangent)
     sizes = (n, channels, x[0, 0].numel(), num_groups)
     y, mean, inverse_std = torch.native_group_norm(x, weight, bias, *sizes, eps)
     ty = aten.native_group_norm_backward(
@@ -404,6 +404,11 @@ def _group_norm(
     if weight is not None:
         ty.mul_(weight.detach().view(-1, *[1] * (x.dim() - 2)))
     return y, ty
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """By its strides too, which `contiguous` leaves in channels_last for one channel or one pixel."""
+    return x.contiguous().flatten().view(x.shape)
 
 
 def _is_float32(*parameters: Tensor | None) -> bool:
@@ -513,8 +518,8 @@ def _contiguous_group_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
     # In other orders torch 2.13's backward crashes where the input needs no gradient, and its forward
     # mode refuses.
     primal, tangent = unpack_dual(input)
-    primal = primal.contiguous()
-    dual = primal if tangent is None else make_dual(primal, tangent.contiguous())
+    primal = _row_major(primal)
+    dual = primal if tangent is None else make_dual(primal, _row_major(tangent))
     return _GROUP_NORM(dual, *rest, **named)
 
 

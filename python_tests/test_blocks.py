@@ -196,6 +196,29 @@ def test_a_dense_block_takes_any_dimensions_between_batch_and_features(
             torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "bp"])
+@pytest.mark.parametrize("at", [None, ["0", "1"]])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_group_normalisation_takes_one_channel_and_one_pixel(
+    channels: int, at: Any, method: str, backend: str
+) -> None:
+    """Which are in both memory orders at once: torch's backward crashes where the strides are those of
+    channels_last and the input needs no gradient, as behind a block, a point or a frozen layer."""
+    size = 1 if channels == 4 else 6
+    layers: list[nn.Module] = [nn.Conv2d(2, channels, 7 - size, bias=False), nn.GroupNorm(1, channels)]
+    if at is None:
+        layers = [FDFABlock(layers[0]), FDFABlock(layers[1])]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, 3))
+    x = torch.randn(5, 2, 6, 6)
+    model = FDFA(net, at=at, method=method, backend=backend, example_input=x)
+    for matrix in model.feedback.values():
+        matrix.normal_()
+    for _ in range(3):  # memory that is not the tensor's need not be another's at once
+        F.cross_entropy(model(x), torch.arange(5) % 3).backward()
+    assert all(p.grad.any() and p.grad.isfinite().all() for p in net.parameters())
+
+
 @pytest.mark.parametrize("method", ["fdfa", "dfa", "bp"])
 @pytest.mark.parametrize("at", [None, ["3"]])
 def test_one_sample_has_exact_gradients_through_instance_norm(at: Any, method: str) -> None:
