@@ -270,7 +270,9 @@ def test_a_batch_that_local_heads_refuse_leaves_the_noise() -> None:
     )
     model = FDFA(net, method="lg-fg-a", example_input=torch.randn(2, 1, 5, 5))
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"local head makes 2 outputs of 27 features, but .* 75 features"):
+    with pytest.raises(
+        ValueError, match=r"local head makes 2 outputs of 27 features, but .* 75 features"
+    ):
         model(torch.randn(2, 1, 7, 7))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key

@@ -603,6 +603,8 @@ def definition(model: FDFA, x: Tensor) -> Results:
     is_covered = output.dim() == 2 and max(uses.values()) == 1 and len(uses) == len(names)
     if not is_covered or (model.patch > 1 and any(y.dim() == 3 for y in kept.values())):
         return {}
+    if not output.requires_grad:  # all is frozen, and B learns yet
+        output.requires_grad_()
     (error,) = torch.autograd.grad(loss_of(model, output), output, retain_graph=True)
     noise = {
         name: perturbation(
