@@ -809,7 +809,7 @@ class Nets(RuleBasedStateMachine):
         self, operation: Operation, inputs: Sequence[Tensor], start: Twin
     ) -> dict[str, float]:
         """How far the reference moves with its weights and inputs, if these do so by some roundings."""
-        by = min(32 * torch.finfo(self.options.dtype).eps, 2**-5)
+        few = min(32 * torch.finfo(self.options.dtype).eps, 2**-5)
         given = [*map(in_dtype, inputs)]
 
         def results(twin: Twin, given: Sequence[Tensor]) -> Results:
@@ -820,8 +820,9 @@ class Nets(RuleBasedStateMachine):
         largest = dict.fromkeys(baseline, 0.0)
         for seed in range(8):
             # Half of them by plain torch in the dtype itself: where all that is exact cancels, as in
-            # a norm of one feature, the roundings alone are left.
+            # a norm of one feature, the roundings alone are left. One of these at the same numbers.
             dtype = self.options.dtype if seed % 2 else torch.float64
+            by = 0.0 if seed == 1 else few
             torch.manual_seed(seed)
             twin = copy.deepcopy(start)
             with torch.no_grad():
