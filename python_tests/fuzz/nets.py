@@ -11,7 +11,7 @@ kink of ReLU, or behind the norm of two values that are nearly equal. A differen
 is therefore a fault unless the reference itself moves as far when its weights and inputs move by a few
 roundings. `counts["ill-conditioned"]` says how often that was so.
 
-    cd python_tests && python -m fuzz.nets --seconds 60 --seed 0
+    PYTHONPATH=.:python_tests python -m fuzz.nets --seconds 60 --seed 0
 """
 
 import argparse
