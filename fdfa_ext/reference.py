@@ -138,6 +138,8 @@ def _perturbation_like(
     y: Tensor, noise_state: Tensor, block: int, noise: str, patch: int, channels_last: bool
 ) -> Tensor:
     """u in the shape of y; of images one value a channel for the pixels of a patch."""
+    if y.dim() < 2:  # a sample without its batch would count as a batch without features
+        raise RuntimeError(f"fdfa::perturb: y must be [N, *features]; got {list(y.shape)}")
     shape = patch_shape(y.shape, patch)
     return spread(perturbation(noise_state, block, noise, shape, channels_last), y.shape, patch)
 

@@ -9,6 +9,7 @@ from nets import make, mlp
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFALinear
+from fdfa_ext.dual_pass import BACKENDS
 from fdfa_ext.methods import ForwardFeedback
 
 
@@ -276,3 +277,19 @@ def test_a_batch_that_local_heads_refuse_leaves_the_noise() -> None:
         model(torch.randn(2, 1, 7, 7))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "fg-a", "lg-fg-a"])
+@pytest.mark.parametrize("block", [FDFALinear(1, 1), FDFABlock(nn.Linear(1, 1), nn.Tanh())])
+def test_a_sample_without_its_batch_is_refused_and_the_next_batch_trained(
+    block: nn.Module, method: str, backend: str
+) -> None:
+    """Also by the first forward, which looks at the net."""
+    net = nn.Sequential(copy.deepcopy(block), FDFALinear(1, 1), nn.Linear(1, 2))
+    model = FDFA(net, method=method, backend=backend)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"fdfa::\w+: [xy] must be \[N, \*.*; got \[1\]"):
+            model(torch.randn(1))
+        assert model.noise_state[1] == model.noise_state[2] == 0
+    model(torch.randn(4, 1)).sum().backward()

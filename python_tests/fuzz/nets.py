@@ -1066,8 +1066,7 @@ class Nets(RuleBasedStateMachine):
             "narrow": lambda: x[..., :-1],
             "wide": lambda: torch.cat([x, x], -1),
             "one more": lambda: x.unsqueeze(0),
-            # Of one dimension the reference takes a sample for a batch without features.
-            "one less": lambda: x[0] if x.dim() > 2 else x[:0, :-1],
+            "one less": lambda: x[0],
             "int": lambda: x.long(),
         }[change]()
 
