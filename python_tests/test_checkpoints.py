@@ -150,6 +150,22 @@ def test_a_run_that_stops_within_an_epoch_goes_on_exactly(
         assert_equal(state(again, tmp_path), state(expected, tmp_path))
 
 
+def test_of_several_processes_one_has_the_sums_of_an_epoch_that_one_process_began(
+    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(CONFIG, digits)
+    train_and_stop(run, 2)
+    run.save(tmp_path / "run.pt")
+    sums = []
+    for first in (True, False):
+        monkeypatch.setattr("fdfa_ext.train.training.is_first", lambda first=first: first)
+        again = Run(CONFIG, digits)
+        again.load(read_checkpoint(tmp_path / "run.pt")[1])
+        sums.append(again._epoch.totals.sum() if again._epoch else None)
+    assert sums[0] > 0
+    assert sums[1] == 0
+
+
 def test_the_checkpoint_before_is_kept(tmp_path: Path, digits: Dataset) -> None:
     run, file = Run(CONFIG, digits), tmp_path / "run.pt"
     for done in range(3):

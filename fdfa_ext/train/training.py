@@ -23,7 +23,7 @@ from fdfa_ext.noise import NOISES
 from fdfa_ext.train.data import DATASETS, Dataset, batches
 from fdfa_ext.train.files import replacing
 from fdfa_ext.train.models import IMAGE_SIDES, MODELS, NORMALISED, WEIGHTS, build_net
-from fdfa_ext.train.processes import count, own_part, total
+from fdfa_ext.train.processes import count, is_first, own_part, total
 
 LR_DECAY = 0.95  # of the weights' rate, each epoch; the feedback's rate stays (Appendix A)
 _WITH_TANGENTS = [name for name, method in METHODS.items() if method().tangents != "none"]
@@ -297,7 +297,9 @@ class Run:
             why = str(error).replace("\n", " ")
             raise UserError(f"the checkpoint does not fit the net that it names: {why}") from None
         if self._epoch:
-            self._epoch.totals = self._epoch.totals.to(self.data.train_images.device)
+            # One process has the sums so far, where a run of one goes on in several.
+            totals = self._epoch.totals if is_first() else torch.zeros(2)
+            self._epoch.totals = totals.to(self.data.train_images.device)
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         if self._side:
