@@ -241,9 +241,47 @@ def test_a_checkpoint_of_another_format_or_of_unknown_settings_gets_a_sentence(
         torch.save(changed, file)
         with pytest.raises(UserError, match=message):
             read_checkpoint(file)
-    for part, value in (("model", {}), ("optimizers", []), ("epoch", {"x": 1}), ("history", [{}])):
-        with pytest.raises(UserError, match="the checkpoint does not fit the net that it names: "):
-            Run(CONFIG, digits).load({**saved, part: value})
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("model",), {}),
+        (("optimizers",), []),
+        (("optimizers", 0, "state", 0, "exp_avg"), torch.zeros(1)),
+        (("optimizers", 0, "state", 0, "exp_avg"), torch.zeros(64, 8)),
+        (("optimizers", 0, "state", 0, "exp_avg"), torch.zeros(1).expand(8, 64)),
+        (("optimizers", 0, "state", 0), {}),
+        (("optimizers", 0, "param_groups", 0, "lr"), "x"),
+        (("optimizers", 0, "param_groups", 0, "amsgrad"), True),
+        (("epoch", "totals"), torch.zeros(3)),
+        (("epoch", "order"), torch.zeros(5, dtype=torch.uint8)),
+        (("epoch", "steps"), 100),
+        (("epoch", "steps"), -1),
+        (("epoch", "seconds"), "x"),
+        (("epoch",), {"x": 1}),
+        (("history",), [{}]),
+        (("history",), None),
+        (("history", 0, "epoch"), 7),
+        (("history", 0, "test_accuracy"), None),
+    ],
+)
+def test_a_checkpoint_of_another_net_or_made_by_hand_is_refused(
+    tmp_path: Path, digits: Dataset, place: tuple[Any, ...], value: Any
+) -> None:
+    """torch itself would read moments of another size as if they fitted."""
+    run, file = Run(CONFIG, digits), tmp_path / "run.pt"
+    train_and_stop(run, 6)
+    run.save(file)
+    _, saved = read_checkpoint(file)
+    Run(CONFIG, digits).load(saved)
+    *way, last = place
+    part = saved
+    for key in way:
+        part = part[key]
+    part[last] = value
+    with pytest.raises(UserError, match="the checkpoint does not fit the net that it names: "):
+        Run(CONFIG, digits).load(saved)
 
 
 @pytest.mark.parametrize("limit", [0, 1000])
@@ -287,6 +325,60 @@ def test_the_same_command_goes_on_where_it_was(tmp_path: Path, capsys) -> None:
     ):
         assert main(command(tmp_path / "b", *flags)) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_takes_the_place_of_a_damaged_checkpoint_keeps_the_one_before(
+    tmp_path: Path, capsys
+) -> None:
+    """At each moment one of the two is whole; and the command for that may be given again."""
+    folder, file = tmp_path / "a", tmp_path / "a" / "run.pt"
+    assert main(command(folder, "--epochs", "2")) == 0
+    previous = folder / "run.pt.previous"
+    before = previous.read_bytes()
+    file.write_bytes(file.read_bytes()[:-9])
+    recovery = command(folder, "--resume", str(previous), "--epochs", "2")
+    assert main(command(folder, "--epochs", "2")) == 2
+    assert (
+        f"is damaged: File is not a zip file; the one before it is {previous}"
+        in capsys.readouterr().err
+    )
+    assert main(recovery) == 0
+    assert previous.read_bytes() == before
+    assert len(read_checkpoint(file)[1]["history"]) == 2
+    capsys.readouterr()
+    whole = file.read_bytes()
+    assert main(recovery) == 0
+    assert file.read_bytes() == whole  # nothing was left to do
+    file.write_text("of somebody else")
+    assert main(recovery) == 2
+    assert file.read_text() == "of somebody else"
+    file.unlink()
+    assert main(command(folder, "--epochs", "2")) == 2
+    assert f"the one before it is {previous}" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_write_one_checkpoint(tmp_path: Path, capsys) -> None:
+    with files.locked(tmp_path / "run.pt"):
+        assert main(command(tmp_path, "--epochs", "1")) == 2
+    assert f"another process trains into {tmp_path / 'run.pt'}" in capsys.readouterr().err
+    assert main(command(tmp_path, "--epochs", "1")) == 0
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.pt")
+    with pytest.raises(UserError, match=r"run.pt is a folder, a pipe or a device, and no file"):
+        read_checkpoint(tmp_path / "run.pt")
+
+
+def test_a_checkpoint_keeps_its_permissions_and_follows_no_link_beside_it(tmp_path: Path) -> None:
+    file, other = tmp_path / "run.pt", tmp_path / "other"
+    file.write_bytes(b"old")
+    file.chmod(0o600)
+    other.write_bytes(b"other")
+    (tmp_path / "run.pt.part").symlink_to(other)
+    write(file, b"new")
+    assert other.read_bytes() == b"other"
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow

@@ -8,13 +8,14 @@ from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 
 from fdfa_ext.arguments import UserError
 from fdfa_ext.train.data import Dataset, load_dataset
-from fdfa_ext.train.files import write_rows
+from fdfa_ext.train.files import check_regular, locked, write_rows
 from fdfa_ext.train.training import Config, EpochResult, Run, read_checkpoint, remove_checkpoint
 
 Record = list[dict[str, float]]  # of a run: a row an epoch, EpochResult's fields and what was watched
@@ -116,6 +117,7 @@ def read_record(file: Path) -> Record:
     Raises:
         UserError: the file is no record.
     """
+    check_regular(file)
     try:
         with file.open(newline="") as stream:
             rows = csv.DictReader(stream)
@@ -161,8 +163,12 @@ def _work(job: Job, file: Path, options: Options, on_epoch: Callable[[], Any]) -
     data = _data(config.dataset, options.data_dir)
     if options.quick:
         data = data.head(_QUICK_IMAGES.get(config.model, _QUICK_IMAGES_OTHERWISE))
-    run = Run(config, data, options.device)
-    checkpoint, record = file.with_suffix(".pt"), read_record(file)
+    with locked(file):
+        _train(job, Run(config, data, options.device), file, on_epoch)
+
+
+def _train(job: Job, run: Run, file: Path, on_epoch: Callable[[], Any]) -> None:
+    config, checkpoint, record = job.config, file.with_suffix(".pt"), read_record(file)
     if checkpoint.exists():
         saved, state = read_checkpoint(checkpoint)
         done = len(state["history"])
@@ -198,8 +204,9 @@ def _in_parallel(
                     on_epoch()
                 for future in done:
                     future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # said at once, not when the other runs are through
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 
@@ -210,6 +217,15 @@ def _start_worker(epochs: Any, threads: int) -> None:
     global _epochs
     _epochs = epochs
     torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Or a worker would go on after a kill of the command."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work_in_worker(job: Job, file: Path, options: Options) -> None:

@@ -5,7 +5,7 @@ import importlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from threading import current_thread, main_thread
@@ -19,10 +19,17 @@ from fdfa_ext.feedback import RULES
 from fdfa_ext.methods import METHODS
 from fdfa_ext.noise import NOISES
 from fdfa_ext.train.data import DATASETS, load_dataset
-from fdfa_ext.train.files import write_rows
+from fdfa_ext.train.files import locked, write_rows
 from fdfa_ext.train.models import MODELS, WEIGHTS
 from fdfa_ext.train.processes import count, is_first, processes
-from fdfa_ext.train.training import Config, EpochResult, Run, read_checkpoint
+from fdfa_ext.train.training import (
+    Config,
+    DamagedCheckpoint,
+    EpochResult,
+    Run,
+    previous_of,
+    read_checkpoint,
+)
 
 _CONFIG_FIELDS = [field.name for field in fields(Config)]
 
@@ -156,7 +163,9 @@ def _train(configs: list[Config], checkpoint: dict[str, Any] | None, given: dict
         if checkpoint:
             run.load(checkpoint)
         output.mkdir(parents=True, exist_ok=True)
-        _fit(run, output / f"{config.method}.csv", given.get("checkpoint"))
+        file = given.get("checkpoint")
+        with locked(file) if file and is_first() else nullcontext():
+            _fit(run, output / f"{config.method}.csv", file)
         histories[config.method] = run.history
     if not is_first():
         return
@@ -174,10 +183,12 @@ def _runs(given: dict[str, Any]) -> tuple[list[Config], dict[str, Any] | None]:
         file = given["resume"]
         base, checkpoint = read_checkpoint(file)
         wanted = replace(base, **settings | ({"method": methods[0]} if "method" in given else {}))
+        if (later := _later(given.get("checkpoint"), base, checkpoint)) is not None:
+            checkpoint = later
     else:
         configs = [Config(**settings, method=method) for method in methods]
         file, wanted = given.get("checkpoint"), configs[0]
-        if file is None or not file.exists():
+        if file is None or not (file.exists() or previous_of(file).exists()):
             return configs, None
         base, checkpoint = read_checkpoint(file)
     changed = [name for name in _CONFIG_FIELDS if getattr(base, name) != getattr(wanted, name)]
@@ -187,6 +198,23 @@ def _runs(given: dict[str, Any]) -> tuple[list[Config], dict[str, Any] | None]:
     if (done := len(checkpoint["history"])) > wanted.epochs:
         raise UserError(f"{file} holds {done} epochs, more than --epochs {wanted.epochs}")
     return [wanted], checkpoint
+
+
+def _later(file: Path | None, base: Config, resumed: dict[str, Any]) -> dict[str, Any] | None:
+    """What --checkpoint holds, if it goes on from what --resume holds: the command is given again.
+
+    Raises:
+        UserError: the file is of something else, which would be overwritten.
+    """
+    if file is None or not file.exists():
+        return None
+    try:
+        config, checkpoint = read_checkpoint(file)
+    except DamagedCheckpoint:
+        return None
+    if replace(config, epochs=base.epochs) != base:
+        raise UserError(f"--checkpoint {file} holds another run than --resume: give another file")
+    return checkpoint if len(checkpoint["history"]) >= len(resumed["history"]) else None
 
 
 def _fit(run: Run, csv_file: Path, checkpoint: Path | None) -> None:
@@ -205,7 +233,7 @@ def _fit(run: Run, csv_file: Path, checkpoint: Path | None) -> None:
     # disable=None: no bar where stderr is a file.
     with (
         tqdm(total=total, initial=done, unit="step", leave=False, disable=None) as bar,
-        _between_steps(run, checkpoint) as check_interrupt,
+        _between_steps(run, checkpoint, bar.clear) as check_interrupt,
     ):
 
         def on_step() -> None:
@@ -231,17 +259,21 @@ def _write_history(run: Run, file: Path) -> None:
 
 
 @contextmanager
-def _between_steps(run: Run, checkpoint: Path | None) -> Iterator[Callable[[], None]]:
+def _between_steps(
+    run: Run, checkpoint: Path | None, clear: Callable[[], Any]
+) -> Iterator[Callable[[], None]]:
     """What to call after each step: an interrupted run is saved there, and ends.
 
-    A second interruption ends it at once. Processes that train together end at once too: they would
-    have to agree on the step. So does a run without a checkpoint.
+    ``clear`` makes room for what it says. A second interruption ends it at once. Processes that train
+    together end at once too: they would have to agree on the step. So does a run without a checkpoint.
     """
     if checkpoint is None or count() > 1 or current_thread() is not main_thread():
         yield lambda: None
         return
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell starts what runs in the background with signals ignored, which stay so.
+    before = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -253,10 +285,12 @@ def _between_steps(run: Run, checkpoint: Path | None) -> Iterator[Callable[[], N
 
     def check() -> None:
         if received:
+            number = received.pop()
             run.save(checkpoint)
+            clear()
             where = f"after step {run.steps} of {run.config.epochs * run.steps_per_epoch}"
             print(f"fdfa_ext: interrupted {where}, in {checkpoint}", file=sys.stderr, flush=True)
-            signal.raise_signal(received[0])
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, receive)

@@ -10,13 +10,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fdfa_ext.arguments import UserError
+from fdfa_ext.train.files import check_regular
 
 _CLASSES = {  # of the data sets whose files do not name them
     "digits": 10,
@@ -27,6 +28,7 @@ _CLASSES = {  # of the data sets whose files do not name them
 }
 DATASETS = (*_CLASSES, "tiny-imagenet")
 
+_MOST_PICKLED = 2**28  # bytes of a pickle, or of a list of names
 _MOST_BYTES = 2**32  # of a data file, unpacked: far above every set's
 _IDX_FILES = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -172,7 +174,7 @@ def _load_digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
-    except ImportError:
+    except ModuleNotFoundError:
         raise UserError("digits comes with scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
     train, test = train_test_split(
@@ -280,8 +282,8 @@ class _PickledArray:
 
     def read(self) -> np.ndarray:
         _, shape, dtype, is_fortran, content = self.state
-        if dtype.name not in _INTEGERS or not isinstance(content, bytes):
-            raise pickle.UnpicklingError(f"it holds an array of {dtype.name!r}")
+        if not isinstance(dtype.name, str) or dtype.name not in _INTEGERS:
+            raise pickle.UnpicklingError(f"it holds an array of {str(dtype.name)[:80]!r}")
         array = np.frombuffer(content, np.dtype(dtype.state[1] + dtype.name))
         return array.reshape(shape, order="F" if is_fortran else "C").copy()
 
@@ -295,12 +297,38 @@ def _latin1(text: str, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+class _NamesOnly(dict[Any, Any]):
+    """Takes no key whose hash is that of a structure, which may take forever."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, bytes | str):
+            raise pickle.UnpicklingError("it has a dict of other keys than strings")
+        super().__setitem__(key, value)
+
+
+def _load_dict(unpickler: Any) -> None:
+    items, names = unpickler.pop_mark(), _NamesOnly()
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        names[key] = value
+    unpickler.append(names)
+
+
 class _ArrayUnpickler(pickle._Unpickler):
     """Makes plain containers and arrays of integers and nothing else: a data file runs no code.
 
     It is the one in Python, whose memory no number in the file decides. numpy's own functions trust
     what the file says.
     """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{
+            opcode: load
+            for opcode, load in pickle._Unpickler.dispatch.items()
+            if opcode not in (pickle.EMPTY_SET[0], pickle.ADDITEMS[0], pickle.FROZENSET[0])
+        },
+        pickle.EMPTY_DICT[0]: lambda self: self.append(_NamesOnly()),
+        pickle.DICT[0]: _load_dict,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -317,6 +345,7 @@ class _ArrayUnpickler(pickle._Unpickler):
 
 def _read_cifar(file: Path, key: bytes, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """One python batch: images uint8 [N, 3, 32, 32] and labels int64 [N]."""
+    check_regular(file, _MOST_PICKLED)
     try:
         with file.open("rb") as stream:
             batch = _ArrayUnpickler(stream, encoding="bytes").load()
@@ -327,7 +356,7 @@ def _read_cifar(file: Path, key: bytes, n_classes: int) -> tuple[np.ndarray, np.
             raise TypeError("its labels are no whole numbers")
         labels = np.array(labels, np.int64)
     except Exception as error:  # a broken pickle raises nearly anything
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
         raise UserError(f"{file} is not a CIFAR python batch: {why}") from None
     n_pixels = math.prod(_CIFAR_SHAPE)
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), n_pixels) or not len(labels):
@@ -359,14 +388,20 @@ def _load_tiny_imagenet(root: Path) -> Dataset:
         test.append((folder / "val" / "images" / image, number[name]))
     if len(dict(test)) < len(test):
         raise UserError(f"{annotations} names an image twice")
-    for part, pairs in (("train", train), ("val", test)):
-        if not pairs:
-            raise UserError(f"tiny-imagenet has no images in {folder / part}")
+    if len(with_images := {label for _, label in train}) < len(names):
+        missing = next(name for name in names if number[name] not in with_images)
+        raise UserError(f"{file} names {missing}, which has no images in {folder / 'train' / missing}")
+    if not test:
+        raise UserError(f"{annotations} names no images")
+    for path, _ in (*train, *test):
+        if not path.is_file():
+            raise UserError(f"{path} is missing, or no file")
     return Dataset(*_decode(train), *_decode(test), len(names))
 
 
 def _read_columns(file: Path, n: int) -> Iterator[list[str]]:
     """The first `n` words of each line, each the name of a file or folder and no path elsewhere."""
+    check_regular(file, _MOST_PICKLED)
     try:
         lines = file.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeError) as error:

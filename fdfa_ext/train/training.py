@@ -1,6 +1,6 @@
 """One training run: the net, its optimizers, the epoch loop and checkpoints that continue exactly."""
 
-import math
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ from fdfa_ext.feedback import RULES
 from fdfa_ext.methods import METHODS, KolenPollack
 from fdfa_ext.noise import NOISES
 from fdfa_ext.train.data import DATASETS, Dataset, batches
-from fdfa_ext.train.files import replacing
+from fdfa_ext.train.files import check_regular, replacing
 from fdfa_ext.train.models import IMAGE_SIDES, MODELS, NORMALISED, WEIGHTS, build_net
 from fdfa_ext.train.processes import count, is_first, own_part, total
 
@@ -89,9 +89,9 @@ class Config:
 
 def _check_number(name: str, value: object, whole: bool) -> None:
     least = 0 if name == "seed" else 1
-    if whole and not (isinstance(value, int) and least <= value < 2**63):
+    if whole and not (isinstance(value, int) and type(value) is not bool and least <= value < 2**63):
         raise UserError(f"{name} is a whole number of {least} or more; got {value!r}")
-    if not whole and not (isinstance(value, int | float) and 0 < value < math.inf):
+    if not whole and not (isinstance(value, int | float) and 0 < value <= sys.float_info.max):
         raise UserError(f"{name} is a number above 0; got {value!r}")
 
 
@@ -142,6 +142,7 @@ class Run:
         self.data = data.to(device)
         self.history: list[EpochResult] = []
         self._epoch: _Epoch | None = None  # the one that has begun
+        self._saved: Path | None = None  # what holds a state of this run
         self._order = torch.Generator().manual_seed(config.seed)
         # Convolutions are fastest with the channels last.
         self._format = torch.contiguous_format if config.model == "mlp" else torch.channels_last
@@ -272,9 +273,12 @@ class Run:
             "data_order": self._order.get_state(),
             "torch_rng": torch.get_rng_state(),
         }
+        # What is damaged or of others does not take the place of the checkpoint before.
+        keeps = file == self._saved or _is_whole(file)
         try:
-            with replacing(file, previous=_previous(file)) as stream:
+            with replacing(file, previous=previous_of(file) if keeps else None) as stream:
                 torch.save(state, stream)
+            self._saved = file
         except (OSError, RuntimeError) as error:  # torch's own writer raises the second
             raise UserError(f"cannot write the checkpoint {file}: {error}") from None
 
@@ -287,12 +291,12 @@ class Run:
         try:
             self.model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(self._optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+                _load_adam(optimizer, state)
             self._scheduler.load_state_dict(checkpoint["scheduler"])
             self._order.set_state(checkpoint["data_order"])
             torch.set_rng_state(checkpoint["torch_rng"])
-            self.history = [EpochResult(**result) for result in checkpoint["history"]]
-            self._epoch = _Epoch(**checkpoint["epoch"]) if checkpoint["epoch"] else None
+            self.history = _history(checkpoint["history"])
+            self._epoch = self._epoch_of(checkpoint["epoch"]) if checkpoint["epoch"] else None
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             why = str(error).replace("\n", " ")
             raise UserError(f"the checkpoint does not fit the net that it names: {why}") from None
@@ -301,10 +305,44 @@ class Run:
             totals = self._epoch.totals if is_first() else torch.zeros(2)
             self._epoch.totals = totals.to(self.data.train_images.device)
 
+    def _epoch_of(self, saved: dict[str, Any]) -> _Epoch:
+        epoch, order = _Epoch(**saved), self._order.get_state()
+        fits = epoch.totals.shape == (2,) and epoch.totals.dtype == torch.float32
+        fits &= epoch.order.shape == order.shape and epoch.order.dtype == order.dtype
+        fits &= type(epoch.steps) is int and 0 <= epoch.steps <= self.steps_per_epoch
+        if not fits or type(epoch.seconds) is not float:
+            raise ValueError("its epoch is not one of this data set")
+        return epoch
+
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         if self._side:
             images = F.interpolate(images, (self._side, self._side), mode="bilinear", antialias=True)
         return images.contiguous(memory_format=self._format)
+
+
+def _load_adam(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Checks what torch does not, whose fused step reads moments of any size as if they fitted."""
+    settings = [{**group, "params": None, "lr": None} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, expected in zip(optimizer.param_groups, settings, strict=True):
+        # The rates before a decay have a name of their own, which the scheduler gives them.
+        if {**group, "params": None, "lr": None} != expected or not isinstance(group["lr"], float):
+            raise ValueError("its optimizer has other settings")
+        for p in group["params"]:
+            moments = {key: t for key, t in optimizer.state.get(p, {}).items() if key != "step"}
+            if optimizer.state and moments.keys() != {"exp_avg", "exp_avg_sq"}:
+                raise ValueError("its optimizer lacks moments")
+            for t in moments.values():
+                if (t.shape, t.stride(), t.dtype) != (p.shape, p.stride(), p.dtype):
+                    raise ValueError(f"its optimizer has moments {list(t.shape)} of {list(p.shape)}")
+
+
+def _history(saved: list[dict[str, Any]]) -> list[EpochResult]:
+    history = [EpochResult(**result) for result in saved]
+    for i, result in enumerate(history, 1):
+        if result.epoch != i or not all(type(value) in (int, float) for value in vars(result).values()):
+            raise ValueError("its history is none of a run")
+    return history
 
 
 def _mean_loss(logits: Tensor, labels: Tensor, n: int) -> Tensor:
@@ -314,17 +352,25 @@ def _mean_loss(logits: Tensor, labels: Tensor, n: int) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="sum") * (count() / n)
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint that has changed since it was written."""
+
+
 def read_checkpoint(file: Path) -> tuple[Config, dict[str, Any]]:
     """The settings of a run that :meth:`Run.save` wrote, and its state for :meth:`Run.load`.
 
     Raises:
         UserError: the file is missing, damaged, or no such checkpoint.
     """
+    check_regular(file)
     try:
         with file.open("rb") as stream:
             start = stream.read(len(_ZIP))
+            archive = zipfile.ZipFile(stream)
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("torch compresses nothing")
             # torch.load does not compare the sums over the tensors' bytes, which the archive holds.
-            damaged = zipfile.ZipFile(stream).testzip()
+            damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} has changed")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -332,8 +378,10 @@ def read_checkpoint(file: Path) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"cannot read the checkpoint {file}: {error.strerror}{_older(file)}") from None
     except Exception as error:  # zipfile and torch.load raise nearly anything on foreign bytes
         if start in (b"", _ZIP) and isinstance(error, zipfile.BadZipFile | EOFError):
-            raise UserError(f"the checkpoint {file} is damaged: {error}{_older(file)}") from None
-        raise UserError(f"{file} is not a checkpoint of fdfa_ext train") from None
+            raise DamagedCheckpoint(
+                f"the checkpoint {file} is damaged: {error}{_older(file)}"
+            ) from None
+        raise UserError(f"{file} is not a checkpoint of fdfa_ext train{_older(file)}") from None
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= {"config", "history"}:
         raise UserError(f"{file} is not a checkpoint of fdfa_ext train")
     if (found := checkpoint.get("format", 1)) != _FORMAT:
@@ -350,18 +398,28 @@ def read_checkpoint(file: Path) -> tuple[Config, dict[str, Any]]:
 
 def remove_checkpoint(file: Path) -> None:
     """Together with the one before it."""
-    for each in (file, _previous(file)):
+    for each in (file, previous_of(file)):
         each.unlink(missing_ok=True)
 
 
 _ZIP = b"PK\x03\x04"  # what the archive that torch.save writes starts with
 
 
-def _previous(file: Path) -> Path:
+def previous_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.previous")
+
+
+def _is_whole(file: Path) -> bool:
+    if not file.exists():
+        return False
+    try:
+        read_checkpoint(file)
+    except UserError:
+        return False
+    return True
 
 
 def _older(file: Path) -> str:
     """The end of a sentence on a checkpoint that cannot be read: the remedy, where there is one."""
-    previous = _previous(file)
+    previous = previous_of(file)
     return f"; the one before it is {previous}" if previous.exists() else ""
