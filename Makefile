@@ -7,6 +7,7 @@
 #   make coverage  all Python tests, and the lines of the package that they reach
 #   make cpp-test  the C++ tests of the kernels
 #   make fuzz      random operator calls, nets and files, MINUTES=3 of each; SEED=0
+#   make fuzz-kernels  random parameters for the CPU kernels under sanitizers
 #   make lint      formatting, linting and types
 #   make docs      the documentation with the API reference, into build/docs
 #   make clean     remove what was built, and .venv
@@ -22,7 +23,7 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-all test-zoo coverage cpp-test fuzz lint docs clean
+.PHONY: train test test-all test-zoo coverage cpp-test fuzz fuzz-kernels lint docs clean
 
 train: .venv/built
 	$(BIN)/python -m fdfa_ext train --dataset digits --method fdfa,bp
@@ -50,6 +51,11 @@ cpp-test: .venv/installed
 
 fuzz: .venv/built
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python_tests $(BIN)/python -m fuzz --minutes $(MINUTES) --seed $(SEED)
+
+fuzz-kernels: .venv/installed
+	cmake -S . -B build/cpp
+	cmake --build build/cpp --parallel --target kernels_fuzz
+	build/cpp/kernels_fuzz $$((60 * $(MINUTES))) $(SEED)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -93,8 +93,8 @@ def _processes_of(folder: Path) -> Iterator[int]:
 
 def _check_whole(folder: Path) -> None:
     """Both checkpoints that a kill leaves can be read, whatever the moment."""
-    for file in folder.glob("run.pt*"):
-        if not file.name.endswith(".part"):
+    for file in (folder / "run.pt", folder / "run.pt.previous"):
+        if file.exists():
             read_checkpoint(file)
 
 

@@ -15,16 +15,8 @@
 
 namespace fdfa::test {
 
-// What rounding a value of type T to store it, and f' of a rounded y, may cost, relative to 1 +
-// |value|.
-template <class T>
-constexpr double kTolerance = 2e-5;
-template <>
-inline constexpr double kTolerance<bfloat16> = 1.6e-2;
-template <>
-inline constexpr double kTolerance<float16> = 2e-3;
-
-// The same for a sum of such values, times the square root of their number: deltas reach a few times 1.
+// As kTolerance, for a sum of such values, times the square root of their number: deltas reach a few
+// times 1.
 template <class T>
 constexpr double kSumTolerance = 4 * kTolerance<T>;
 

@@ -133,14 +133,6 @@ class Twin {
   std::unique_ptr<T[]> sides_[2];
 };
 
-// What rounding a T and taking f' from it costs, as in kernel_cases.h.
-template <class T>
-constexpr double kTolerance = 2e-5;
-template <>
-inline constexpr double kTolerance<bfloat16> = 1.6e-2;
-template <>
-inline constexpr double kTolerance<float16> = 2e-3;
-
 // The units in parts, as threads would take them.
 template <class F>
 void in_parts(Random& random, int64_t units, const F& kernel) {
@@ -300,11 +292,11 @@ struct Fuzz {
     in_parts(random, cpu::epilogue_units(p), [&](auto... range) { cpu::epilogue(p, range...); });
     if (values == Values::any) return;
     test::epilogue(params(1));
-    z.check("z or y", kTolerance<T>);
-    tz.check("tz or ty", kTolerance<T>);
-    y.check("y", kTolerance<T>);
-    ty.check("ty", kTolerance<T>);
-    pre.check("pre", kTolerance<T>);
+    z.check("z or y", test::kTolerance<T>);
+    tz.check("tz or ty", test::kTolerance<T>);
+    y.check("y", test::kTolerance<T>);
+    ty.check("ty", test::kTolerance<T>);
+    pre.check("pre", test::kTolerance<T>);
     zero.check("zero");
     bias.check("bias");
     u.given.check("given noise");
@@ -372,13 +364,13 @@ struct Fuzz {
     in_parts(random, cpu::feedback_units(p), [&](auto... range) { cpu::feedback_step(p, range...); });
     if (values == Values::any) return;
     test::feedback_step(params(1));
-    feedback.check("B", kTolerance<float>);
-    exp_avg.check("exp_avg", kTolerance<float>);
-    exp_avg_sq.check("exp_avg_sq", kTolerance<float>);
-    gradient.check("gradient", kTolerance<float>);
-    delta.check("delta", kTolerance<T>);
-    saved.check("saved_activation or delta", kTolerance<T>);
-    bias_grad.check("bias_grad", 4 * kTolerance<T> * std::sqrt(static_cast<double>(samples)));
+    feedback.check("B", test::kTolerance<float>);
+    exp_avg.check("exp_avg", test::kTolerance<float>);
+    exp_avg_sq.check("exp_avg_sq", test::kTolerance<float>);
+    gradient.check("gradient", test::kTolerance<float>);
+    delta.check("delta", test::kTolerance<T>);
+    saved.check("saved_activation or delta", test::kTolerance<T>);
+    bias_grad.check("bias_grad", 4 * test::kTolerance<T> * std::sqrt(static_cast<double>(samples)));
     error.check("error");
     factor.check("factor");
     source.check("source");
@@ -408,8 +400,8 @@ struct Fuzz {
     in_parts(random, cpu::spread_units(p), [&](auto... range) { cpu::spread(p, range...); });
     if (values == Values::any) return;
     test::spread(params(1));
-    delta.check("delta", kTolerance<T>);
-    saved.check("saved_activation or delta", kTolerance<T>);
+    delta.check("delta", test::kTolerance<T>);
+    saved.check("saved_activation or delta", test::kTolerance<T>);
     projected.check("projected");
   }
 

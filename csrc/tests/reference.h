@@ -13,6 +13,15 @@
 
 namespace fdfa::test {
 
+// What rounding a value of type T to store it, and f' of a rounded y, may cost, relative to 1 +
+// |value|.
+template <class T>
+constexpr double kTolerance = 2e-5;
+template <>
+inline constexpr double kTolerance<bfloat16> = 1.6e-2;
+template <>
+inline constexpr double kTolerance<float16> = 2e-3;
+
 inline double activate(Activation f, double a) {
   switch (f) {
     case Activation::identity:
