@@ -150,6 +150,21 @@ def test_a_run_that_stops_within_an_epoch_goes_on_exactly(
         assert_equal(state(again, tmp_path), state(expected, tmp_path))
 
 
+@pytest.mark.parametrize("model", ["cnn", "cnn-pooled", "cnn-two-pool"])
+@pytest.mark.parametrize("method", ["fdfa", "dkp", "fg-w", "lg-fg-a"])
+def test_a_run_of_images_goes_on(tmp_path: Path, model: str, method: str) -> None:
+    images, labels = torch.randn(6, 1, 16, 16), torch.arange(6)
+    data = Dataset(images, labels, images, labels)
+    config = Config(model=model, method=method, batch_size=2, feedback="grad", patch=2)
+    run, again = Run(config, data), Run(config, data)
+    train_and_stop(run, 4)
+    run.save(tmp_path / "run.pt")
+    again.load(read_checkpoint(tmp_path / "run.pt")[1])
+    for each in (run, again):
+        each.train_epoch()
+    assert_equal(state(again, tmp_path), state(run, tmp_path))
+
+
 def test_of_several_processes_one_has_the_sums_of_an_epoch_that_one_process_began(
     tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,6 +428,6 @@ def test_an_interrupted_run_leaves_a_checkpoint_of_its_last_step(tmp_path: Path,
 def test_killed_runs_lose_nothing() -> None:
     script = Path(__file__).parents[1] / "scripts" / "kill_and_resume.py"
     env = os.environ | {"PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run([sys.executable, script, "4"], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, "1"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "nothing lost" in done.stdout

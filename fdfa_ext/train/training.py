@@ -329,8 +329,10 @@ def _load_adam(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         if {**group, "params": None, "lr": None} != expected or not isinstance(group["lr"], float):
             raise ValueError("its optimizer has other settings")
         for p in group["params"]:
-            moments = {key: t for key, t in optimizer.state.get(p, {}).items() if key != "step"}
-            if optimizer.state and moments.keys() != {"exp_avg", "exp_avg_sq"}:
+            if p not in optimizer.state:  # it had no gradient yet
+                continue
+            moments = {key: t for key, t in optimizer.state[p].items() if key != "step"}
+            if moments.keys() != {"exp_avg", "exp_avg_sq"}:
                 raise ValueError("its optimizer lacks moments")
             for t in moments.values():
                 if (t.shape, t.stride(), t.dtype) != (p.shape, p.stride(), p.dtype):
