@@ -6,14 +6,15 @@
 #                  and Accelerate, which it installs
 #   make coverage  all Python tests, and the lines of the package that they reach
 #   make cpp-test  the C++ tests of the kernels
-#   make fuzz      random operator calls, nets and files, MINUTES=3 of each; SEED=0
-#   make fuzz-kernels  random parameters for the CPU kernels under sanitizers
+#   make fuzz      random operator calls, nets and files, ROUNDS=3 of a minute; SEED=0
+#   make fuzz-kernels  random parameters for the CPU kernels under sanitizers, MINUTES=3
 #   make lint      formatting, linting and types
 #   make docs      the documentation with the API reference, into build/docs
 #   make clean     remove what was built, and .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
+ROUNDS ?= 3
 MINUTES ?= 3
 SEED ?= 0
 PYTEST := pytest -q -n auto --dist worksteal
@@ -50,7 +51,7 @@ cpp-test: .venv/installed
 	ctest --test-dir build/cpp --output-on-failure --parallel 2
 
 fuzz: .venv/built
-	PYTHONPATH=$(CURDIR):$(CURDIR)/python_tests $(BIN)/python -m fuzz --minutes $(MINUTES) --seed $(SEED)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python_tests $(BIN)/python -m fuzz --rounds $(ROUNDS) --seed $(SEED)
 
 fuzz-kernels: .venv/installed
 	cmake -S . -B build/cpp

@@ -10,7 +10,13 @@ import torch
 
 
 class UserError(Exception):
-    """Something that the user can put right: a missing file, a flag that fits nothing. One sentence."""
+    """Something that the user can put right: a missing file, a flag that fits nothing. One sentence.
+
+    It may quote a foreign file: nothing in it breaks the line, or commands the terminal.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
 
 
 def whole(text: str) -> int:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -340,6 +341,18 @@ def test_the_same_command_goes_on_where_it_was(tmp_path: Path, capsys) -> None:
     ):
         assert main(command(tmp_path / "b", *flags)) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_a_damaged_file_holds_is_quoted_on_one_line(tmp_path: Path, digits: Dataset) -> None:
+    """Names in the archive come from whoever wrote it: line ends, and commands to the terminal."""
+    file = tmp_path / "run.pt"
+    Run(CONFIG, digits).save(file)
+    with zipfile.ZipFile(file) as archive:
+        content = archive.read("archive/data/0")
+    whole = file.read_bytes().replace(b"archive/data/0", b"archive/\n\x1b[2J0")
+    file.write_bytes(whole.replace(content, content[::-1]))
+    with pytest.raises(UserError, match=r"is damaged: archive/\\n\\x1b\[2J0 has changed$"):
+        read_checkpoint(file)
 
 
 def test_what_takes_the_place_of_a_damaged_checkpoint_keeps_the_one_before(

@@ -4,7 +4,7 @@
 #
 #   scripts/sanitize.sh [test files or other arguments of pytest; default: those of operators and layers]
 #
-# FDFA_SANITIZE_BUILD is the folder (build/sanitize), FDFA_FUZZ_SECONDS the time of the calls (60).
+# FDFA_SANITIZE_BUILD is the folder (build/sanitize), FDFA_FUZZ_CASES the cases of operators (5000).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,7 +31,7 @@ export PYTHONSAFEPATH=1 PYTHONPATH="$build/lib:$PWD/python_tests"
 
 "$python" -c 'import fdfa_ext._C as extension; print(extension.__file__)'
 "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${tests[@]}"
-"$python" -m fuzz.operators --seconds "${FDFA_FUZZ_SECONDS:-60}" || {
+"$python" -m fuzz.operators --cases "${FDFA_FUZZ_CASES:-5000}" || {
   echo "the case of a finding: run with --verbose" >&2
   exit 1
 }
