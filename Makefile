@@ -6,15 +6,15 @@
 #                  and Accelerate, which it installs
 #   make coverage  all Python tests, and the lines of the package that they reach
 #   make cpp-test  the C++ tests of the kernels
-#   make fuzz      random operator calls, nets and files, ROUNDS=3 of a minute; SEED=0
-#   make fuzz-kernels  random parameters for the CPU kernels under sanitizers, MINUTES=3
+#   make fuzz      random operator calls, nets and files, MINUTES=3 of each; SEED=0
+#   make fuzz-kernels  random parameters for the CPU kernels under sanitizers
 #   make lint      formatting, linting and types
 #   make docs      the documentation with the API reference, into build/docs
+#   make release   the source distribution and wheels of all supported Pythons and torches, tried
 #   make clean     remove what was built, and .venv
 
 PYTHON ?= python3
 BIN := .venv/bin
-ROUNDS ?= 3
 MINUTES ?= 3
 SEED ?= 0
 PYTEST := pytest -q -n auto --dist worksteal
@@ -24,7 +24,7 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test test-all test-zoo coverage cpp-test fuzz fuzz-kernels lint docs clean
+.PHONY: train test test-all test-zoo coverage cpp-test fuzz fuzz-kernels lint docs release clean
 
 train: .venv/built
 	$(BIN)/python -m fdfa_ext train --dataset digits --method fdfa,bp
@@ -51,7 +51,7 @@ cpp-test: .venv/installed
 	ctest --test-dir build/cpp --output-on-failure --parallel 2
 
 fuzz: .venv/built
-	PYTHONPATH=$(CURDIR):$(CURDIR)/python_tests $(BIN)/python -m fuzz --rounds $(ROUNDS) --seed $(SEED)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python_tests $(BIN)/python -m fuzz --minutes $(MINUTES) --seed $(SEED)
 
 fuzz-kernels: .venv/installed
 	cmake -S . -B build/cpp
@@ -67,6 +67,10 @@ lint: .venv/installed
 # The variable silences a notice of the theme on a later version of MkDocs.
 docs: .venv/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What the wheels need is in environments of their own.
+release: .venv/installed
+	$(BIN)/python scripts/release.py
 
 clean:
 	rm -rf .venv build dist *.egg-info fdfa_ext/_built_for.txt fdfa_ext/*.so

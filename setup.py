@@ -1,5 +1,9 @@
 """Builds fdfa_ext._C: for the CPU, and for CUDA where torch has it and nvcc is there.
 
+A wheel is of the torch release that it was built with: its version ends in +torch2.13.cpu or
++torch2.13.cu130, and it requires torch 2.13. The source distribution requires any release of
+[tool.fdfa_ext] in pyproject.toml.
+
 Environment: FDFA_CUDA=1 demands CUDA and fails without it, FDFA_CUDA=0 leaves it out;
 TORCH_CUDA_ARCH_LIST names the GPU architectures (default: 8.0, 9.0 and PTX of 9.0, which later GPUs
 compile when they first load it); MAX_JOBS limits the compiler processes. FDFA_SANITIZE,
@@ -7,6 +11,9 @@ compile when they first load it); MAX_JOBS limits the compiler processes. FDFA_S
 """
 
 import os
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 from setuptools import setup
@@ -22,8 +29,12 @@ except ModuleNotFoundError as error:
     ) from error
 
 ROOT = Path(__file__).parent
+TORCH_RELEASES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["fdfa_ext"]["torch"]
+VERSION = "0.1.0"
 CPU_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CPU_FLAGS += ["-g0"]  # Python's own flags ask for debug information, which doubles the compiler's time
+# Error messages name files, torch's headers among them: the same in whichever folder they lie.
+CPU_FLAGS += [f"-ffile-prefix-map={folder}/=" for folder in (Path(torch.__file__).parents[1], ROOT)]
 
 
 def sources(*groups: str) -> list[str]:
@@ -105,4 +116,32 @@ class Build(cpp_extension.BuildExtension):
         target.write_text(torch.__version__ + "\n")
 
 
-setup(ext_modules=[extension(wants_cuda())], cmdclass={"build_ext": Build})
+def torch_release() -> str:
+    """'2.13' of '2.13.0+cpu': within it torch keeps its binary interface."""
+    release = ".".join(re.findall(r"\d+", torch.__version__)[:2])
+    if release not in TORCH_RELEASES:
+        raise SystemExit(
+            f"fdfa_ext supports torch {', '.join(TORCH_RELEASES)}, and torch {torch.__version__} is "
+            f'installed. Install another: pip install "torch=={TORCH_RELEASES[-1]}.*"'
+        )
+    return release
+
+
+def versions(cuda: bool) -> tuple[str, str]:
+    """Of this package, and of the torch that it requires."""
+    if {"sdist", "egg_info"} & set(sys.argv):
+        minor = int(TORCH_RELEASES[-1].split(".")[1])
+        return VERSION, f"torch>={TORCH_RELEASES[0]},<2.{minor + 1}"
+    release = torch_release()
+    backend = f"cu{torch.version.cuda.replace('.', '')}" if cuda else "cpu"
+    return f"{VERSION}+torch{release}.{backend}", f"torch=={release}.*"
+
+
+WITH_CUDA = wants_cuda()
+version, required_torch = versions(WITH_CUDA)
+setup(
+    version=version,
+    install_requires=[required_torch, "numpy"],
+    ext_modules=[extension(WITH_CUDA)],
+    cmdclass={"build_ext": Build},
+)

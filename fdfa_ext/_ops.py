@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-_REBUILD = "Rebuild it in the project's folder with: pip install --no-build-isolation ."
-
 
 def _release(version: str) -> str:
     """'2.13' of '2.13.0+cpu': within it torch keeps its binary interface."""
@@ -16,21 +14,30 @@ def _release(version: str) -> str:
     return found.group() if found else version
 
 
+def _remedy() -> str:
+    """Names the wheel for the torch that runs, by its local version, which setup.py writes."""
+    backend = f"cu{torch.version.cuda.replace('.', '')}" if torch.version.cuda else "cpu"
+    return (
+        f"Take the wheel whose version ends in +torch{_release(torch.__version__)}.{backend}, or build "
+        "it in the project's folder with: pip install --no-build-isolation ."
+    )
+
+
 def _load_extension() -> Any:
     built_for = Path(__file__).with_name("_built_for.txt")
     if not built_for.exists():
-        raise ImportError(f"fdfa_ext's compiled extension is missing. {_REBUILD}")
+        raise ImportError(f"fdfa_ext's compiled extension is missing. {_remedy()}")
     version = built_for.read_text().strip()
     if _release(version) != _release(torch.__version__):
         raise ImportError(
             f"fdfa_ext was built for torch {version}, but torch {torch.__version__} is installed. "
-            + _REBUILD
+            + _remedy()
         )
     try:
         return import_module("fdfa_ext._C")
     except ImportError as error:
         raise ImportError(
-            f"fdfa_ext's compiled extension does not load: {error}. {_REBUILD}"
+            f"fdfa_ext's compiled extension does not load: {error}. {_remedy()}"
         ) from error
 
 

@@ -414,7 +414,11 @@ def test_a_checkpoint_keeps_its_permissions_and_follows_no_link_beside_it(tmp_pa
 def test_an_interrupted_run_leaves_a_checkpoint_of_its_last_step(tmp_path: Path, number: int) -> None:
     arguments = command(tmp_path, "--epochs", "3")
     process = subprocess.Popen(
-        [sys.executable, "-m", "fdfa_ext", *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fdfa_ext", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells start what runs in the background with SIGINT ignored, these tests among it.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     while not (tmp_path / "fdfa.csv").exists():  # after the first epoch
         assert process.poll() is None

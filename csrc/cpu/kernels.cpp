@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 
 #include "common/batch_norm.h"
 #include "cpu/kernel_table.h"
@@ -33,10 +35,18 @@ const Isa* all_isas(int64_t& count) {
   return isas;
 }
 
+// At most the one that torch's variable allows its own kernels.
 const Isa* best_isa() {
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = variable == nullptr ? "" : variable;
+  bool is_allowed = most != "avx2" && most != "default";
   int64_t count;
   const Isa* isa = all_isas(count);
-  while (!isa->supported) ++isa;
+  const Isa* last = isa + count - 1;
+  for (; isa < last; ++isa) {
+    is_allowed = is_allowed || most == isa->name;
+    if (is_allowed && isa->supported) break;
+  }
   return isa;
 }
 
