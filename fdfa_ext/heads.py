@@ -81,8 +81,13 @@ class LocalHeads(nn.ModuleDict):
             )
         for record in records:
             self.of(record.name).take_shape((outputs, record.output.shape[1:].numel()), like)
-        for key in self.keys() - set(keys):
-            del self[key]
+        self.keep(names)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Drops the heads of all other blocks, and puts the rest in the order of these names."""
+        kept = {key: self._modules[key] for key in map(FeedbackBank.key, names) if key in self}
+        self._modules.clear()
+        self._modules.update(kept)
 
     def check(self, records: Sequence[BlockRecord], outputs: int) -> None:
         """Raises ValueError unless the heads of these blocks fit them and the network's outputs."""

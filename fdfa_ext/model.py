@@ -620,12 +620,16 @@ class FDFA(nn.Module):
                 self._keep_for(bank, record.name)
 
     def _keep_blocks(self) -> None:
-        """Drops what belongs to blocks that have left."""
+        """Drops what belongs to blocks that have left, and puts the rest in the order of the blocks.
+
+        An optimizer saves its state by the order of the parameters, whichever came first.
+        """
         for key in self.feedback.keep(self.network.blocks):
             if self.feedback_update is not None:
                 self.feedback_update.drop(key)
         for moments in (self.exp_avg, self.exp_avg_sq):
             moments.keep(self.network.blocks)
+        self.heads.keep(self.network.blocks)
 
     def _keep_for(self, bank: FeedbackBank, name: str) -> None:
         """Has an own FeedbackUpdate make what it keeps for a new B."""
@@ -677,12 +681,15 @@ class FDFA(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback and heads that a saved model has and this one has not yet."""
         self.network.look_at(self.module)
-        kept = f"{prefix}feedback."
-        self.network.count_saved(
-            FeedbackBank.name(key.removeprefix(kept)) for key in state_dict if key.startswith(kept)
-        )
+        feedback, heads = f"{prefix}feedback.", f"{prefix}heads."
+        keys = [key.removeprefix(feedback) for key in state_dict if key.startswith(feedback)]
+        keys += [
+            key.removeprefix(heads).removesuffix(".weight")
+            for key in state_dict
+            if key.startswith(heads) and key.endswith(".weight")
+        ]
+        self.network.count_saved(map(FeedbackBank.name, keys))
         self.network.look_at(self.module)
-        self._keep_blocks()
         blocks = self.network.blocks
         for tensors, name in (
             (self.feedback, "feedback"),
@@ -694,10 +701,15 @@ class FDFA(nn.Module):
                 if saved is not None and block not in tensors:
                     tensors.put(block, torch.zeros_like(saved, device=self.noise_state.device))
                     self._keep_for(tensors, block)
-        for block in blocks:
-            saved = state_dict.get(f"{prefix}heads.{FeedbackBank.key(block)}.weight")
-            if saved is not None:
-                self.heads.of(block).take_shape(saved.shape, saved.to(self.noise_state.device))
+        with_head = [
+            block for block in blocks if f"{heads}{FeedbackBank.key(block)}.weight" in state_dict
+        ]
+        for block in with_head:
+            saved = state_dict[f"{heads}{FeedbackBank.key(block)}.weight"]
+            self.heads.of(block).take_shape(saved.shape, saved.to(self.noise_state.device))
+        self._keep_blocks()
+        if with_head:
+            self.heads.keep(with_head)
         for first, name in self._tied(prefix.removesuffix(".")):
             if first in state_dict and name in state_dict:  # or assign=True would untie them
                 state_dict[name] = state_dict[first]

@@ -492,3 +492,34 @@ def test_the_dry_run_leaves_no_trace() -> None:
     assert all(module.training for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+class UsesTwice(nn.Module):
+    """Its blocks are called in another order than they are defined, and twice each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = FDFALinear(3, 3), FDFALinear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.b, self.a) * 2:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("options", [{"feedback": "grad"}, {"method": "lg-fg-a"}], ids=str)
+@pytest.mark.parametrize("with_example", [False, True], ids=["no example", "example"])
+def test_parameters_are_in_one_order_however_the_state_came(
+    options: dict[str, str], with_example: bool
+) -> None:
+    """Optimizers save their moments by the order of the parameters, and blocks of one shape would swap them."""
+    x = torch.randn(2, 3)
+    model = FDFA(UsesTwice(), example_input=x, **options)
+    other = FDFA(UsesTwice(), example_input=x if with_example else None, **options)
+    other.load_state_dict(model.state_dict())
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) > 6
+    assert [name for name, _ in other.named_parameters()] == names
+    for each in (model, other):
+        each(x).sum().backward()
+        assert [name for name, _ in each.named_parameters()] == names

@@ -1,10 +1,10 @@
-"""Whether training gives the same bits on other numbers of threads and instruction sets.
+"""Whether a step gives the same bits on other numbers of threads and with other instruction sets.
 
     PYTHONPATH=. python scripts/determinism.py
 
-Each process trains a net for 20 steps and prints its final state: weights, B and moments. The table has
-the largest difference from one thread with the processor's best instructions, relative to the largest
-element of the tensor. ATEN_CPU_CAPABILITY chooses the instructions of torch's kernels and of these.
+Each process computes operators, or trains a net for one step, and saves the result. The table has the
+largest difference from one thread with the processor's best instructions, relative to the largest
+element of its tensor. ATEN_CPU_CAPABILITY chooses the instructions of torch's kernels and of these.
 """
 
 import os
@@ -14,16 +14,54 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFALinear
-from fdfa_ext._ops import extension
+from fdfa_ext._ops import extension, fused
 
 INSTRUCTIONS = ("avx512", "avx2", "default")
-NETS = ("mlp", "cnn", "transformer layer")
+CASES = ("gaussian noise", "rademacher noise", "feedback step", "mlp", "cnn", "transformer layer")
 
 
-def make(net: str) -> tuple[nn.Module, torch.Tensor]:
+def compute(case: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    noise_state, error, saved = torch.tensor([1, 2, 3]), torch.randn(40, 10), torch.randn(40, 5000)
+    if case.endswith("noise"):
+        return [fused.perturb(saved, saved, noise_state, 1, case.split()[0])]
+    if case == "feedback step":
+        feedback, first, second = torch.zeros(3, 10, 5000).unbind()
+        updates, rate, delta = (
+            torch.tensor([0]),
+            torch.tensor(1e-3, dtype=torch.float64),
+            torch.empty(40, 5000),
+        )
+        fused.feedback_step(
+            *(
+                [feedback],
+                [first],
+                [second],
+                updates,
+                error,
+                error,
+                [saved],
+                [],
+                noise_state,
+                [1],
+                ["relu"],
+            ),
+            *("gaussian", 1.0, rate, 0.9, 0.999, 1e-8, [delta], []),
+        )
+        return [feedback, first, second, delta]
+    net, x = make(case)
+    model = FDFA(net, example_input=x, at=None if case in ("mlp", "cnn") else "auto")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    nn.functional.cross_entropy(model(x), torch.randint(10, (len(x),))).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    optimizer.step()
+    return [*gradients, *(t for t in model.state_dict().values() if t.is_floating_point())]
+
+
+def make(net: str) -> tuple[nn.Module, Tensor]:
     if net == "mlp":
         layers = [FDFALinear(784, 800, activation="relu"), FDFALinear(800, 800, activation="relu")]
         return nn.Sequential(*layers, nn.Linear(800, 10)), torch.randn(64, 784)
@@ -37,57 +75,35 @@ def make(net: str) -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(layer, nn.Flatten(), nn.Linear(64 * 12, 10)), torch.randn(32, 12, 64)
 
 
-def train(net: str, method: str, threads: int, file: Path) -> None:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    module, x = make(net)
-    y = torch.randint(10, (len(x),))
-    model = FDFA(
-        module, method=method, example_input=x, at="auto" if net not in ("mlp", "cnn") else None
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(20):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    torch.save(model.state_dict(), file)
-
-
-def differs(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> str:
-    found = 0.0
-    for key, a in one.items():
-        b = other[key]
-        if a.is_floating_point() and not torch.equal(a, b):
-            found = max(found, ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item())
-    return f"{found:.0e}" if found else "equal"
+def difference(one: list[Tensor], other: list[Tensor]) -> str:
+    if all(torch.equal(a, b) for a, b in zip(one, other, strict=True)):
+        return "equal"
+    scaled = [(a - b).abs().max() / a.abs().max() for a, b in zip(one, other, strict=True) if a.any()]
+    return f"{max(scaled).item():.0e}"
 
 
 def main() -> None:
     best = extension.cpu_isa().replace("baseline", "default")
-    sets = INSTRUCTIONS[INSTRUCTIONS.index(best) :]
-    others = [
-        ("again", 1, best),
-        *((f"{n} threads", n, best) for n in (2, 4)),
-        *((s, 1, s) for s in sets[1:]),
-    ]
-    print(f"| net | method | {' | '.join(name for name, *_ in others)} |")
-    print(f"|---|---|{'---|' * len(others)}")
+    settings = [("", 1, best), ("again", 1, best), ("2 threads", 2, best), ("4 threads", 4, best)]
+    settings += [(name, 1, name) for name in INSTRUCTIONS[INSTRUCTIONS.index(best) + 1 :]]
+    print(f"| beside one thread with {best} | {' | '.join(name for name, *_ in settings[1:])} |")
+    print(f"|---|{'---|' * (len(settings) - 1)}")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "state.pt"
-        for net in NETS:
-            for method in ("fdfa", "bp"):
-                states = []
-                for _, threads, instructions in [("", 1, best), *others]:
-                    environment = {**os.environ, "ATEN_CPU_CAPABILITY": instructions}
-                    words = [sys.executable, __file__, net, method, str(threads), str(file)]
-                    subprocess.run(words, check=True, env=environment)
-                    states.append(torch.load(file))
-                found = [differs(states[0], other) for other in states[1:]]
-                print(f"| {net} | {method} | {' | '.join(found)} |", flush=True)
+        file = Path(folder, "results.pt")
+        for case in CASES:
+            found = []
+            for _, threads, instructions in settings:
+                environment = {**os.environ, "ATEN_CPU_CAPABILITY": instructions}
+                words = [sys.executable, __file__, case, str(threads), str(file)]
+                subprocess.run(words, check=True, env=environment)
+                found.append(torch.load(file))
+            cells = [difference(found[0], other) for other in found[1:]]
+            print(f"| {case} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        train(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+        torch.set_num_threads(int(sys.argv[2]))
+        torch.save(compute(sys.argv[1]), sys.argv[3])
     else:
         main()
