@@ -1,6 +1,8 @@
 """Builds the source distribution and a wheel for each Python and torch, and tries them.
 
-    python scripts/release.py [--python PROGRAM ...] [--torch RELEASE ...] [--cuda] [--output FOLDER]
+    python scripts/release.py [--cuda] [--output FOLDER] [PYTHON:TORCH ...]
+
+By default for all of [tool.fdfa_ext] in pyproject.toml, or for some: python3.12:2.14, /opt/python:2.15.
 
 A wheel is built from the unpacked source distribution, for the CPU unless --cuda, and marked for glibc
 2.28 by auditwheel. Then it is installed in a clean environment with torch, where it trains digits and
@@ -39,16 +41,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    pythons = [f"python{version}" for version in SUPPORTED["python"]]
-    parser.add_argument(
-        "--python", nargs="+", default=pythons, help="programs (default: all supported)"
-    )
-    parser.add_argument(
-        "--torch",
-        nargs="+",
-        default=SUPPORTED["torch"],
-        help="releases, as 2.13 (default: all supported)",
-    )
+    pairs = [
+        f"python{python}:{torch}" for python in SUPPORTED["python"] for torch in SUPPORTED["torch"]
+    ]
+    parser.add_argument("pairs", nargs="*", default=pairs, metavar="PYTHON:TORCH")
     parser.add_argument("--cuda", action="store_true", help="with CUDA kernels, for the CUDA of torch")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "release")
     arguments = parser.parse_args()
@@ -58,20 +54,20 @@ def main() -> int:
     os.environ["FDFA_CUDA"] = str(int(arguments.cuda))
     sdist = build_sdist(output)
     table, failed, is_first = HEAD, False, True
-    for python in arguments.python:
-        for release in arguments.torch:
-            print(f"=== {python}, torch {release}", flush=True)
-            started = time.monotonic()
-            try:
-                row = release_one(python, release, sdist, output, twice=is_first)
-                is_first = False
-            except (subprocess.CalledProcessError, OSError, RuntimeError) as error:
-                failed = True
-                print(getattr(error, "stdout", ""), error, sep="\n")
-                row = f"| {python} | {release} | {type(error).__name__} | | |"
-            print(f"{row} {time.monotonic() - started:.0f} s", flush=True)
-            table += f"{row}\n"
-            (output / "table.md").write_text(table)
+    for pair in arguments.pairs:
+        print(f"=== {pair}", flush=True)
+        python, _, release = pair.rpartition(":")
+        started = time.monotonic()
+        try:
+            row = release_one(python, release, sdist, output, twice=is_first)
+            is_first = False
+        except (subprocess.CalledProcessError, OSError, RuntimeError) as error:
+            failed = True
+            print(getattr(error, "stdout", ""), error, sep="\n")
+            row = f"| {python} | {release} | {type(error).__name__} | | |"
+        print(f"{row} {time.monotonic() - started:.0f} s", flush=True)
+        table += f"{row}\n"
+        (output / "table.md").write_text(table)
     files = sorted([*output.glob("*.whl"), *output.glob("*.tar.gz")])
     sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
     (output / "SHA256SUMS").write_text("".join(sums))
@@ -182,7 +178,7 @@ def try_wheel(clean: Path, wheel: Path, scratch: Path) -> tuple[str, str]:
     run(clean, "-m", "pip", "install", "--quiet", f"fdfa_ext[train] @ {wheel.as_uri()}", **options)
     run(clean, "-m", "fdfa_ext", "train", "--epochs", "5", "--output", "digits", **options)
     (record,) = (scratch / "digits").glob("*.csv")
-    accuracy = float(list(csv.DictReader(record.open()))[-1]["test_accuracy"])
+    accuracy = float(list(csv.DictReader(record.open()))[-1]["test_accuracy"]) * 100
     if accuracy < 80:
         raise RuntimeError(f"{wheel.name} trains digits to {accuracy} % alone")
     run(
