@@ -1,6 +1,8 @@
 """Every operator computes what the reference in plain torch defines."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -402,3 +404,33 @@ def test_random_arguments_of_every_operator() -> None:
     """The first cases of `python -m fuzz.operators`."""
     calls = fuzz.run(cases=1000, seed=0)
     assert set(calls) == fuzz.all_operators()
+
+
+@contextmanager
+def suppress_and_note(messages: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        messages.append(str(error))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
+def test_numbers_that_are_not_real_are_refused_in_an_operators_name(dtype: torch.dtype) -> None:
+    """One argument at a time. `mm` takes and refuses what torch does, in torch's words."""
+    messages: dict[str, list[str]] = {}
+    for number in range(6 * len(fuzz.OPERATORS)):
+        case = list(fuzz.OPERATORS.values())[number % len(fuzz.OPERATORS)](fuzz.Source(number))
+        if case.operator == "mm":
+            continue
+        for i, argument in enumerate(case.args):
+            if not isinstance(argument, torch.Tensor) or not argument.is_floating_point():
+                continue
+            args = [*case.args[:i], argument.to(dtype), *case.args[i + 1 :]]
+            with suppress_and_note(messages.setdefault(case.operator, [])):
+                getattr(fused, case.operator)(*args)
+    assert {operator for operator, said in messages.items() if said} == fuzz.all_operators() - {
+        "mm",
+        "next_noise",
+    }
+    for operator, said in messages.items():
+        assert all("fdfa::" in message for message in said), (operator, said)

@@ -331,6 +331,7 @@ struct Product : torch::autograd::Function<Product> {
 };
 
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  check_product("product", x, std::nullopt, weight, bias);
   const bool faster = x.dim() == 2 && !x.requires_grad() &&
                       !at::autocast::is_autocast_enabled(x.device().type()) &&
                       mm_is_onednn(x, weight.t());
@@ -343,6 +344,7 @@ std::tuple<Tensor, Tensor> dual_linear(const Tensor& x, const Tensor& tangent, c
                                        const OptionalTensor& bias) {
   TORCH_CHECK(tangent.sym_sizes() == x.sym_sizes(), "fdfa::dual_linear: tangent must have shape ",
               x.sym_sizes(), "; got ", tangent.sym_sizes());
+  check_product("dual_linear", x, tangent, weight, bias);
   Tensor y = product(x, weight, bias);
   if (x.dim() != 2 || at::autocast::is_autocast_enabled(x.device().type())) {
     const at::NoGradGuard guard;

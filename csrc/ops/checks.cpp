@@ -1,5 +1,7 @@
 #include "ops/checks.h"
 
+#include <ATen/autocast_mode.h>
+
 namespace fdfa {
 namespace {
 
@@ -45,6 +47,16 @@ void check_like(const char* op, const char* argument, const at::Tensor& t, const
                    t.scalar_type());
   TORCH_CHECK(t.device() == other.device(), "fdfa::", op, ": ", argument, " must be on the device of ",
               other_argument, ", ", other.device(), "; got ", t.device());
+}
+
+void check_product(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& tangent,
+                   const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  if (at::autocast::is_autocast_enabled(x.device().type())) return;
+  TORCH_CHECK_TYPE(at::isFloatingType(x.scalar_type()), "fdfa::", op,
+                   ": x must be of a floating-point dtype; got ", x.scalar_type());
+  if (tangent) check_like(op, "tangent", *tangent, "x", x);
+  check_like(op, "weight", weight, "x", x);
+  if (bias) check_like(op, "bias", *bias, "x", x);
 }
 
 void check_counter(const char* op, const char* argument, const at::Tensor& t, int64_t size,

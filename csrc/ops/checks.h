@@ -2,6 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "common/params.h"
 
 // Checks at the operator boundary, before anything is changed. Messages name the operator, the
@@ -19,6 +21,10 @@ void check_shape(const char* op, const char* argument, const at::Tensor& t, at::
 // The other argument's device and dtype.
 void check_like(const char* op, const char* argument, const at::Tensor& t, const char* other_argument,
                 const at::Tensor& other);
+// x, tangent, weight and bias of a matrix product: real numbers of one dtype on one device, unless
+// autocast will see to that. float64 too: torch multiplies them.
+void check_product(const char* op, const at::Tensor& x, const std::optional<at::Tensor>& tangent,
+                   const at::Tensor& weight, const std::optional<at::Tensor>& bias);
 // A contiguous int64 vector of `size` on the device of `other`.
 void check_counter(const char* op, const char* argument, const at::Tensor& t, int64_t size,
                    const at::Tensor& other);

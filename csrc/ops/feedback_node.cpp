@@ -166,6 +166,7 @@ Tensor feedback_node(const Tensor& x, const OptionalTensor& tangent, const Optio
               " must need no gradient where weight is given");
   TORCH_CHECK(!input || weight,
               "fdfa::feedback_node: input is that of an output layer, whose weight is missing");
+  if (weight && !input) check_product("feedback_node", x, tangent, *weight, bias);
   if (input) {
     TORCH_CHECK(x.dim() == 2 && weight->dim() == 2,
                 "fdfa::feedback_node: x and weight must be matrices; got ", x.sizes(), " and ",
