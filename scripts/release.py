@@ -52,22 +52,24 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     os.environ["SOURCE_DATE_EPOCH"] = run("git", "-C", ROOT, "log", "-1", "--format=%ct").strip()
     os.environ["FDFA_CUDA"] = str(int(arguments.cuda))
-    sdist = build_sdist(output)
     table, failed, is_first = HEAD, False, True
-    for pair in arguments.pairs:
-        print(f"=== {pair}", flush=True)
-        python, _, release = pair.rpartition(":")
-        started = time.monotonic()
-        try:
-            row = release_one(python, release, sdist, output, twice=is_first)
-            is_first = False
-        except (subprocess.CalledProcessError, OSError, RuntimeError) as error:
-            failed = True
-            print(getattr(error, "stdout", ""), error, sep="\n")
-            row = f"| {python} | {release} | {type(error).__name__} | | |"
-        print(f"{row} {time.monotonic() - started:.0f} s", flush=True)
-        table += f"{row}\n"
-        (output / "table.md").write_text(table)
+    with tempfile.TemporaryDirectory() as name:
+        source = check_out(Path(name))
+        sdist = build_sdist(source, output)
+        for pair in arguments.pairs:
+            print(f"=== {pair}", flush=True)
+            python, _, release = pair.rpartition(":")
+            started = time.monotonic()
+            try:
+                row = release_one(python, release, source, sdist, output, twice=is_first)
+                is_first = False
+            except (subprocess.CalledProcessError, OSError, RuntimeError) as error:
+                failed = True
+                print(getattr(error, "stdout", ""), error, sep="\n")
+                row = f"| {python} | {release} | {type(error).__name__} | | |"
+            print(f"{row} {time.monotonic() - started:.0f} s", flush=True)
+            table += f"{row}\n"
+            (output / "table.md").write_text(table)
     files = sorted([*output.glob("*.whl"), *output.glob("*.tar.gz")])
     sums = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
     (output / "SHA256SUMS").write_text("".join(sums))
@@ -88,15 +90,18 @@ def run(*words: object, **options: Any) -> str:
     return str(done.stdout)
 
 
-def build_sdist(output: Path) -> Path:
-    """Of the last commit, whatever else lies in the checkout."""
+def check_out(folder: Path) -> Path:
+    """The files of the last commit, whatever else lies in the checkout."""
+    run("git", "-C", ROOT, "archive", "--output", folder / "source.tar", "HEAD")
+    with tarfile.open(folder / "source.tar") as archive:
+        archive.extractall(folder / "source", filter="data")
+    return folder / "source"
+
+
+def build_sdist(source: Path, output: Path) -> Path:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run("git", "-C", ROOT, "archive", "--output", folder / "source.tar", "HEAD")
-        with tarfile.open(folder / "source.tar") as archive:
-            archive.extractall(folder / "source", filter="data")
-        run(PYTHON, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, folder / "source")
-        (made,) = folder.glob("*.tar.gz")
+        run(PYTHON, "-m", "build", "--sdist", "--no-isolation", "--outdir", name, source)
+        (made,) = Path(name).glob("*.tar.gz")
         _rewrite_without_times(made, output / made.name)
     return output / made.name
 
@@ -116,7 +121,7 @@ def _rewrite_without_times(made: Path, target: Path) -> None:
             archive.addfile(member, source.extractfile(member) if member.isfile() else None)
 
 
-def release_one(python: str, release: str, sdist: Path, output: Path, twice: bool) -> str:
+def release_one(python: str, release: str, source: Path, sdist: Path, output: Path, twice: bool) -> str:
     """Leaves the wheel in the folder; a line of the table."""
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -129,7 +134,7 @@ def release_one(python: str, release: str, sdist: Path, output: Path, twice: boo
         wheel = build_wheel(builder, sdist, scratch / "wheel")
         if twice and build_wheel(builder, sdist, scratch / "again").read_bytes() != wheel.read_bytes():
             raise RuntimeError(f"{wheel.name} has other bytes when it is built again")
-        accuracy, tests = try_wheel(clean, wheel, scratch)
+        accuracy, tests = try_wheel(clean, wheel, source / "python_tests", scratch)
         said = "import platform, torch; print(platform.python_version(), torch.__version__)"
         versions = run(clean, "-c", said)
         shutil.copy2(wheel, output)
@@ -170,9 +175,9 @@ def build_wheel(builder: Path, sdist: Path, folder: Path) -> Path:
     return wheel
 
 
-def try_wheel(clean: Path, wheel: Path, scratch: Path) -> tuple[str, str]:
+def try_wheel(clean: Path, wheel: Path, tests: Path, scratch: Path) -> tuple[str, str]:
     """The accuracy on digits after five epochs, and how many tests passed."""
-    shutil.copytree(ROOT / "python_tests", scratch / "python_tests")
+    shutil.copytree(tests, scratch / "python_tests")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     options: Any = {"cwd": scratch, "env": environment}
     run(clean, "-m", "pip", "install", "--quiet", f"fdfa_ext[train] @ {wheel.as_uri()}", **options)
