@@ -363,6 +363,18 @@ for built_for in (None, "1.13.0", torch.__version__):
     assert "compiled extension does not load" in errors[2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("allowed", "kernels"), [("default", {"baseline"}), ("avx2", {"baseline", "avx2"})]
+)
+def test_kernels_use_no_more_than_torch_is_allowed(allowed: str, kernels: set[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", "import fdfa_ext; print(fdfa_ext.build_info()['CPU kernels'])"],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": allowed}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.strip() in kernels
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
 def test_a_model_on_the_cpu_ends_page_faults() -> None:
     """In a process of its own: page faults of a step that takes and frees 24 MiB, without FDFA and with."""
