@@ -272,7 +272,7 @@ def test_a_definition_in_a_few_lines_is_its_fused_operator(
 
 @pytest.mark.parametrize("name", slow_but(["mlp", "conv_net"], "mlp"))
 @pytest.mark.parametrize(
-    ("method", "steps"), slow_but([("fg-a", 1500), ("fg-w", 6000)], ("fg-a", 1500))
+    ("method", "steps"), slow_but([("fg-a", 1500), ("fg-w", 3000)], ("fg-a", 1500))
 )
 def test_forward_gradients_are_unbiased(name: str, method: str, steps: int) -> None:
     """The mean over steps, projected on the true gradient, is that gradient: slope 1 within 5 sigma."""
