@@ -50,6 +50,10 @@ def main() -> int:
     arguments = parser.parse_args()
     output: Path = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
+    if any(output.iterdir()):
+        parser.error(
+            f"{output} holds files, maybe of another commit: empty it, or give another --output"
+        )
     os.environ["SOURCE_DATE_EPOCH"] = run("git", "-C", ROOT, "log", "-1", "--format=%ct").strip()
     os.environ["FDFA_CUDA"] = str(int(arguments.cuda))
     table, failed, is_first = HEAD, False, True
