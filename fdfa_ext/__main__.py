@@ -9,6 +9,7 @@ from fdfa_ext import build_info
 from fdfa_ext.arguments import UserError
 from fdfa_ext.bench import command as bench
 from fdfa_ext.experiments import command as experiments
+from fdfa_ext.memory import is_out_of_memory
 from fdfa_ext.train import command as train
 
 
@@ -69,6 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:  # a file or folder that cannot be read or written
         print(f"fdfa_ext: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"fdfa_ext: error: out of memory: {args.command} needs more than there is; take a smaller "
+            "net or batch",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

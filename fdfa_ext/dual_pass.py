@@ -733,8 +733,9 @@ class BlockPass:
 
     @staticmethod
     def _layer(dual: DualPass, x: Tensor, weight: Tensor, bias: Tensor | None) -> DenseLayer | None:
-        same = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
-        if dual.micro_batch is None or x.requires_grad or not same:
+        if dual.micro_batch is None or x.requires_grad or x.dtype != weight.dtype:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
             return None
         return DenseLayer(x, x._version, weight, bias)
 
@@ -766,6 +767,14 @@ class BlockPass:
                     "with an example_input that uses it most, or use a plain torch module by at="
                 )
             dual.unforeseen[self.module] += 1
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            got = "a single number" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"FDFA: block '{self.name}' takes a tensor of samples [N, *]; got {got}")
+        if x.is_meta and not dual.noise_state.is_meta:
+            raise RuntimeError(
+                f"FDFA: the input of block '{self.name}' is on the meta device, without values, and "
+                f"the model on {dual.noise_state.device}; give it an input there"
+            )
         if x.requires_grad:
             raise RuntimeError(
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "

@@ -1,8 +1,18 @@
-"""Freed memory that a training step takes again."""
+"""Freed memory that a training step takes again, and what torch says where there is none."""
 
 from functools import cache
 
 import torch
+
+# As torch's allocator on the CPU has it, and what counts the bytes of a tensor.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "size calculation overflowed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On the CPU it is a RuntimeError like any other."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 @cache

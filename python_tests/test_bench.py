@@ -272,6 +272,33 @@ def test_bench_keeps_the_table_of_those_that_ran_and_resumes(tmp_path, capsys, m
         assert len(made) == (2 if taken else 4)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ms": [1, "2", 3]},
+        {"ms": 5},
+        {"ms": [1.0, 2.0]},
+        {"memory": "all of it"},
+        {"method": ["fdfa"]},
+        {"case": {"model": "mlp2"}},
+        {"case": {"model": [], "shape": "digits", "batch_size": 2, "outputs": 10}},
+    ],
+    ids=str,
+)
+def test_a_file_with_figures_of_another_kind_is_refused(tmp_path, capsys, monkeypatch, changed) -> None:
+    monkeypatch.setenv("FDFA_COMMIT", "abc1234")
+    figures = tmp_path / "bench.json"
+    flags = "bench --models mlp2 --shapes digits --methods fdfa --batch-sizes 2 --seconds 0.001"
+    command = [*flags.split(), "--json", str(figures), "--resume"]
+    assert main(command) == 0
+    content = json.loads(figures.read_text())
+    content["rows"][0] |= changed
+    figures.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(command) == 2
+    assert capsys.readouterr().err.endswith("is not what bench --json writes: move it away\n")
+
+
 def test_a_method_without_memory_has_its_line_and_is_no_error(capsys, monkeypatch) -> None:
     def step(case, method, *rest):
         if method == "published":

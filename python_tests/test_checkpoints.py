@@ -11,6 +11,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,37 @@ def test_a_checkpoint_of_another_net_or_made_by_hand_is_refused(
     part[last] = value
     with pytest.raises(UserError, match="the checkpoint does not fit the net that it names: "):
         Run(CONFIG, digits).load(saved)
+
+
+def test_a_checkpoint_does_not_go_on_with_other_images(tmp_path: Path, digits: Dataset) -> None:
+    run, file = Run(CONFIG, digits), tmp_path / "run.pt"
+    run.save(file)
+    labels = digits.train_labels.clone()
+    labels[0] = (labels[0] + 1) % 10
+    for other in (replace(digits, train_labels=labels), digits.head(63)):
+        with pytest.raises(
+            UserError, match=r"is of other images than those of digits here: .*--data-d"
+        ):
+            Run(CONFIG, other).load(read_checkpoint(file)[1])
+    _, state = read_checkpoint(file)
+    del state["data"]  # as versions before had none
+    Run(CONFIG, digits).load(state)
+
+
+def test_a_checkpoint_that_cannot_be_written_again_is_said_before_an_epoch_is_lost(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(command(tmp_path, "--epochs", "1")) == 0
+    trained: list[int] = []
+
+    def refuse(file: Path, previous: Path | None = None) -> None:
+        raise OSError("Device or resource busy")
+
+    monkeypatch.setattr("fdfa_ext.train.training.replacing", refuse)
+    monkeypatch.setattr(Run, "train_epoch", lambda *_: trained.append(1))
+    assert main(command(tmp_path, "--epochs", "2")) == 2
+    assert "cannot write the checkpoint" in capsys.readouterr().err
+    assert not trained
 
 
 @pytest.mark.parametrize("limit", [0, 1000])

@@ -234,6 +234,15 @@ def test_what_is_on_file_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
         run_all([Job(replace(CONFIG, epochs=4))], options)
 
 
+def test_a_record_that_is_begun_again_is_said(tmp_path: Path, capsys) -> None:
+    options = replace(OPTIONS, output=tmp_path)
+    (record,) = run_all([Job(CONFIG)], options)  # which needs no checkpoint any more
+    capsys.readouterr()
+    (again,) = run_all([Job(replace(CONFIG, epochs=4))], options)
+    assert [row["train_loss"] for row in again[:3]] == [row["train_loss"] for row in record]
+    assert ".csv has 3 of 4 epochs, and" in capsys.readouterr().err
+
+
 def test_a_record_of_another_rate_is_refused(tmp_path: Path) -> None:
     options = replace(OPTIONS, output=tmp_path)
     (record,) = run_all([Job(CONFIG)], options)

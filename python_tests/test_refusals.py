@@ -131,6 +131,26 @@ def test_an_activation_changed_in_place_behind_a_block_is_an_error_not_a_wrong_g
         model(torch.randn(2, 6))
 
 
+@pytest.mark.parametrize("block", [FDFALinear(6, 6), FDFABlock(nn.Linear(6, 6), nn.Tanh())])
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (
+            torch.tensor(1.0),
+            TypeError,
+            r"block '0' takes a tensor of samples \[N, \*\]; got a single n",
+        ),
+        ([1.0], TypeError, r"block '0' takes a tensor of samples \[N, \*\]; got list"),
+        (torch.ones(2, 6, device="meta"), RuntimeError, "block '0' is on the meta device, without va"),
+    ],
+)
+def test_an_input_without_samples_or_values_is_refused_by_name(block, x, error, message) -> None:
+    model = FDFA(nn.Sequential(block, nn.Linear(6, 3)), example_input=torch.ones(2, 6))
+    with pytest.raises(error, match=message):
+        model(x)
+    assert model.noise_state[1] == 0
+
+
 def test_a_refused_batch_changes_neither_noise_nor_feedback() -> None:
     model = make("conv_net", feedback="ema", feedback_lr=0.1)
     net = nn.Sequential(*list(model.module)[:3], nn.AdaptiveAvgPool2d(5), *list(model.module)[3:])

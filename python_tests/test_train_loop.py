@@ -289,6 +289,7 @@ def test_the_command_line_resumes(tmp_path, capsys):
         ("--seed -1", "'-1' is not a whole number from 0"),
         ("--device nowhere", "there is no device 'nowhere' here"),
         ("--dataset cifar10 --data-dir {tmp}", "cifar10 is not in {tmp}: put data_batch_1"),
+        ("--width 1000000000000", "out of memory: train needs more than there is; take a smaller net"),
         ("--resume {tmp}/none.pt", "cannot read the checkpoint {tmp}/none.pt: No such file"),
         ("--resume {tmp}/bad.pt", "{tmp}/bad.pt is not a checkpoint"),
         (

@@ -238,14 +238,20 @@ def _earlier_rows(file: Path, facts: dict[str, str]) -> dict[Case, list[report.S
     if not exact or not file.exists():
         return {}
     try:
-        rows = [
-            report.StepTime(Case(**row["case"]), row["method"], Spread(*row["ms"]), row["memory"])
-            for row in json.loads(file.read_text())["rows"]
-            if facts.items() <= row.items()
-        ]
-    except (KeyError, TypeError, ValueError, AttributeError):
+        rows = json.loads(file.read_text())["rows"]
+        return report.by_case([_step_time(row) for row in rows if facts.items() <= row.items()])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise UserError(f"{file} is not what bench --json writes: move it away") from None
-    return report.by_case(rows)
+
+
+def _step_time(row: dict[str, Any]) -> report.StepTime:
+    """Out of a file."""
+    method, ms, memory = row["method"], row["ms"], row["memory"]
+    if method not in METHODS or any(type(time) is not float for time in ms):
+        raise ValueError("no timed method")
+    if not (memory is None or type(memory) is int):
+        raise ValueError("no count of bytes")
+    return report.StepTime(Case(**row["case"]), method, Spread(*ms), memory)
 
 
 def _memory(method: str, step: TimedStep, device: torch.device) -> int | None:

@@ -11,6 +11,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from fdfa_ext.memory import is_out_of_memory
+
 T = TypeVar("T")
 
 OUT_OF_MEMORY = "out of memory"
@@ -54,9 +56,9 @@ def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
     """(run(), ""), or None and in one line why it failed, so that the other implementations go on."""
     try:
         return run(), ""
-    except torch.OutOfMemoryError:
-        return None, OUT_OF_MEMORY
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one of the first
+        if is_out_of_memory(error):
+            return None, OUT_OF_MEMORY
         traceback.print_exc()
         return None, str(error).strip().partition("\n")[0] or type(error).__name__
 

@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, fields, replace
@@ -176,6 +177,13 @@ def _train(job: Job, run: Run, file: Path, on_epoch: Callable[[], Any]) -> None:
             run.load(state)
             for _ in range(done):
                 on_epoch()
+    if record and not run.history:
+        print(
+            f"fdfa_ext: {file} has {len(record)} of {config.epochs} epochs, and {checkpoint.name} is "
+            "no state to go on from: this run starts again",
+            file=sys.stderr,
+            flush=True,
+        )
     del record[len(run.history) :]
     if job.prepare:
         job.prepare(run)

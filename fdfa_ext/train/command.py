@@ -165,7 +165,9 @@ def _train(configs: list[Config], checkpoint: dict[str, Any] | None, given: dict
         output.mkdir(parents=True, exist_ok=True)
         file = given.get("checkpoint")
         with locked(file) if file and is_first() else nullcontext():
-            _fit(run, output / f"{config.method}.csv", file)
+            # With --resume the one kept before may be what is resumed, and stays as it is.
+            rewrites = "resume" not in given and len(run.history) < config.epochs
+            _fit(run, output / f"{config.method}.csv", file, rewrites)
         histories[config.method] = run.history
     if not is_first():
         return
@@ -217,7 +219,8 @@ def _later(file: Path | None, base: Config, resumed: dict[str, Any]) -> dict[str
     return checkpoint if len(checkpoint["history"]) >= len(resumed["history"]) else None
 
 
-def _fit(run: Run, csv_file: Path, checkpoint: Path | None) -> None:
+def _fit(run: Run, csv_file: Path, checkpoint: Path | None, rewrites: bool) -> None:
+    """rewrites: a checkpoint that is there is written at the start too."""
     from tqdm import tqdm
 
     from fdfa_ext.train import report
@@ -242,7 +245,8 @@ def _fit(run: Run, csv_file: Path, checkpoint: Path | None) -> None:
 
         if run.history:
             _write_history(run, csv_file)
-        if checkpoint and not checkpoint.exists():
+        # Where it cannot be written, that is said before an epoch is lost.
+        if checkpoint and (rewrites or not checkpoint.exists()):
             run.save(checkpoint)
         while len(run.history) < config.epochs:
             result = run.train_epoch(on_step)

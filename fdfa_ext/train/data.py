@@ -1,6 +1,7 @@
 """Image data sets as tensors in memory, and batches in a seeded order."""
 
 import gzip
+import hashlib
 import importlib
 import math
 import os
@@ -97,6 +98,14 @@ class Dataset:
         """(C, H, W)."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
+
+    def digest(self) -> str:
+        """Of sizes and labels, by which a data set is known again. The bits of images may depend on
+        what decodes them."""
+        found = hashlib.sha256(repr([self.n_classes, self.image_shape]).encode())
+        for labels in (self.train_labels, self.test_labels):
+            found.update(labels.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data set on ``device``."""

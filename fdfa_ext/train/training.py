@@ -272,6 +272,7 @@ class Run:
             "scheduler": self._scheduler.state_dict(),
             "data_order": self._order.get_state(),
             "torch_rng": torch.get_rng_state(),
+            "data": self.data.digest(),
         }
         # What is damaged or of others does not take the place of the checkpoint before.
         keeps = file == self._saved or _is_whole(file)
@@ -286,8 +287,14 @@ class Run:
         """Continue from what :func:`read_checkpoint` returned, exactly as if never interrupted.
 
         Raises:
-            UserError: it is of another net.
+            UserError: it is of another net, or of other images.
         """
+        digest = self.data.digest()
+        if checkpoint.get("data", digest) != digest:
+            raise UserError(
+                f"the checkpoint is of other images than those of {self.config.dataset} here: give the "
+                "folder of its data set by --data-dir"
+            )
         try:
             self.model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(self._optimizers, checkpoint["optimizers"], strict=True):
