@@ -82,6 +82,7 @@ struct Block {
 
 thread_local Block* current_block;
 thread_local dim3 current_block_index, current_block_dim, current_grid_dim;
+bool last_block_alone = false;
 
 FDFA_UNWATCHED void open(Barrier& barrier) {
   barrier.waiting = 0;
@@ -221,6 +222,8 @@ float exchange(float value, unsigned lane_mask) {
   return result;
 }
 
+void run_last_block_alone(bool alone) { last_block_alone = alone; }
+
 cudaError_t run_grid(dim3 grid, dim3 block, void (*body)(const void*), const void* context) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -228,6 +231,10 @@ cudaError_t run_grid(dim3 grid, dim3 block, void (*body)(const void*), const voi
     return cudaErrorInvalidConfiguration;
   }
   current_grid_dim = grid;
+  if (last_block_alone) {
+    run_block(block, dim3(grid.x - 1, grid.y - 1, grid.z - 1), body, context);
+    return cudaSuccess;
+  }
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) run_block(block, dim3(x, y, z), body, context);

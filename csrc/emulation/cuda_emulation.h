@@ -73,6 +73,10 @@ void multiply_tiles(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 // `value` of the thread of the warp whose lane differs from the caller's by the mask's bits.
 float exchange(float value, unsigned lane_mask);
 
+// Whether launches run the last thread block of their grid and no other, for tests of sizes that all of
+// them would take hours for.
+void run_last_block_alone(bool alone);
+
 // Calls body(context) once for every thread of the grid.
 cudaError_t run_grid(dim3 grid, dim3 block, void (*body)(const void*), const void* context);
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "tests/kernel_cases.h"
 
 // The CPU kernels on arrays of more than 2^32 elements: their last units, whose indices an arithmetic
@@ -50,15 +51,6 @@ class Repeating {
     return std::vector<T>(data() + first, data() + first + count);
   }
 
-  void check_close_to(const std::vector<T>& expected, int64_t first, double tolerance,
-                      const char* name) {
-    for (size_t i = 0; i < expected.size(); ++i) {
-      const double reference = to_float(expected[i]);
-      check_near(to_float(data()[first + i]), reference, tolerance * (1.0 + std::abs(reference)), name,
-                 __FILE__, __LINE__);
-    }
-  }
-
  private:
   // No power of two: an index that has lost its upper bits is of another place.
   static constexpr int64_t kWindow = int64_t{3} << 23;
@@ -73,36 +65,85 @@ class Repeating {
   char* data_;
 };
 
-// The noise of samples from this one on.
-struct NoiseFrom {
-  NoiseFrom(int64_t sample) : state{kState[0], kState[1], kState[2] + sample} {}
-  int64_t state[3];
+constexpr int64_t kLast = 4;  // elements that are looked at, which every last unit has
+
+struct Cpu {
+  static constexpr bool kIsCpu = true;
+  template <class T>
+  static void epilogue(const EpilogueParams<T>& p) {
+    const int64_t units = cpu::epilogue_units(p);
+    cpu::epilogue(p, units - 1, units);
+  }
+  static void feedback_step(const FeedbackParams<float>& p) {
+    const int64_t units = cpu::feedback_units(p);
+    cpu::feedback_step(p, units - 1, units);
+  }
+  static void spread(const SpreadParams<float>& p) {
+    const int64_t units = cpu::spread_units(p);
+    cpu::spread(p, units - 1, units);
+  }
+  static void max_pool(const MaxPoolParams& p) {
+    const int64_t units = cpu::max_pool_units(p);
+    cpu::max_pool(p, units - 1, units);
+  }
+  static void max_pool_backward(const MaxPoolBackwardParams& p) {
+    cpu::max_pool_backward(p, p.shape.samples - 1, p.shape.samples);
+  }
+  static int64_t moment_parts(const MomentParams& p) { return cpu::moment_units(p); }
+  static int64_t part_rows(const MomentParams& p) { return cpu::moment_part_rows(p.channels); }
+  static void moments(const MomentParams& p) { cpu::moments(p, p.parts - 1, p.parts); }
+  static void combine(const CombineParams& p) {
+    const int64_t units = cpu::combine_units(p);
+    cpu::combine(p, units - 1, units);
+  }
 };
 
-template <class T>
-void test_epilogue() {
-  constexpr int64_t kSamples = (int64_t{1} << 21) + 3, kFeatures = 2053, kLast = 2;
-  constexpr int64_t kFirst = (kSamples - kLast) * kFeatures, kCount = kLast * kFeatures;
-  Repeating<T> z(kSamples * kFeatures, 1), tz(kSamples * kFeatures, 2), y(kSamples * kFeatures, 3),
-      ty(kSamples * kFeatures, 4), pre(kSamples * kFeatures, 5);
-  const auto z_last = z.slice(kFirst, kCount), tz_last = tz.slice(kFirst, kCount);
-  std::vector<T> y_last(kCount), ty_last(kCount), pre_last(kCount);
+struct Cuda {
+  static constexpr bool kIsCpu = false;
+  template <class T>
+  static void epilogue(const EpilogueParams<T>& p) {
+    CHECK(cuda::launch_epilogue(p, nullptr) == cudaSuccess);
+  }
+  static void feedback_step(const FeedbackParams<float>& p) {
+    CHECK(cuda::launch_feedback_step(&p, 1, nullptr, nullptr, nullptr) == cudaSuccess);
+  }
+  static void spread(const SpreadParams<float>& p) {
+    CHECK(cuda::launch_spread(p, nullptr) == cudaSuccess);
+  }
+  static void max_pool(const MaxPoolParams& p) {
+    CHECK(cuda::launch_max_pool(p, nullptr) == cudaSuccess);
+  }
+  static void max_pool_backward(const MaxPoolBackwardParams& p) {
+    CHECK(cuda::launch_max_pool_backward(p, nullptr) == cudaSuccess);
+  }
+  static int64_t moment_parts(const MomentParams& p) { return cuda::moment_parts(p.rows, p.channels); }
+  static int64_t part_rows(const MomentParams& p) { return (p.rows + p.parts - 1) / p.parts; }
+  static void moments(const MomentParams& p) { CHECK(cuda::launch_moments(p, nullptr) == cudaSuccess); }
+  static void combine(const CombineParams& p) {
+    CHECK(cuda::launch_combine(p, nullptr) == cudaSuccess);
+  }
+};
+
+// features: of a sample, for kernels that take four at once, or not.
+template <class Backend, class T>
+void test_epilogue(int64_t features) {
+  constexpr int64_t kSamples = 5;
+  const int64_t size = kSamples * features, first = size - kLast;
+  Repeating<T> z(size, 1), tz(size, 2), y(size, 3), ty(size, 4), pre(size, 5);
+  const auto z_last = z.slice(first, kLast), tz_last = tz.slice(first, kLast);
   EpilogueParams<T> p{};
   p.z = z.data(), p.tz = tz.data(), p.y = y.data(), p.ty = ty.data(), p.pre = pre.data();
-  p.samples = kSamples, p.features = p.channels = kFeatures;
+  p.samples = kSamples, p.features = p.channels = features;
   p.activation = Activation::gelu;
   p.noise = {kState, 2, Noise::gaussian};
-  const int64_t units = cpu::epilogue_units(p);
-  cpu::epilogue(p, units - kLast * (units / kSamples), units);
-  const NoiseFrom noise(kSamples - kLast);
-  p.z = z_last.data(), p.tz = tz_last.data();
-  p.y = y_last.data(), p.ty = ty_last.data(), p.pre = pre_last.data();
-  p.samples = kLast;
-  p.noise.state = noise.state;
-  epilogue(p);
-  y.check_close_to(y_last, kFirst, kTolerance<T>, "y");
-  ty.check_close_to(ty_last, kFirst, kTolerance<T>, "ty");
-  pre.check_close_to(pre_last, kFirst, kTolerance<T>, "pre");
+  Backend::epilogue(p);
+  for (int64_t i = 0; i < kLast; ++i) {
+    const double a = to_float(z_last[i]), ta = to_float(tz_last[i]);
+    const double u = noise(p.noise, kSamples - 1, features - kLast + i);
+    CHECK_NEAR(to_float(pre.data()[first + i]), a, kTolerance<T>);
+    CHECK_NEAR(to_float(y.data()[first + i]), activate(p.activation, a), 2 * kTolerance<T>);
+    CHECK_NEAR(to_float(ty.data()[first + i]), slope(p.activation, a) * ta + u, 8 * kTolerance<T>);
+  }
 }
 
 void test_transposed_epilogue() {
@@ -115,10 +156,9 @@ void test_transposed_epilogue() {
   p.activation = Activation::tanh;
   p.noise = {kState, 2, Noise::gaussian};
   p.transposed_pitch = kPitch;
-  const int64_t units = cpu::epilogue_units(p);
-  cpu::epilogue(p, units - 1, units);
-  for (int64_t n = kSamples - kSamples % 16; n < kSamples; ++n) {
-    for (int64_t i = kFeatures - kFeatures % 128; i < kFeatures; ++i) {
+  Cpu::epilogue(p);
+  for (int64_t n = kSamples - kLast; n < kSamples; ++n) {
+    for (int64_t i = kFeatures - kLast; i < kFeatures; ++i) {
       const double a = z.data()[i * kPitch + n], ta = tz.data()[i * kPitch + n];
       const double tangent = slope(p.activation, a) * ta + noise(p.noise, n, i);
       CHECK_NEAR(y.data()[n * kFeatures + i], activate(p.activation, a), kTolerance<float>);
@@ -128,14 +168,21 @@ void test_transposed_epilogue() {
 }
 
 // The last columns of B, and of all samples' errors and activations.
-void test_feedback_step(bool transposed, Noise kind) {
-  constexpr int64_t kSamples = 65, kFeatures = (int64_t{1} << 26) + 12293, kOutputs = 65;
-  constexpr int64_t kCount = kFeatures % 64, kFirst = kFeatures - kCount;
-  Repeating<float> feedback(kOutputs * kFeatures, 1), exp_avg(kOutputs * kFeatures, 2),
-      exp_avg_sq(kOutputs * kFeatures, 3), saved(kSamples * kFeatures, 4),
-      source(kSamples * kFeatures, 5), delta(kSamples * kFeatures, 6), bias_grad(kFeatures, 7);
-  for (int64_t k = 0; k < kOutputs; ++k) {
-    for (int64_t i = kFirst; i < kFeatures; ++i) exp_avg_sq.data()[k * kFeatures + i] += 1.0f;
+template <class Backend>
+void test_feedback_step(int64_t features, bool transposed, Noise kind) {
+  constexpr int64_t kSamples = 65, kOutputs = 65;
+  Repeating<float> feedback(kOutputs * features, 1), exp_avg(kOutputs * features, 2),
+      exp_avg_sq(kOutputs * features, 3), saved(kSamples * features, 4), source(kSamples * features, 5),
+      delta(kSamples * features, 6), bias_grad(features, 7);
+  const auto columns = [&](Repeating<float>& of, int64_t rows) {
+    std::vector<float> found;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (const float value : of.slice((row + 1) * features - kLast, kLast)) found.push_back(value);
+    }
+    return found;
+  };
+  for (int64_t at = features - kLast; at < kOutputs * features; at += features) {
+    for (int64_t i = 0; i < kLast; ++i) exp_avg_sq.data()[at + i] += 1.0f;
   }
   Array<float> error(kSamples * kOutputs, 8), factor(kSamples * kOutputs, 9);
   const int64_t updates = 5;
@@ -147,26 +194,18 @@ void test_feedback_step(bool transposed, Noise kind) {
   p.saved_activation = saved.data();
   p.delta = delta.data();
   p.bias_grad = bias_grad.data();
-  p.samples = kSamples, p.features = kFeatures, p.outputs = kOutputs;
+  p.samples = kSamples, p.features = features, p.outputs = kOutputs;
   p.activation = Activation::relu;
   p.noise = {kState, 2, kind};
   p.rule = Rule::adam;
   p.scale = 0.3f, p.decay = 0.7f, p.beta1 = 0.9, p.beta2 = 0.999, p.lr = 0.03f, p.eps = 1e-8f;
   p.transposed = transposed;
 
-  const auto columns = [](Repeating<float>& of, int64_t rows) {
-    std::vector<float> found;
-    for (int64_t row = 0; row < rows; ++row) {
-      for (const float value : of.slice(row * kFeatures + kFirst, kCount)) found.push_back(value);
-    }
-    return found;
-  };
   std::vector<float> b = columns(feedback, kOutputs), m = columns(exp_avg, kOutputs),
                      v = columns(exp_avg_sq, kOutputs), saved_last = columns(saved, kSamples),
-                     s = columns(source, kSamples), delta_last(kSamples * kCount), bias_last(kCount);
-  for (int64_t n = 0; kind != Noise::none && n < kSamples; ++n) {
-    for (int64_t i = 0; i < kCount; ++i)
-      s[n * kCount + i] = static_cast<float>(noise(p.noise, n, kFirst + i));
+                     s = columns(source, kSamples), delta_last(kSamples * kLast), bias_last(kLast);
+  for (int64_t at = 0; kind != Noise::none && at < kSamples * kLast; ++at) {
+    s[at] = static_cast<float>(noise(p.noise, at / kLast, features - kLast + at % kLast));
   }
   FeedbackParams<float> e = p;
   e.feedback = b.data(), e.exp_avg = m.data(), e.exp_avg_sq = v.data();
@@ -174,160 +213,194 @@ void test_feedback_step(bool transposed, Noise kind) {
   e.saved_activation = saved_last.data();
   e.delta = delta_last.data();
   e.bias_grad = bias_last.data();
-  e.features = kCount;
+  e.features = kLast;
+  e.transposed = false;
   feedback_step(e);
+  Backend::feedback_step(p);
 
-  const int64_t units = cpu::feedback_units(p);
-  cpu::feedback_step(p, units - 1, units);
-  const auto check_rows = [](Repeating<float>& actual, const std::vector<float>& expected,
-                             const char* name) {
-    for (int64_t row = 0; row * kCount < static_cast<int64_t>(expected.size()); ++row) {
-      const std::vector<float> part(expected.begin() + row * kCount,
-                                    expected.begin() + (row + 1) * kCount);
-      actual.check_close_to(part, row * kFeatures + kFirst, kSumTolerance<float>, name);
-    }
-  };
-  check_rows(feedback, b, "B");
-  check_rows(exp_avg, m, "exp_avg");
-  check_rows(exp_avg_sq, v, "exp_avg_sq");
-  bias_grad.check_close_to(bias_last, kFirst, kSumTolerance<float> * 8, "bias_grad");
-  if (transposed) {
-    delta.check_close_to(delta_last, kFirst * kSamples, kSumTolerance<float>, "delta");
-  } else {
-    check_rows(delta, delta_last, "delta");
+  for (int64_t at = 0; at < kOutputs * kLast; ++at) {
+    const int64_t from = (at / kLast + 1) * features - kLast + at % kLast;
+    CHECK_NEAR(feedback.data()[from], b[at], kSumTolerance<float>);
+    CHECK_NEAR(exp_avg.data()[from], m[at], kSumTolerance<float>);
+    CHECK_NEAR(exp_avg_sq.data()[from], v[at], kSumTolerance<float>);
+  }
+  for (int64_t at = 0; at < kSamples * kLast; ++at) {
+    const int64_t n = at / kLast, i = features - kLast + at % kLast;
+    const int64_t from = transposed ? i * kSamples + n : n * features + i;
+    CHECK_NEAR(delta.data()[from], delta_last[at], 8 * kSumTolerance<float>);
+  }
+  for (int64_t i = 0; i < kLast; ++i) {
+    CHECK_NEAR(bias_grad.data()[features - kLast + i], bias_last[i], 64 * kSumTolerance<float>);
   }
 }
 
-void test_spread() {
-  const Patches patches{2, 33, 65, 36};
-  const int64_t image = patches.image(), features = patches.features(), last = 59999;
-  Repeating<float> projected((last + 1) * features, 1), saved((last + 1) * image, 2),
-      delta((last + 1) * image, 3);
-  const auto projected_last = projected.slice(last * features, features),
-             saved_last = saved.slice(last * image, image);
-  std::vector<float> delta_last(image);
-  SpreadParams<float> p{projected.data(), saved.data(), delta.data(),
-                        last + 1,         patches,      Activation::sigmoid};
-  const int64_t units = cpu::spread_units(p);
-  cpu::spread(p, units - patches.rows(), units);
-  p.projected = projected_last.data(), p.saved_activation = saved_last.data();
-  p.delta = delta_last.data();
-  p.samples = 1;
-  spread(p);
-  delta.check_close_to(delta_last, last * image, kTolerance<float>, "delta of pixels");
+template <class Backend>
+void test_spread(const Patches& patches) {
+  constexpr int64_t kSamples = 5;
+  const int64_t image = patches.image(), features = patches.features();
+  Repeating<float> projected(kSamples * features, 1), saved(kSamples * image, 2),
+      delta(kSamples * image, 3);
+  const SpreadParams<float> p{projected.data(), saved.data(), delta.data(),
+                              kSamples,         patches,      Activation::sigmoid};
+  Backend::spread(p);
+  for (int64_t i = image - kLast; i < image; ++i) {
+    const double of_patch = projected.data()[(kSamples - 1) * features + patch_feature(patches, i)];
+    const int64_t at = (kSamples - 1) * image + i;
+    CHECK_NEAR(delta.data()[at], of_patch * slope_at(p.activation, saved.data()[at]),
+               kTolerance<float>);
+  }
 }
 
-void test_max_pool() {
-  const PoolShape shape{50000, 40, 40, 64, 20, 20, {3, 3}, {2, 2}, {1, 1}};
-  const int64_t last = shape.samples - 1, image = shape.image(), out_image = shape.out_image();
+// What the last image has in common with one that is alone.
+struct LastImage {
+  explicit LastImage(const PoolShape& shape)
+      : one(shape), state{kState[0], kState[1], kState[2] + shape.samples - 1} {
+    one.samples = 1;
+  }
+  PoolShape one;
+  int64_t state[3];
+};
+
+template <class Backend>
+void test_max_pool(int32_t channels) {
+  const PoolShape shape{60000, 40, 40, channels, 20, 20, {3, 3}, {2, 2}, {1, 1}};
+  const int64_t image = shape.image(), out_image = shape.out_image();
   const int64_t size = shape.samples * image, out_size = shape.samples * out_image;
-  Repeating<float> x(size, 1), tx(size, 2), y(out_size, 3), ty(out_size, 4), dx(size, 5), pre(size, 6);
+  Repeating<float> x(size, 1), tx(size, 2), y(out_size, 3), ty(out_size, 4), delta(out_size, 5),
+      dx(size, 6);
   Repeating<uint8_t> winners(out_size, 7);
-  const auto x_last = x.slice(last * image, image), tx_last = tx.slice(last * image, image);
+  const auto x_last = x.slice(size - image, image), tx_last = tx.slice(size - image, image),
+             delta_last = delta.slice(out_size - out_image, out_image);
   std::vector<float> y_last(out_image), ty_last(out_image), dx_last(image);
   std::vector<uint8_t> winners_last(out_image);
-  const NoiseFrom noise(last);
-  PoolShape one = shape;
-  one.samples = 1;
+  const LastImage last(shape);
 
-  MaxPoolParams p{
-      x.data(), tx.data(), y.data(), ty.data(), winners.data(), shape, {kState, 2, Noise::gaussian},
-      {}};
-  const int64_t units = cpu::max_pool_units(p);
-  cpu::max_pool(p, units - shape.out_height, units);
+  Backend::max_pool({x.data(),
+                     tx.data(),
+                     y.data(),
+                     ty.data(),
+                     winners.data(),
+                     shape,
+                     {kState, 2, Noise::gaussian},
+                     {}});
   max_pool({x_last.data(),
             tx_last.data(),
             y_last.data(),
             ty_last.data(),
             winners_last.data(),
-            one,
-            {noise.state, 2, Noise::gaussian},
+            last.one,
+            {last.state, 2, Noise::gaussian},
             {}});
-  y.check_close_to(y_last, last * out_image, 0.0, "pooled");
-  ty.check_close_to(ty_last, last * out_image, kTolerance<float>, "tangent of pooled");
-  CHECK(winners.slice(last * out_image, out_image) == winners_last);
-
-  cpu::max_pool_backward({winners.data(), y.data(), dx.data(), shape}, last, last + 1);
-  max_pool_backward({winners_last.data(), y_last.data(), dx_last.data(), one});
-  dx.check_close_to(dx_last, last * image, kTolerance<float>, "dx");
-
-  EpilogueParams<float> e{};
-  e.z = x.data(), e.tz = tx.data(), e.y = dx.data(), e.pre = pre.data();
-  e.samples = shape.samples, e.features = image, e.channels = shape.channels;
-  e.activation = Activation::silu;
-  e.noise = {kState, 2, Noise::gaussian};
-  cpu::pooled_epilogue({e, y.data(), ty.data(), shape}, last, last + 1);
-  std::vector<float> finished(image), finished_tangent(image), pre_last(image);
-  e.z = x_last.data(), e.tz = tx_last.data();
-  e.y = finished.data(), e.ty = finished_tangent.data(), e.pre = pre_last.data();
-  e.samples = 1;
-  e.noise.state = noise.state;
-  epilogue(e);
-  max_pool({finished.data(),
-            finished_tangent.data(),
-            y_last.data(),
-            ty_last.data(),
-            winners_last.data(),
-            one,
-            kNoNoise,
-            {}});
-  dx.check_close_to(finished, last * image, kTolerance<float>, "y before its pool");
-  pre.check_close_to(pre_last, last * image, kTolerance<float>, "pre before its pool");
-  y.check_close_to(y_last, last * out_image, kTolerance<float>, "pooled y");
-  ty.check_close_to(ty_last, last * out_image, kTolerance<float>, "pooled ty");
+  for (int64_t i = 1; i <= kLast; ++i) {
+    CHECK(y.data()[out_size - i] == y_last[out_image - i]);
+    CHECK_NEAR(ty.data()[out_size - i], ty_last[out_image - i], 8 * kTolerance<float>);
+    CHECK(winners.data()[out_size - i] == winners_last[out_image - i]);
+  }
+  std::copy(winners_last.begin(), winners_last.end(), winners.data() + out_size - out_image);
+  Backend::max_pool_backward({winners.data(), delta.data(), dx.data(), shape});
+  max_pool_backward({winners_last.data(), delta_last.data(), dx_last.data(), last.one});
+  for (int64_t i = 1; i <= kLast; ++i) {
+    CHECK_NEAR(dx.data()[size - i], dx_last[image - i], 4 * kTolerance<float>);
+  }
 }
 
-void test_batch_norm() {
-  constexpr int64_t kRows = (int64_t{1} << 26) + 1, kChannels = 67;
-  const int64_t part_rows = cpu::moment_part_rows(kChannels), last_rows = kRows % part_rows;
-  Repeating<float> x(kRows * kChannels, 1), t(kRows * kChannels, 2), out(kRows * kChannels, 3);
-  Array<float> pivot(kChannels, 4), scale(kChannels, 5), slope(kChannels, 6), offset(kChannels, 7);
-  MomentParams p{x.data(), t.data(), pivot.data(), nullptr, kRows, kChannels, 0};
-  p.parts = cpu::moment_units(p);
-  Repeating<double> sums(p.parts * 4 * kChannels, 8);
-  p.sums = sums.data();
-  cpu::moments(p, p.parts - 1, p.parts);
-  const int64_t first = (kRows - last_rows) * kChannels, last = (p.parts - 1) * 4 * kChannels;
-  const auto x_last = x.slice(first, last_rows * kChannels),
-             t_last = t.slice(first, last_rows * kChannels);
-  std::vector<double> expected(4 * kChannels);
-  moments({x_last.data(), t_last.data(), pivot.data(), expected.data(), last_rows, kChannels, 1},
-          last_rows);
-  for (int64_t i = 0; i < 4 * kChannels; ++i) {
-    CHECK_NEAR(sums.data()[last + i], expected[i], kTolerance<float> * last_rows);
+void test_pooled_epilogue() {
+  const PoolShape shape{60000, 40, 40, 64, 20, 20, {3, 3}, {2, 2}, {1, 1}};
+  const int64_t image = shape.image(), out_image = shape.out_image();
+  const int64_t size = shape.samples * image, out_size = shape.samples * out_image;
+  Repeating<float> z(size, 1), tz(size, 2), y(size, 3), pre(size, 4), pooled(out_size, 5),
+      tangent(out_size, 6);
+  const auto z_last = z.slice(size - image, image), tz_last = tz.slice(size - image, image);
+  std::vector<float> y_last(image), ty_last(image), pre_last(image), pooled_last(out_image),
+      tangent_last(out_image);
+  const LastImage last(shape);
+  EpilogueParams<float> p{};
+  p.z = z.data(), p.tz = tz.data(), p.y = y.data(), p.pre = pre.data();
+  p.samples = shape.samples, p.features = image, p.channels = shape.channels;
+  p.activation = Activation::silu;
+  p.noise = {kState, 2, Noise::gaussian};
+  cpu::pooled_epilogue({p, pooled.data(), tangent.data(), shape}, shape.samples - 1, shape.samples);
+  p.z = z_last.data(), p.tz = tz_last.data();
+  p.y = y_last.data(), p.ty = ty_last.data(), p.pre = pre_last.data();
+  p.samples = 1;
+  p.noise.state = last.state;
+  epilogue(p);
+  max_pool({y_last.data(),
+            ty_last.data(),
+            pooled_last.data(),
+            tangent_last.data(),
+            nullptr,
+            last.one,
+            kNoNoise,
+            {}});
+  for (int64_t i = 1; i <= kLast; ++i) {
+    CHECK_NEAR(y.data()[size - i], y_last[image - i], kTolerance<float>);
+    CHECK_NEAR(pre.data()[size - i], pre_last[image - i], kTolerance<float>);
+    CHECK_NEAR(pooled.data()[out_size - i], pooled_last[out_image - i], kTolerance<float>);
+    CHECK_NEAR(tangent.data()[out_size - i], tangent_last[out_image - i], 8 * kTolerance<float>);
   }
+}
 
+template <class Backend>
+void test_batch_norm(int64_t channels) {
+  constexpr int64_t kRows = (int64_t{1} << 26) + 100;
+  const int64_t size = kRows * channels;
+  Repeating<float> x(size, 1), t(size, 2), out(size, 3);
+  Array<float> pivot(channels, 4), scale(channels, 5), slope(channels, 6), offset(channels, 7);
+  MomentParams p{x.data(), t.data(), pivot.data(), nullptr, kRows, channels, 0};
+  p.parts = Backend::moment_parts(p);
+  Repeating<double> sums(p.parts * 4 * channels, 8);
+  p.sums = sums.data();
+  Backend::moments(p);
+  const int64_t rows = kRows - (p.parts - 1) * Backend::part_rows(p), first = size - rows * channels;
+  CHECK(rows > 1);
+  const auto x_last = x.slice(first, rows * channels), t_last = t.slice(first, rows * channels);
+  std::vector<double> expected(4 * channels);
+  moments({x_last.data(), t_last.data(), pivot.data(), expected.data(), rows, channels, 1}, rows);
+  for (int64_t kind = 0; kind < 4; ++kind) {
+    for (int64_t c = channels - kLast; c < channels; ++c) {
+      const double sum = sums.data()[(p.parts - 1) * 4 * channels + kind * channels + c];
+      CHECK_NEAR(sum, expected[kind * channels + c], kTolerance<float> * static_cast<double>(rows));
+    }
+  }
   const ChannelMap map{scale.data(), slope.data(), offset.data()};
-  const CombineParams c{x.data(), t.data(), out.data(), map, kRows, kChannels};
-  const int64_t units = cpu::combine_units(c);
-  cpu::combine(c, units - 2, units);
-  for (int64_t i = kRows * kChannels - 1024; i < kRows * kChannels; ++i) {
-    const int64_t channel = i % kChannels;
-    const double value = double{scale.data()[channel]} * t.data()[i] +
-                         double{slope.data()[channel]} * x.data()[i] + offset.data()[channel];
-    CHECK_NEAR(out.data()[i], value, 4 * kTolerance<float>);
+  Backend::combine({x.data(), t.data(), out.data(), map, kRows, channels});
+  for (int64_t c = channels - kLast; c < channels; ++c) {
+    const int64_t at = size - channels + c;
+    const double value = double{scale.data()[c]} * t.data()[at] +
+                         double{slope.data()[c]} * x.data()[at] + offset.data()[c];
+    CHECK_NEAR(out.data()[at], value, 4 * kTolerance<float>);
+  }
+}
+
+template <class Backend>
+void test_kernels() {
+  for (const int64_t features : {(int64_t{1} << 30) - 116, (int64_t{1} << 30) - 117}) {
+    test_epilogue<Backend, float>(features);
+    test_epilogue<Backend, bfloat16>(features);
+  }
+  // In the window, the rows of such matrices lie hundreds of elements apart.
+  for (const int64_t features : {67109004, 67109056}) {
+    for (const bool transposed : {false, true}) {
+      if (transposed && !Backend::kIsCpu) continue;
+      test_feedback_step<Backend>(features, transposed, Noise::none);
+      test_feedback_step<Backend>(features, transposed, Noise::rademacher);
+    }
+  }
+  for (const int32_t channels : {28, 31}) test_spread<Backend>({16, 8192, 4096, channels});
+  for (const int32_t channels : {64, 69}) {
+    test_max_pool<Backend>(channels);
+    test_batch_norm<Backend>(channels);
   }
 }
 
 }  // namespace
 
 int main() {
-  for (const char* isa : {"baseline", "avx2", "avx512"}) {
-    if (!cpu::select_isa(isa)) {
-      std::printf("%s: not on this CPU\n", isa);
-      continue;
-    }
-    test_epilogue<float>();
-    test_epilogue<bfloat16>();
-    test_transposed_epilogue();
-    for (const bool transposed : {false, true}) {
-      test_feedback_step(transposed, Noise::none);
-      test_feedback_step(transposed, Noise::rademacher);
-    }
-    test_spread();
-    test_max_pool();
-    test_batch_norm();
-    std::printf("%s: done\n", cpu::isa());
-  }
+  test_kernels<Cpu>();  // of one instruction set: all are compiled from one source
+  test_transposed_epilogue();
+  test_pooled_epilogue();
+  emulation::run_last_block_alone(true);
+  test_kernels<Cuda>();
   return failures();
 }
