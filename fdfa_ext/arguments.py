@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+_MOST_THREADS = 4096  # of which a process may not start more, and torch would abort
+
 
 class UserError(Exception):
     """Something that the user can put right: a missing file, a flag that fits nothing. One sentence.
@@ -20,8 +22,16 @@ class UserError(Exception):
 
 
 def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    if not text.isdecimal() or not 1 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 2^63 - 1")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_THREADS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of threads from 1 to {_MOST_THREADS}"
+        )
     return int(text)
 
 
@@ -45,7 +55,7 @@ def device(text: str) -> torch.device:
     try:
         found = torch.device(text)
         torch.zeros(1, device=found).tolist()  # which a device without memory, as meta, has not
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise argparse.ArgumentTypeError(f"there is no device {text!r} here") from None
     return found
 

@@ -76,7 +76,8 @@ def auto_points(
     output. A norm has none whose features go to other positions within the layer, as attention's
     keys do: B is that of a position by itself. Residual blocks of images that normalise first have one
     point each, after the first norm with its activation. A layer that the output does not depend on has
-    none.
+    none, nor have features that the model returns beside the output, if others are left: a loss on them
+    reaches what made them.
 
     Raises:
         ValueError: no place is left for a point.
@@ -104,6 +105,8 @@ def auto_points(
             uses = [i for i, other in enumerate(calls) if other.module is call.module]
             ends = {_end_of_group(traced, calls, use, times, without).module for use in uses}
             points.append(ends.pop() if len(ends) == 1 else call.module)
+    returned = _returned(traced, output, names)
+    points = [point for point in points if point not in returned] or points
     left = [names[c.module] for c in others if _has_matrices(c.module) and c.module not in without]
     if left and points:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -121,6 +124,13 @@ def _output_of(traced: Trace, output: str | None, names: dict[nn.Module, str]) -
     if output is None:
         return traced.result
     return next((c.output for c in reversed(traced.calls) if names[c.module] == output), traced.result)
+
+
+def _returned(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> set[nn.Module]:
+    """The modules whose features the model returns as they are, beside the network's output."""
+    end = _output_of(traced, output, names)
+    beside = [t for t in tree_leaves(traced.result) if isinstance(t, Tensor) and t is not end]
+    return {call.module for call in traced.calls if any(t is call.output for t in beside)}
 
 
 def _no_point(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> str:

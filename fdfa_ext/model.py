@@ -5,7 +5,8 @@ import functools
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -268,7 +269,8 @@ class FDFA(nn.Module):
         if example_input is None:
             self._declare()
         else:
-            self._prepare(args, kwargs)
+            with _naming_example():
+                self._prepare(args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         kept = ("method", "rule", "feedback_update", "patch")
@@ -395,7 +397,10 @@ class FDFA(nn.Module):
     @torch.inference_mode(False)
     def summary(self, *args: Any, **kwargs: Any) -> Summary:
         """The points with their features and bytes of feedback, and what each parameter learns by, from
-        one forward on these inputs in eval mode."""
+        one forward in eval mode on these inputs, or on one argument that stands for them as an
+        example_input does."""
+        if len(args) == 1 and not kwargs:
+            args, kwargs = inputs_of(self.module, args[0])
         if not isinstance(self.method, BlockMethod):
             raise ValueError(f"FDFA: {type(self.method).__name__} has no points")
         self.network.look_at(self.module)
@@ -678,6 +683,27 @@ class FDFA(nn.Module):
             if first != name:
                 yield first, name
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's. A state of the module alone is for `model.module.load_state_dict`."""
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            banks = {key.partition(".")[0] for key in state_dict}
+            is_adam = "exp_avg" in banks
+            if "module" not in banks:
+                error.add_note(
+                    "FDFA: no key begins with 'module.'; a state of the module alone is loaded by "
+                    "model.module.load_state_dict"
+                )
+            elif self.method.feedback == "learned" and is_adam != (self.rule == "adam"):
+                theirs = "Adam" if is_adam else "another rule"
+                error.add_note(
+                    f"FDFA: the feedback of this state moves by {theirs}, "
+                    f"and that of the model by {self.rule!r}; wrap with the same feedback=, or give "
+                    "strict=False to take B alone"
+                )
+            raise
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Makes room for feedback and heads that a saved model has and this one has not yet."""
         self.network.look_at(self.module)
@@ -691,11 +717,10 @@ class FDFA(nn.Module):
         self.network.count_saved(map(FeedbackBank.name, keys))
         self.network.look_at(self.module)
         blocks = self.network.blocks
-        for tensors, name in (
-            (self.feedback, "feedback"),
-            (self.exp_avg, "exp_avg"),
-            (self.exp_avg_sq, "exp_avg_sq"),
-        ):
+        banks = [(self.feedback, "feedback")]
+        if self.rule == "adam":
+            banks += [(self.exp_avg, "exp_avg"), (self.exp_avg_sq, "exp_avg_sq")]
+        for tensors, name in banks:
             for block in blocks:
                 saved = state_dict.get(f"{prefix}{name}.{FeedbackBank.key(block)}")
                 if saved is not None and block not in tensors:
@@ -724,6 +749,20 @@ class FDFA(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@contextmanager
+def _naming_example() -> Iterator[None]:
+    """Errors say that a forward on example_input raised them."""
+    try:
+        yield
+    except Exception as error:
+        if not str(error).startswith("FDFA: "):
+            error.add_note(
+                "FDFA: raised by the forward on example_input, which is one input, a tuple of the "
+                "forward's arguments, or a dict of them by name, without targets"
+            )
+        raise
+
+
 def _nothing() -> None:
     """What no model has, as a reference to it."""
 
@@ -744,7 +783,7 @@ def _found_points(
     """`at` and `output` as a forward on an example tells them."""
     if at is None:
         return at, output
-    with trace(module, args, kwargs) as traced:
+    with _naming_example(), trace(module, args, kwargs) as traced:
         output = output or default_output(traced)
         if at != "auto":
             return at, output

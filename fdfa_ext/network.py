@@ -184,7 +184,8 @@ class Network:
             dual = self.passes[0].dual
             if dual is not None and dual.end is not None and dual.end.reached:
                 return  # the tangent has come to the output
-            if inner in names and _any_tangent(inputs) and not _any_tangent(result):
+            given, returned = _place_of_tangent(inputs), _place_of_tangent(result)
+            if inner in names and given is not None and returned is None:
                 droppers.append(f"'{names[inner]}' ({type(inner).__name__})")
 
         plan = self.look_at(module)
@@ -419,13 +420,13 @@ def _warn_of_activations(plan: Plan, result: Any) -> None:
     """Of hidden activations on which user code may have a loss: kept by a module, or in the result
     beside the output."""
     kept = kept_activation(plan.own_code)
-    if kept is None and _any_tangent(result):
-        kept = f"the result of the model, a {type(result).__name__},"
+    if kept is None and (place := _place_of_tangent(result)) is not None:
+        kept = f"{place} of the model's result, a {type(result).__name__},"
     if kept is not None:
         warn(
             f"FDFA: {kept} keeps a hidden activation; a loss on it trains no parameter but those "
-            "between it and the points before it, which cut autograd. Return in one tensor what has a "
-            "loss, and split it there",
+            "between it and the points before it, which cut autograd, so that training may diverge. "
+            "Return in one tensor what has a loss, and split it there",
         )
 
 
@@ -503,13 +504,19 @@ def _wants_gradient(value: Any) -> bool:
     return is_tensor and value.requires_grad and value.is_leaf
 
 
-def _any_tangent(value: Any) -> bool:
+def _place_of_tangent(value: Any) -> str | None:
+    """Where the first tensor with a tangent is, as Python writes it: [1] in a tuple, ['key'] in a dict,
+    .name in a dataclass. None where no tensor has one."""
     if isinstance(value, Tensor):
-        return has_tangent(value)
+        return "" if has_tangent(value) else None
+    items: Iterable[tuple[str, Any]] = ()
     if isinstance(value, (tuple, list)):
-        return any(_any_tangent(item) for item in value)
-    if isinstance(value, dict):
-        return any(_any_tangent(item) for item in value.values())
-    if is_dataclass(value):
-        return any(_any_tangent(getattr(value, field.name)) for field in fields(value))
-    return False
+        items = ((f"[{i}]", item) for i, item in enumerate(value))
+    elif isinstance(value, dict):
+        items = ((f"[{key!r}]", item) for key, item in value.items())
+    elif is_dataclass(value):
+        items = ((f".{field.name}", getattr(value, field.name)) for field in fields(value))
+    for place, item in items:
+        if (within := _place_of_tangent(item)) is not None:
+            return place + within
+    return None

@@ -240,15 +240,18 @@ def test_a_checkpoint_of_another_format_or_of_unknown_settings_gets_a_sentence(
     for changed, message in (
         (
             {**saved, "format": 3, "fdfa_ext": "9.0"},
-            "is of format 3, and fdfa_ext .* with fdfa_ext 9.0",
+            r"is of format 3, and this fdfa_ext .* the one that wrote it \(9.0\)",
         ),
-        ({k: v for k, v in saved.items() if k != "format"}, "is of format 1, and fdfa_ext .* format 2"),
+        (
+            {k: v for k, v in saved.items() if k != "format"},
+            "is of format 1, and this fdfa_ext .* format 2",
+        ),
         (
             {**saved, "config": {**config, "depth": 3}},
             "settings that this fdfa_ext does not know: .*depth",
         ),
         ({**saved, "config": {**config, "method": "sgd"}}, "method is one of fdfa, .*; got 'sgd'"),
-        ({**saved, "config": {**config, "batch_size": 0}}, "batch_size is a whole number of 1 or more"),
+        ({**saved, "config": {**config, "batch_size": 0}}, "batch_size is a whole number from 1 to"),
         ({**saved, "config": {**config, "lr": "x"}}, "lr is a number above 0; got 'x'"),
         ({**saved, "config": 3}, "settings that this fdfa_ext does not know"),
         ({"weight": torch.ones(2)}, "is not a checkpoint of fdfa_ext train"),
@@ -422,6 +425,14 @@ def test_two_processes_do_not_write_one_checkpoint(tmp_path: Path, capsys) -> No
         assert main(command(tmp_path, "--epochs", "1")) == 2
     assert f"another process trains into {tmp_path / 'run.pt'}" in capsys.readouterr().err
     assert main(command(tmp_path, "--epochs", "1")) == 0
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="is a folder, a pipe or a device"), replacing(pipe):
+        pass
+    assert pipe.is_fifo()
 
 
 def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:

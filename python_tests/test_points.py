@@ -776,8 +776,50 @@ def test_a_second_output_is_no_point_and_is_warned_of() -> None:
     ):
         model = wrapped(TwoHeads(), x, at="auto")
     assert model.block_names == ["a", "b"]
-    with pytest.warns(UserWarning, match="the result of the model, a dict, keeps a hidden activation"):
+    with pytest.warns(UserWarning, match=r"\['aux'\] of the model's result, a dict, keeps a hid"):
         model(x)
+
+
+class Variational(nn.Module):
+    """Has a loss on hidden features, which it returns beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
+        self.mean, self.log_variance = nn.Linear(8, 3), nn.Linear(8, 3)
+        self.decoder = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.encoder(x)
+        mean, log_variance = self.mean(h), self.log_variance(h)
+        return self.decoder(mean + (log_variance / 2).exp()), mean, log_variance
+
+
+def test_auto_leaves_returned_features_to_their_own_loss() -> None:
+    """Such as a VAE's: points there would keep it from the layers that made them."""
+    torch.manual_seed(0)
+    x, net = torch.randn(16, 6), Variational()
+    model = wrapped(net, x, at="auto")
+    assert model.block_names == ["encoder.1", "decoder.1"]
+    with pytest.warns(UserWarning, match=r"\[1\] of the model's result, a tuple, keeps a hidden"):
+        _, mean, log_variance = model(x)
+    penalty = mean.square().sum() + log_variance.square().sum()
+    grads = torch.autograd.grad(penalty, [*net.mean.parameters(), *net.log_variance.parameters()])
+    _, mean, log_variance = net(x)
+    penalty = mean.square().sum() + log_variance.square().sum()
+    exact = torch.autograd.grad(penalty, [*net.mean.parameters(), *net.log_variance.parameters()])
+    for actual, expected in zip(grads, exact, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_auto_keeps_points_where_all_features_are_returned() -> None:
+    class Features(nn.Sequential):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self[0](x)
+            return self[1](hidden), hidden
+
+    model = wrapped(Features(nn.Linear(6, 8), nn.Linear(8, 3)), torch.randn(4, 6), at="auto")
+    assert model.block_names == ["0"]
 
 
 class MoreInTraining(TwoHeads):
@@ -794,7 +836,7 @@ def test_a_model_may_return_more_in_training_than_in_eval_mode() -> None:
     net = MoreInTraining()
     model = wrapped(net, x, at="auto")
     assert model.network.output == "head"
-    with pytest.warns(UserWarning, match="the result of the model, a tuple, keeps a hidden activation"):
+    with pytest.warns(UserWarning, match=r"\[1\] of the model's result, a tuple, keeps a hidde"):
         logits, aux = model(x)
     (logits.square().sum() + aux.square().sum()).backward()
     assert all(p.grad is not None for p in net.parameters())

@@ -313,3 +313,26 @@ def test_a_sample_without_its_batch_is_refused_and_the_next_batch_trained(
             model(torch.randn(1))
         assert model.noise_state[1] == model.noise_state[2] == 0
     model(torch.randn(4, 1)).sum().backward()
+
+
+@pytest.mark.parametrize("at", [None, "auto"])
+def test_what_a_forward_on_example_input_raises_says_so(at: str | None) -> None:
+    """As for what a loader yields, with its targets."""
+    net = nn.Sequential(FDFALinear(6, 6), nn.Linear(6, 3)) if at is None else mlp()
+    with pytest.raises((TypeError, AttributeError)) as raised:
+        FDFA(net, at=at, example_input=[torch.randn(4, 6), torch.zeros(4)])
+    assert at is None or "raised by the forward on example_input" in raised.value.__notes__[-1]
+
+
+def test_a_summary_takes_inputs_as_example_input_has_them() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = FDFALinear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.head(self.block(a + b))
+
+    a, b = torch.randn(2, 4, 6)
+    model = FDFA(Two(), example_input={"a": a, "b": b})
+    assert model.summary({"a": a, "b": b}) == model.summary((a, b)) == model.summary(a, b=b)

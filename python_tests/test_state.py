@@ -523,3 +523,22 @@ def test_parameters_are_in_one_order_however_the_state_came(
     for each in (model, other):
         each(x).sum().backward()
         assert [name for name, _ in each.named_parameters()] == names
+
+
+def test_a_state_of_another_rule_or_of_the_module_alone_is_said() -> None:
+    x, net = torch.randn(4, 6), nn.Sequential(FDFALinear(6, 5), nn.Linear(5, 3))
+    models = {
+        rule: FDFA(copy.deepcopy(net), feedback=rule, example_input=x) for rule in ("ema", "adam")
+    }
+    for one, other, theirs in (("ema", "adam", "another rule"), ("adam", "ema", "Adam")):
+        state = models[one].state_dict()
+        with pytest.raises(RuntimeError) as raised:
+            models[other].load_state_dict(state)
+        (note,) = raised.value.__notes__
+        assert f"state moves by {theirs}, and that of the model by '{other}'" in note
+        models[other].load_state_dict(state, strict=False)
+        assert set(models[other].exp_avg) == ({"0"} if other == "adam" else set())
+    with pytest.raises(RuntimeError, match="Missing key") as raised:
+        models["adam"].load_state_dict(net.state_dict())
+    assert "model.module.load_state_dict" in raised.value.__notes__[0]
+    models["adam"].module.load_state_dict(net.state_dict())

@@ -283,7 +283,7 @@ def test_the_command_line_resumes(tmp_path, capsys):
         ("--checkpoint {tmp}", "--checkpoint {tmp} is a folder: give a file"),
         ("--output {tmp}/bad.pt", "File exists: '{tmp}/bad.pt'"),
         ("--method bp,sgd", "'bp,sgd' is not some of fdfa, dfa, dkp, fg-a, lg-fg-a, fg-w, bp"),
-        ("--epochs 0", "'0' is not a whole number of 1 or more"),
+        ("--epochs 0", "'0' is not a whole number from 1 to 2^63 - 1"),
         ("--lr nan", "'nan' is not a number above 0"),
         ("--lr fast", "'fast' is not a number above 0"),
         ("--seed -1", "'-1' is not a whole number from 0"),

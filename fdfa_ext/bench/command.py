@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fdfa_ext.arguments import UserError, device, positive, some_of, whole, whole_numbers
+from fdfa_ext.arguments import UserError, device, positive, some_of, threads, whole, whole_numbers
 from fdfa_ext.bench import report
 from fdfa_ext.bench.implementations import (
     DEFAULT,
@@ -80,7 +81,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         type=some_of(METHODS),
         default=",".join(DEFAULT),
         metavar="METHOD[,...]",
-        help="default %(default)s",
+        help=f"of {', '.join(METHODS)} (default %(default)s)",
     )
     parser.add_argument(
         "--batch-sizes", type=whole_numbers, default="64", metavar="N[,...]", help="default 64"
@@ -158,7 +159,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
         "plain forms",
     )
     parser.add_argument(
-        "--threads", type=whole, metavar="N", help="CPU threads (default: torch's choice)"
+        "--threads", type=threads, metavar="N", help="CPU threads (default: torch's choice)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
 
@@ -331,8 +332,8 @@ def _set_up(args: argparse.Namespace) -> str:
     for argument, file in files.items():
         if file and not file.absolute().parent.is_dir():
             raise UserError(f"{argument} {file}: there is no folder {file.parent}")
-        if file and file.is_dir():
-            raise UserError(f"{argument} {file} is a folder: give a file")
+        if file and file.exists() and not file.is_file():
+            raise UserError(f"{argument} {file} is a folder, a pipe or a device: give a file")
     if plot:
         _check_plot(plot)
     if getattr(args, "nvtx", False) and args.device.type != "cuda":
@@ -368,7 +369,10 @@ def _write_trace(step: Any, file: Path, device: torch.device) -> None:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         _named_steps(step)
-    profiler.export_chrome_trace(str(file))
+    with tempfile.TemporaryDirectory() as folder, replacing(file) as stream:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))  # which raises nothing where it cannot write
+        stream.write(trace.read_bytes())
 
 
 def _named_steps(step: Any) -> None:

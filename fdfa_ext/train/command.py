@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fdfa_ext.arguments import UserError, device, positive, seed, some_of, whole
+from fdfa_ext.arguments import UserError, device, positive, seed, some_of, threads, whole
 from fdfa_ext.dual_pass import BACKENDS
 from fdfa_ext.feedback import RULES
 from fdfa_ext.methods import METHODS
@@ -108,12 +108,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", seed, f"seed of weights, data order and noise (default {default.seed})", metavar="N")
     add("--device", device, "device, such as cpu or cuda:0 (default cpu)")
-    add("--threads", whole, "CPU threads (default: torch's choice)", metavar="N")
+    add("--threads", threads, "CPU threads (default: torch's choice)", metavar="N")
     add(
         "--checkpoint",
         Path,
-        "write the run's state to this file at the start, after each epoch and when interrupted; a run "
-        "that the file holds goes on where it was",
+        "write the state of the run of one method to this file at the start, after each epoch and when "
+        "interrupted; a run that the file holds goes on where it was",
         metavar="FILE",
     )
     add(
@@ -230,7 +230,8 @@ def _fit(run: Run, csv_file: Path, checkpoint: Path | None, rewrites: bool) -> N
         while len(run.history) < config.epochs:
             run.train_epoch()
         return
-    print(f"{config.dataset}, {config.model}, {config.method}, seed {config.seed}")
+    goes_on = f", after step {run.steps}" if run.steps else ""
+    print(f"{config.dataset}, {config.model}, {config.method}, seed {config.seed}{goes_on}")
     print(report.EPOCH_HEADER, flush=True)
     total, done = config.epochs * run.steps_per_epoch, run.steps
     # disable=None: no bar where stderr is a file.
@@ -293,7 +294,11 @@ def _between_steps(
             run.save(checkpoint)
             clear()
             where = f"after step {run.steps} of {run.config.epochs * run.steps_per_epoch}"
-            print(f"fdfa_ext: interrupted {where}, in {checkpoint}", file=sys.stderr, flush=True)
+            print(
+                f"fdfa_ext: interrupted {where}, in {checkpoint}: the same command goes on from there",
+                file=sys.stderr,
+                flush=True,
+            )
             signal.raise_signal(number)
 
     for number in before:

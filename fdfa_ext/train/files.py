@@ -22,9 +22,11 @@ def replacing(file: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     does. Its old content gets the name ``previous``, where one is given.
 
     Raises:
+        UserError: it is something else than a file.
         OSError: the file cannot be written.
     """
     file = file.resolve()  # of a link, what it names
+    check_regular(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = _part(file)
     unfinished.unlink(missing_ok=True)  # left by a kill, or a link of somebody's

@@ -90,7 +90,7 @@ class Config:
 def _check_number(name: str, value: object, whole: bool) -> None:
     least = 0 if name == "seed" else 1
     if whole and not (isinstance(value, int) and type(value) is not bool and least <= value < 2**63):
-        raise UserError(f"{name} is a whole number of {least} or more; got {value!r}")
+        raise UserError(f"{name} is a whole number from {least} to 2^63 - 1; got {value!r}")
     if not whole and not (isinstance(value, int | float) and 0 < value <= sys.float_info.max):
         raise UserError(f"{name} is a number above 0; got {value!r}")
 
@@ -396,8 +396,8 @@ def read_checkpoint(file: Path) -> tuple[Config, dict[str, Any]]:
     if (found := checkpoint.get("format", 1)) != _FORMAT:
         writer, reader = checkpoint.get("fdfa_ext", "0.1.0 or older"), build_info()["fdfa_ext"]
         raise UserError(
-            f"{file} is of format {found}, and fdfa_ext {reader} reads format {_FORMAT}: "
-            f"continue it with fdfa_ext {writer}, which wrote it"
+            f"{file} is of format {found}, and this fdfa_ext ({reader}) reads format {_FORMAT}: "
+            f"continue it with the one that wrote it ({writer})"
         )
     try:
         return Config(**checkpoint["config"]), checkpoint
