@@ -278,6 +278,11 @@ def conv2d(r: Source) -> Case:
     n = r.size(3)
     pooled = r.one_in(3)
     dtype = torch.float32 if pooled else r.dtype()
+    if (
+        dtype == torch.bfloat16
+        and size[1] + 2 * padding[1] < dilation[1] * (kernel[1] - 1) + 1 + stride[1]
+    ):
+        stride[1] = 1  # torch 2.13 computes one column by a stride wrongly on processors with AMX
     x = r.convolved(n, channels, *size, dtype=dtype)
     tangent = r.maybe(lambda: r.convolved(*x.shape, dtype=dtype))
     weight = r.convolved(filters, channels // groups, *kernel, dtype=dtype)
