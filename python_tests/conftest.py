@@ -1,5 +1,10 @@
+import os
+
 import pytest
 import torch
+
+# Of processes that tests start: beside other tests, a thread that waits would keep a core from them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Their assertions say what differed, as those of the tests do.
 pytest.register_assert_rewrite("nets", "operands")
