@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-_MOST_THREADS = 4096  # of which a process may not start more, and torch would abort
+_MOST_THREADS = 4096  # torch aborts where the system does not let it start so many as it is told
 
 
 class UserError(Exception):

@@ -127,10 +127,18 @@ def _output_of(traced: Trace, output: str | None, names: dict[nn.Module, str]) -
 
 
 def _returned(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> set[nn.Module]:
-    """The modules whose features the model returns as they are, beside the network's output."""
+    """The modules whose features the model returns beside the network's output, as they are or with no
+    layer in between: a loss on them would train nothing behind a point."""
     end = _output_of(traced, output, names)
-    beside = [t for t in tree_leaves(traced.result) if isinstance(t, Tensor) and t is not end]
-    return {call.module for call in traced.calls if any(t is call.output for t in beside)}
+    found: set[nn.Module] = set()
+    for t in tree_leaves(traced.result):
+        if isinstance(t, Tensor) and t is not end:
+            nodes = nodes_behind(t)
+            leading = [call for call in traced.calls if call.node in nodes]
+            layers = [call for call in leading if _has_matrices(call.module)]
+            passed = nodes_behind(*(x for call in layers for x in call.inputs))
+            found |= {call.module for call in leading if call.node not in passed}
+    return found
 
 
 def _no_point(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> str:

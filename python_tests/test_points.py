@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -783,8 +784,9 @@ def test_a_second_output_is_no_point_and_is_warned_of() -> None:
 class Variational(nn.Module):
     """Has a loss on hidden features, which it returns beside its output."""
 
-    def __init__(self) -> None:
+    def __init__(self, as_returned: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.as_returned = as_returned
         self.encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh())
         self.mean, self.log_variance = nn.Linear(8, 3), nn.Linear(8, 3)
         self.decoder = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6))
@@ -792,13 +794,19 @@ class Variational(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = self.encoder(x)
         mean, log_variance = self.mean(h), self.log_variance(h)
-        return self.decoder(mean + (log_variance / 2).exp()), mean, log_variance
+        output = self.decoder(mean + (log_variance / 2).exp())
+        return output, self.as_returned(mean), self.as_returned(log_variance)
 
 
-def test_auto_leaves_returned_features_to_their_own_loss() -> None:
+@pytest.mark.parametrize(
+    "as_returned",
+    [lambda t: t, lambda t: t.clamp(-1, 1), lambda t: t.square().mean()],
+    ids=["as they are", "clamped", "as a loss"],
+)
+def test_auto_leaves_returned_features_to_their_own_loss(as_returned) -> None:
     """Such as a VAE's: points there would keep it from the layers that made them."""
     torch.manual_seed(0)
-    x, net = torch.randn(16, 6), Variational()
+    x, net = torch.randn(16, 6), Variational(as_returned)
     model = wrapped(net, x, at="auto")
     assert model.block_names == ["encoder.1", "decoder.1"]
     with pytest.warns(UserWarning, match=r"\[1\] of the model's result, a tuple, keeps a hidden"):
