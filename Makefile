@@ -55,8 +55,9 @@ fuzz: .venv/built
 
 fuzz-kernels: .venv/installed
 	cmake -S . -B build/cpp
-	cmake --build build/cpp --parallel --target kernels_fuzz
+	cmake --build build/cpp --parallel --target kernels_fuzz kernels_fuzz_tsan
 	build/cpp/kernels_fuzz $$((60 * $(MINUTES))) $(SEED)
+	TSAN_OPTIONS=halt_on_error=1 build/cpp/kernels_fuzz_tsan $$((60 * $(MINUTES))) $(SEED)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

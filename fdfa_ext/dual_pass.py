@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -173,6 +174,7 @@ class DualPass:
     exposes: bool = False  # whether blocks hand out activations with a graph
     exposed: list[Tensor] = field(default_factory=list)  # those
     end: NetworkEnd | None = None  # where the network ends within the model
+    thread: int = 0  # that runs it
 
     def run(self, calls: Sequence[Call], layer: nn.Linear | None, x: Tensor) -> PrimalTangent:
         """Makes the calls one after the other, each with primal and tangent of what the one before
@@ -373,13 +375,18 @@ class BlockPass:
         state = {name: getattr(self, name) for name in ("name", "index", "module", "later")}
         return None, state | {"dual": None}
 
-    def on_dual_tensor(self, x: Tensor, call: Call) -> Tensor:
+    def dual_here(self) -> DualPass | None:
+        """The pass that this thread runs: others use the module as it is meanwhile."""
+        dual = self.dual
+        if dual is None or dual.compiling or dual.thread == get_ident():
+            return dual
+        return None
+
+    def on_dual_tensor(self, dual: DualPass, x: Tensor, call: Call) -> Tensor:
         """The dual tensor of a block's output, by its call, which takes primal and tangent apart.
 
         Without a tangent both are plain tensors.
         """
-        dual = self.dual
-        assert dual is not None
         with without_rules():
             if dual.compiling:
                 if not dual.perturbs:
@@ -414,6 +421,8 @@ class BlockPass:
     def point(self, channels_first: bool | None, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
         """What this forward of a module of any kind returns, perturbed: the tensor, or the first of a
         tuple. Autograd goes on from its gradient δ to all that made it behind the points before."""
+        if self.dual_here() is None:
+            return forward(*args, **kwargs)
         dual = self._running_pass()
         self._refuse_checkpoint(dual)
         result = forward(*args, **kwargs)

@@ -518,9 +518,13 @@ def _contiguous_group_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
     # In other orders torch 2.13's backward crashes where the input needs no gradient, and its forward
     # mode refuses.
     primal, tangent = unpack_dual(input)
-    primal = _row_major(primal)
-    dual = primal if tangent is None else make_dual(primal, _row_major(tangent))
-    return _GROUP_NORM(dual, *rest, **named)
+    if tangent is None:
+        return _group_norm_of_primal(primal, *rest, **named)
+    return _GROUP_NORM(make_dual(_row_major(primal), _row_major(tangent)), *rest, **named)
+
+
+def _group_norm_of_primal(input: Tensor, *rest: Any, **named: Any) -> Tensor:
+    return _GROUP_NORM(_row_major(input), *rest, **named)
 
 
 def _instance_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
@@ -783,6 +787,12 @@ def has_fused_pool(pool: nn.MaxPool2d) -> bool:
     return not (pool.ceil_mode or pool.return_indices) and pool.dilation in (1, (1, 1))
 
 
+_layer_norm_module = _by_function(
+    _layer_norm, F.layer_norm, "normalized_shape", "weight", "bias", "eps"
+)
+_group_norm_module = _by_function(
+    _group_norm, _group_norm_of_primal, "num_groups", "weight", "bias", "eps"
+)
 MODULE_RULES: dict[type[nn.Module], ModuleRule] = {
     nn.Linear: _linear_module,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution_module),
@@ -797,13 +807,14 @@ MODULE_RULES: dict[type[nn.Module], ModuleRule] = {
     nn.SiLU: _by_function(_silu, F.silu),
     nn.Sigmoid: _by_function(_sigmoid, torch.sigmoid),
     nn.Tanh: _by_function(_tanh, torch.tanh),
-    nn.LayerNorm: _by_function(_layer_norm, F.layer_norm, "normalized_shape", "weight", "bias", "eps"),
-    nn.GroupNorm: _by_function(
-        _group_norm, _contiguous_group_norm, "num_groups", "weight", "bias", "eps"
-    ),
+    nn.LayerNorm: _layer_norm_module,
+    nn.GroupNorm: _group_norm_module,
     nn.MaxPool2d: _max_pool_module,
 }
-_COMPILABLE = (None, _linear_module, _convolution_module, _flatten, _without_parameters)
+_COMPILABLE = (
+    *(None, _linear_module, _convolution_module, _flatten, _without_parameters),
+    *(_layer_norm_module, _group_norm_module),
+)
 # What a module's call comes down to, in its class or, patched, in the instance.
 FORWARD_NAMES = ("forward", "_conv_forward")
 

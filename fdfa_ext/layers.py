@@ -42,9 +42,10 @@ class Block:
 
     def forward(self, x: Tensor) -> Tensor:
         own = self.block_pass
-        if own is None or own.dual is None:
+        dual = None if own is None else own.dual_here()
+        if own is None or dual is None:
             return self.plain(x)
-        return own.on_dual_tensor(x, self.traced_call(own) if own.dual.compiling else own.call)
+        return own.on_dual_tensor(dual, x, self.traced_call(own) if dual.compiling else own.call)
 
     def returns_channels_first(self) -> bool | None:
         """As fusion has it, of what the block returns."""

@@ -88,8 +88,8 @@ class FDFA(nn.Module):
     trained by its exact gradient. In eval mode or under `torch.no_grad()` it is `module`, unperturbed.
 
     Each backward updates the feedback once, so N accumulated batches are N updates of B. The input gets
-    no gradient. One thread at a time may run a model. Within DistributedDataParallel or fully_shard all
-    processes train as one does with the whole batch.
+    no gradient. One thread at a time may train a model. Within DistributedDataParallel or fully_shard
+    all processes train as one does with the whole batch.
 
     The module may be changed between two steps: each training forward runs it as it is then. A block
     that replaces another under its name trains on with that one's B; a new name gets a new B. A module

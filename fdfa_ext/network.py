@@ -5,6 +5,7 @@ import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -70,9 +71,10 @@ class Network:
         self.checked = False
         self._perturbed: dict[str, Any] = {}
         self._overriding: dict[str, Any] = {}
+        self._threads: dict[str, int] = {}  # that which runs a pass
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"plan": None}  # for copies, whose modules are others
+        return self.__dict__ | {"plan": None, "_threads": {}}  # for copies, whose modules are others
 
     def look_at(self, module: Any) -> Plan:
         """The plan of the module as it is, made again where something has changed since."""
@@ -212,14 +214,21 @@ class Network:
                 break
         if self.sample_index is not None:
             dual.sample_index = sample_index_of(module, self.sample_index, args, kwargs)
+        if not dual.compiling:
+            dual.thread = get_ident()
+            if self._threads.setdefault("one", dual.thread) != dual.thread:  # one step for all threads
+                raise RuntimeError(
+                    "FDFA: another thread runs a training forward of this model; one thread at a time "
+                    "may train it: take a lock around its steps, or give each thread a copy"
+                )
         outer = self.passes[0].dual  # of a pass that computes itself again within, as a checkpoint does
-        for block, own in zip(self.blocks.values(), self.passes, strict=True):
-            own.dual = dual
-            if isinstance(block, Block) and block.block_pass is not own and own.name == own.module:
-                block.block_pass = own
         plan = self.plan
         replaced: list[tuple[nn.Module, Any]] = []
         try:
+            for block, own in zip(self.blocks.values(), self.passes, strict=True):
+                own.dual = dual
+                if isinstance(block, Block) and block.block_pass is not own and own.name == own.module:
+                    block.block_pass = own
             if plan is not None and plan.forwards and not dual.compiling:
                 _replace_forwards(plan.forwards, replaced)
             if dual.compiling:
@@ -253,6 +262,8 @@ class Network:
                     del inner.__dict__["forward"]
                 else:
                     inner.__dict__["forward"] = forward
+            if outer is None:
+                self._threads.clear()
 
     def refuse_stage(self) -> None:
         """For what wants a whole model."""

@@ -213,8 +213,8 @@ def _end_at_output(
 ) -> Any:
     """The network ends with what this forward returns; what the model makes of it is autograd's."""
     result = forward(*args, **kwargs)
-    assert running.dual is not None, "a pass runs"
-    return running.dual.end_at(name, result, channels_first)
+    dual = running.dual_here()
+    return result if dual is None else dual.end_at(name, result, channels_first)
 
 
 def _forward_by_rule(
@@ -222,8 +222,9 @@ def _forward_by_rule(
 ) -> Any:
     """running: any block's pass."""
     result, is_dual = call_by_rule(module, rule, *args, **kwargs)
-    if is_dual and running.dual is not None and running.dual.rules is not None:
-        running.dual.rules.watch(result)
+    dual = running.dual_here() if is_dual else None
+    if dual is not None and dual.rules is not None:
+        dual.rules.watch(result)
     return result
 
 

@@ -10,7 +10,7 @@ from nets import NETS, batch, step
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fdfa_ext import FDFA, FDFALinear
+from fdfa_ext import FDFA, FDFABlock, FDFALinear
 from fdfa_ext.methods import METHODS, KolenPollack
 
 # inductor compiles slowly: the README's net stands for all.
@@ -36,6 +36,40 @@ def test_compiled_training_is_the_eager_one(
     for key, value in models[0].state_dict().items():
         torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
     assert models[1].noise_state[1] == 3
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm1d(6), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6)],
+    ids=lambda norm: type(norm).__name__,
+)
+@pytest.mark.parametrize("is_behind_noise", [False, True])
+def test_a_block_with_a_norm_compiles(
+    device: torch.device, norm: nn.Module, is_behind_noise: bool
+) -> None:
+    """Before the first noise, where nothing has a tangent, and behind it."""
+    torch._dynamo.reset()
+    norm = copy.deepcopy(norm)
+    blocks: list[nn.Module] = [FDFALinear(9, 9)] if is_behind_noise else []
+    if isinstance(norm, nn.GroupNorm):
+        blocks.append(nn.Unflatten(1, (1, 3, 3)))
+        blocks.append(FDFABlock(nn.Conv2d(1, 6, 3, padding=1), norm, nn.ReLU()))
+        blocks.append(nn.Flatten())
+        features = 54
+    else:
+        blocks.append(FDFABlock(nn.Linear(9, 6), norm, nn.ReLU()))
+        features = 6
+    net = nn.Sequential(*blocks, FDFALinear(features, 5), nn.Linear(5, 3)).to(device)
+    x, y = torch.randn(8, 9, device=device), torch.arange(8, device=device) % 3
+    eager = FDFA(net, feedback_lr=0.05, example_input=x)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    for forward in (eager, compiled):
+        optimizer = torch.optim.SGD(forward.parameters(), lr=0.05)
+        for _ in range(3):
+            step(forward, optimizer, x, y)
+    for key, value in eager.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 class OwnRule(KolenPollack):

@@ -34,6 +34,55 @@ class _Attention(nn.Module):
         return self.out(self.second(self.first(x)[:, None]).squeeze(1))
 
 
+class _Waits(nn.Module):
+    """Halts a forward in the middle, if it is that of one thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread, self.is_here, self.goes_on = 0, threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if threading.get_ident() == self.thread:
+            self.is_here.set()
+            assert self.goes_on.wait(60)
+        return x
+
+
+@pytest.mark.parametrize("at", [None, ["0", "2"]], ids=["blocks", "points"])
+def test_a_second_thread_evaluates_and_does_not_train(at: list[str] | None) -> None:
+    waits = _Waits()
+    hidden: list[nn.Module] = [FDFALinear(6, 8), FDFALinear(8, 8)]
+    if at is not None:
+        hidden = [nn.Linear(6, 8), nn.Linear(8, 8)]
+    net = nn.Sequential(hidden[0], waits, hidden[1], nn.Linear(8, 3))
+    x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    model = FDFA(net, at=at, example_input=x)
+    alone = FDFA(nn.Sequential(*copy.deepcopy(hidden), copy.deepcopy(net[3])), at=at and ["0", "1"])
+    alone.noise_state.copy_(model.noise_state)
+    with torch.no_grad():
+        expected = net(x)
+
+    def train() -> None:
+        waits.thread = threading.get_ident()
+        F.cross_entropy(model(x), y).backward()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    assert waits.is_here.wait(60)
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        with pytest.raises(RuntimeError, match="another thread runs a training forward of this model"):
+            model(x)
+    finally:
+        waits.goes_on.set()
+        thread.join()
+    F.cross_entropy(alone(x), y).backward()
+    for (name, mine), theirs in zip(model.module.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+    F.cross_entropy(model(x), y).backward()  # another thread may, once the first is through
+
+
 def test_models_in_threads_of_their_own_train_as_one_after_the_other() -> None:
     """torch has one level of forward mode, and one choice of attention, for all threads."""
     x, y = batch("mlp")

@@ -7,6 +7,7 @@
 #include <random>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -17,8 +18,8 @@
 #include "tests/reference.h"
 
 // Random parameters for all CPU kernels, with every instruction set of this CPU, against the reference.
-// Every array lies on the heap in exactly its size, so that the address sanitizer, with which this is
-// built, sees a read or write one byte beyond it.
+// Every array lies on the heap in exactly its size, so that the address sanitizer sees a read or write
+// one byte beyond it. Built with the thread sanitizer, threads share the units of each call.
 //
 //   kernels_fuzz [seconds] [seed]
 
@@ -133,14 +134,28 @@ class Twin {
   std::unique_ptr<T[]> sides_[2];
 };
 
+#ifdef __SANITIZE_THREAD__
+constexpr bool kInThreads = true;
+#else
+constexpr bool kInThreads = false;
+#endif
+
 // The units in parts, as threads would take them.
 template <class F>
 void in_parts(Random& random, int64_t units, const F& kernel) {
+  std::vector<std::thread> threads;
   for (int64_t begin = 0; begin < units;) {
     const int64_t end = random.coin() ? units : random.between(begin, units);
-    if (begin < end) kernel(begin, end);
+    if (begin < end) {
+      if (kInThreads) {
+        threads.emplace_back(kernel, begin, end);
+      } else {
+        kernel(begin, end);
+      }
+    }
     begin = end;
   }
+  for (std::thread& thread : threads) thread.join();
 }
 
 struct Fuzz {

@@ -161,6 +161,14 @@ def linear(draw: Draw, kind: str, inputs: int) -> str:
     return f"{kind}({inputs}, {draw(integers(1, 12))}{bias}{activation})"
 
 
+def other_convolution(draw: Draw, shape: tuple[int, ...]) -> str:
+    """Of sequences, with tokens for channels, or of volumes."""
+    options = f", stride={draw(sampled([1, 1, 2]))}, padding={draw(sampled([0, 1]))}"
+    options += draw(sampled(["", "", ", bias=False"]))
+    kernel, outputs = draw(integers(1, 3)), draw(integers(1, 6))
+    return f"nn.Conv{len(shape) - 1}d({shape[0]}, {outputs}, {kernel}{options})"
+
+
 def convolution(draw: Draw, kind: str, channels: int, keeps_size: bool) -> str:
     kernel = draw(sampled([1, 3])) if keeps_size else draw(integers(1, 3))
     outputs, groups = draw(integers(1, 6)), 1
@@ -208,11 +216,13 @@ def norm(draw: Draw, shape: tuple[int, ...]) -> list[str]:
     those of two features or less return signs."""
     if shape[-1] < 3:
         return []
-    if len(shape) == 3:
+    if len(shape) == 4:
+        kinds = [f"nn.BatchNorm3d({shape[0]})", f"nn.GroupNorm(1, {shape[0]})"]
+    elif len(shape) == 3:
         kinds = [f"nn.BatchNorm2d({shape[0]})", f"nn.GroupNorm(1, {shape[0]})"]
         kinds += [f"nn.BatchNorm2d({shape[0]}, affine=False)", f"nn.InstanceNorm2d({shape[0]})"]
     elif len(shape) == 2:
-        kinds = [f"nn.LayerNorm({shape[1]})", f"nn.RMSNorm({shape[1]})"]
+        kinds = [f"nn.LayerNorm({shape[1]})", f"nn.RMSNorm({shape[1]})", f"nn.BatchNorm1d({shape[0]})"]
     else:
         kinds = [
             f"nn.BatchNorm1d({shape[0]})",
@@ -231,9 +241,10 @@ def layer(draw: Draw, kind: str, shape: tuple[int, ...], keeps_size: bool) -> st
 
 def block(draw: Draw, shape: tuple[int, ...], keeps_size: bool = False) -> str:
     """FDFALinear, FDFAConv2d, or an FDFABlock of such a layer with norm, activation and pool."""
-    if draw(booleans()):
+    is_other = len(shape) == 4 or (len(shape) == 2 and draw(integers(0, 5)) == 0)
+    if not is_other and draw(booleans()):
         return layer(draw, "FDFA", shape, keeps_size)
-    first = layer(draw, "nn.", shape, keeps_size)
+    first = other_convolution(draw, shape) if is_other else layer(draw, "nn.", shape, keeps_size)
     after = shape_after(first, shape)
     if after is None:
         return first  # which does not fit
@@ -241,6 +252,10 @@ def block(draw: Draw, shape: tuple[int, ...], keeps_size: bool = False) -> str:
     if draw(integers(0, 5)) == 0:
         modules = [*norm(draw, shape), first]
     modules += [draw(sampled(FUNCTIONS))] if draw(integers(0, 3)) else []
+    if len(shape) == 1:  # where the strides, in whose order masks are drawn, are those of the reference
+        modules += sometimes(draw, "nn.Dropout(0.3)", 6)
+    if is_other and draw(booleans()):
+        modules.append(f"nn.{draw(sampled(['Max', 'Avg']))}Pool{len(shape) - 1}d(2)")
     if len(shape) == 3 and not keeps_size and draw(booleans()):
         modules.append(pool(draw))
     if len(shape) == 2 and draw(integers(0, 4)) == 0:
@@ -267,6 +282,8 @@ def head(draw: Draw, inputs: int, outputs: int) -> list[str]:
 
 
 def input_shape(draw: Draw, dimensions: int) -> tuple[int, ...]:
+    if dimensions == 4:
+        return draw(sampled([1, 2])), draw(integers(1, 4)), draw(integers(3, 5)), draw(integers(3, 5))
     if dimensions == 3:
         return draw(sampled([1, 1, 2, 3])), draw(integers(3, 12)), draw(integers(3, 12))
     if dimensions == 2:
@@ -276,8 +293,8 @@ def input_shape(draw: Draw, dimensions: int) -> tuple[int, ...]:
 
 def chain(draw: Draw) -> Net:
     """A Sequential of blocks, with outputs of samples, tokens or pixels."""
-    start = shape = input_shape(draw, draw(sampled([1, 1, 2, 3, 3])))
-    each = len(shape) > 1 and draw(integers(0, 3)) == 0  # token or pixel has outputs
+    start = shape = input_shape(draw, draw(sampled([*[1, 1, 2, 3, 3] * 3, 4])))
+    each = len(shape) in (2, 3) and draw(integers(0, 3)) == 0  # token or pixel has outputs
     modules: list[str] = []
     for i in range(draw(integers(1, 3))):
         for code in [block(draw, shape, each), *between(draw, shape, each)]:
@@ -389,7 +406,7 @@ options = st.builds(
     noise=sampled(["gaussian", "rademacher"]),
     patch=sampled([1, 1, 1, 2, 3, 4]),
     example=sampled([True, True, False]),
-    dtype=sampled([*[torch.float32] * 7, torch.bfloat16]),
+    dtype=sampled([*[torch.float32] * 7, torch.bfloat16, torch.float16]),
     adam=booleans(),
     seed=integers(0, 1000),
 )
@@ -506,7 +523,7 @@ def loss_of(model: FDFA, outputs: Tensor) -> Tensor:
 Results = dict[str, Tensor]
 Operation = Callable[..., Results]  # of a twin and the inputs
 # Relative to the largest element: of sums of tens of terms, through a few layers and back.
-TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 INTERNAL = (AssertionError, AttributeError, LookupError, ArithmeticError, NameError, RecursionError)
 
 
@@ -595,6 +612,7 @@ def definition(model: FDFA, x: Tensor) -> Results:
         for name in (name for name in names if ":" not in name):
             hook = partial(lambda name, _, __, y: change(name, y), name)
             module.get_submodule(name).register_forward_hook(hook)
+        torch.manual_seed(0)  # masks of dropout are those of every forward here
         return module(x.contiguous())
 
     plain = copy.deepcopy(model.module)
@@ -668,10 +686,12 @@ class Nets(RuleBasedStateMachine):
     """A net with the reference of it, and what a user may do with it."""
 
     fused: Twin
+    precision: torch.dtype  # of what is being done
+    is_compiled: bool = False
 
     @initialize(net=nets(), options=options, batch=batches)
     def wrap(self, net: Net, options: Options, batch: Batch) -> None:
-        self.net, self.options = net, options
+        self.net, self.options, self.precision = net, options, options.dtype
         torch.manual_seed(options.seed)
         module = make(net.code)
         with torch.no_grad():
@@ -794,7 +814,7 @@ class Nets(RuleBasedStateMachine):
                 raise Fault(f"{key} is {t.tolist()}, and of the reference {expected[key].tolist()}")
             if expected[key].isfinite().all() and not t.isfinite().all():
                 raise Fault(f"{key} is not finite, that of the reference is")
-        tolerance = TOLERANCE[self.options.dtype]
+        tolerance = TOLERANCE[self.precision]
         wrong = {key: e for key, e in errors(found, expected).items() if not e < tolerance}
         if not wrong:
             return
@@ -809,7 +829,7 @@ class Nets(RuleBasedStateMachine):
         self, operation: Operation, inputs: Sequence[Tensor], start: Twin
     ) -> dict[str, float]:
         """How far the reference moves with its weights and inputs, if these do so by some roundings."""
-        few = min(32 * torch.finfo(self.options.dtype).eps, 2**-5)
+        few = min(32 * torch.finfo(self.precision).eps, 2**-5)
         given = [*map(in_dtype, inputs)]
 
         def results(twin: Twin, given: Sequence[Tensor]) -> Results:
@@ -850,7 +870,8 @@ class Nets(RuleBasedStateMachine):
 
         def trains(twin: Twin, x: Tensor) -> Results:
             defined = clears and twin is self.reference
-            expected = definition(copy.deepcopy(twin.model), x.detach()) if defined else {}
+            with torch.random.fork_rng(devices=[]):
+                expected = definition(copy.deepcopy(twin.model), x.detach()) if defined else {}
             counts["compared with the definition"] += bool(expected)
             output = twin.model(x)
             loss = loss_of(twin.model, output)
@@ -866,6 +887,49 @@ class Nets(RuleBasedStateMachine):
             return found
 
         self.both(trains, x)
+
+    @rule(batch=batches, dtype=sampled([torch.bfloat16, torch.float16]))
+    def train_under_autocast(self, batch: Batch, dtype: torch.dtype) -> None:
+        """Which leaves float64 alone, so that the reference is exact."""
+        if self.options.dtype != torch.float32:
+            return
+
+        def trains_under_autocast(twin: Twin, x: Tensor) -> Results:
+            with torch.autocast("cpu", dtype):
+                output = twin.model(x)
+            loss_of(twin.model, output).backward()
+            return {"output": output.detach()}
+
+        self.precision = dtype
+        try:
+            self.both(trains_under_autocast, self.input(batch))
+        finally:
+            self.precision = self.options.dtype
+
+    @rule(batch=batches)
+    def train_compiled(self, batch: Batch) -> None:
+        """A step without a compiler of kernels; of one net in twenty, since it takes seconds."""
+        if self.options.seed % 20 or self.is_compiled:
+            return
+        self.is_compiled = True
+        x = self.input(batch)
+
+        def trains_compiled(twin: Twin, x: Tensor) -> Results:
+            torch._dynamo.reset()
+            is_compiled = twin.model.backend == "fused"
+            output = (torch.compile(twin.model, backend="aot_eager") if is_compiled else twin.model)(x)
+            loss = loss_of(twin.model, output)
+            loss.backward()
+            return {"output": output.detach(), "loss": loss.detach()}
+
+        try:
+            quietly(trains_compiled, copy.deepcopy(self.fused), [x])
+        except Exception as error:
+            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                self.check_kind(error, self.fused.model.module, x)
+            counts[f"not compiled: {str(error)[:60]}"] += 1
+        else:
+            self.both(trains_compiled, x)
 
     @rule(batches=st.lists(batches, min_size=2, max_size=4))
     def train_on(self, batches: list[Batch]) -> None:
@@ -918,6 +982,7 @@ class Nets(RuleBasedStateMachine):
             twin.model.train(not evaluates)
             with torch.set_grad_enabled(evaluates):
                 plain = copy.deepcopy(twin.model.module)(x)
+                torch.manual_seed(0)  # as `quietly` has it
                 output = twin.model(x)
             twin.model.train()
             if not torch.equal(output, plain):
@@ -1059,7 +1124,7 @@ class Nets(RuleBasedStateMachine):
 
         self.both(fails, self.input(batch))
 
-    @rule(batch=batches, change=sampled(["narrow", "wide", "one more", "one less", "int"]))
+    @rule(batch=batches, change=sampled(["narrow", "wide", "one more", "one less", "none", "int"]))
     def wrong_input(self, batch: Batch, change: str) -> None:
         x = self.input(batch).detach()
         bad = {
@@ -1067,6 +1132,7 @@ class Nets(RuleBasedStateMachine):
             "wide": lambda: torch.cat([x, x], -1),
             "one more": lambda: x.unsqueeze(0),
             "one less": lambda: x[0],
+            "none": lambda: x[:0],
             "int": lambda: x.long(),
         }[change]()
 
