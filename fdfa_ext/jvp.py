@@ -6,8 +6,9 @@ JVP rule here, a shorter way with the library's own kernels, which takes the tan
 
 - a function that is affine in its input maps the tangent without its bias;
 - one with a symmetric Jacobian has its VJP for a JVP, for which the library has a kernel: elementwise
-  functions, softmax, and batch-norm, whose Jacobian for each channel is γ/σ (I - 11ᵀ/M - x̂x̂ᵀ/M). That
-  of layer-norm and group-norm is such a matrix with γ as a factor of its rows;
+  functions, softmax, and batch-norm, whose Jacobian for each channel is γ/σ (I - 11ᵀ/M - x̂x̂ᵀ/M), as is
+  instance-norm's for each channel of a sample. That of layer-norm and group-norm is such a matrix with γ
+  as a factor of its rows. torch's forward mode of them takes 1/σ³, which overflows in float16;
 - max-pooling takes the tangent of the winner.
 
 A module in a sequence is given primal and tangent apart. Where user code runs, both travel as
@@ -291,6 +292,22 @@ def _batch_norm(
     return _symmetric(lambda t: function(t, *rest), (weight, bias), x, tangent)
 
 
+def _instance_norm(
+    function: Any,
+    x: Tensor,
+    tangent: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    rest = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _symmetric(lambda t: function(t, *rest), (weight, bias), x, tangent)
+
+
 def _symmetric(
     function: Callable[[Tensor], Tensor], parameters: Iterable[Any], x: Tensor, tangent: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -318,21 +335,20 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor] | None:
-    if not single_precision(x) or not _is_float32(weight, bias):
+    if x.dtype == torch.float64:
         return None
     shape = list(normalized_shape)
-    y, mean, inverse_std = torch.native_layer_norm(x, shape, weight, bias, eps)
-    ty = aten.native_layer_norm_backward(
-        tangent,
-        x.detach(),
-        shape,
-        mean.detach(),
-        inverse_std.detach(),
-        None,
-        None,
-        [True, False, False],
-    )[0]
-    return y, ty if weight is None else ty.mul_(weight.detach())
+    if single_precision(x) and _is_float32(weight, bias):
+        y, mean, inverse_std = torch.native_layer_norm(x, shape, weight, bias, eps)
+        x = x.detach()
+    else:
+        y = function(x, shape, weight, bias, eps)
+        x, tangent = x.detach().float(), tangent.float()
+        _, mean, inverse_std = torch.native_layer_norm(x, shape, None, None, eps)
+    statistics = (mean.detach(), inverse_std.detach())
+    only_input = (True, False, False)
+    ty = aten.native_layer_norm_backward(tangent, x, shape, *statistics, None, None, only_input)[0]
+    return y, (ty if weight is None else ty.mul_(weight.detach())).to(y.dtype)
 
 
 def _rms_norm(
@@ -392,18 +408,23 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor] | None:
     n, channels = x.shape[:2]
-    float32 = single_precision(x) and _is_float32(weight, bias)
-    if not float32 or x.dim() < 3 or x.numel() == 0 or channels % num_groups != 0:
+    if x.dtype == torch.float64 or x.dim() < 3 or x.numel() == 0 or channels % num_groups != 0:
         return None
     x, tangent = _row_major(x), _row_major(tangent)
     sizes = (n, channels, x[0, 0].numel(), num_groups)
-    y, mean, inverse_std = torch.native_group_norm(x, weight, bias, *sizes, eps)
-    ty = aten.native_group_norm_backward(
-        tangent, x.detach(), mean.detach(), inverse_std.detach(), None, *sizes, [True, False, False]
-    )[0]
+    if single_precision(x) and _is_float32(weight, bias):
+        y, mean, inverse_std = torch.native_group_norm(x, weight, bias, *sizes, eps)
+        x = x.detach()
+    else:
+        y = function(x, num_groups, weight, bias, eps)
+        x, tangent = x.detach().float(), tangent.float()
+        _, mean, inverse_std = torch.native_group_norm(x, None, None, *sizes, eps)
+    statistics = (mean.detach(), inverse_std.detach())
+    only_input = (True, False, False)
+    ty = aten.native_group_norm_backward(tangent, x, *statistics, None, *sizes, only_input)[0]
     if weight is not None:
         ty.mul_(weight.detach().view(-1, *[1] * (x.dim() - 2)))
-    return y, ty
+    return y, ty.to(y.dtype)
 
 
 def _row_major(x: Tensor) -> Tensor:
@@ -502,6 +523,7 @@ _FUNCTION_RULES: dict[Any, FunctionRule] = {
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), _sigmoid),
     **dict.fromkeys((torch.tanh, Tensor.tanh), _tanh),
     F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
     **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
@@ -527,7 +549,7 @@ def _group_norm_of_primal(input: Tensor, *rest: Any, **named: Any) -> Tensor:
     return _GROUP_NORM(_row_major(input), *rest, **named)
 
 
-def _instance_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
+def _contiguous_instance_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:
     # Of one sample torch 2.13's backward is wrong for a gradient in channels_last, as blocks have it.
     y = _INSTANCE_NORM(input, *rest, **named)
     if len(y) == 1 and y.requires_grad:
@@ -596,7 +618,7 @@ def _by_products(function: Any, *args: Any, **named: Any) -> Any:
 _STAND_INS: dict[Any, Callable[..., Any]] = {
     F.conv2d: reference.convolve,
     F.group_norm: _contiguous_group_norm,
-    F.instance_norm: _instance_norm,
+    F.instance_norm: _contiguous_instance_norm,
     F.relu: _relu_in_place,
     **{function: partial(_by_products, function) for function in ATTENTION_RULES},
 }

@@ -1,6 +1,7 @@
 """Jacobian-vector products by rule: whatever shorter way is taken, they are torch's forward mode's."""
 
 import contextlib
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from nets import Residue
 from torch import Tensor, nn
 
-from fdfa_ext.duals import forward_mode, has_tangent, make_dual
+from fdfa_ext.duals import forward_mode, has_tangent, make_dual, unpack_dual
 from fdfa_ext.jvp import FunctionRules, forward_dual, function_rules
 
 
@@ -551,3 +552,39 @@ def test_attention_drops_in_other_types(dtype: torch.dtype) -> None:
         x = forward_ad.make_dual(q, t)
         y = F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
         assert forward_ad.unpack_dual(y).tangent.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.LayerNorm(16), (4, 16)),
+        (nn.RMSNorm(16), (4, 16)),
+        (nn.GroupNorm(2, 4), (3, 4, 5)),
+        (nn.BatchNorm1d(16), (8, 16)),
+        (nn.BatchNorm2d(4), (3, 4, 5, 5)),
+        (nn.InstanceNorm2d(4), (3, 4, 5, 5)),
+        (nn.InstanceNorm1d(4, affine=True), (3, 4, 9)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@pytest.mark.parametrize("as_function", [False, True])
+def test_norms_of_small_numbers_in_16_bits(
+    dtype: torch.dtype, norm: nn.Module, shape: tuple[int, ...], as_function: bool
+) -> None:
+    """Of σ = 0.01, 1/σ³ is beyond float16."""
+    torch.manual_seed(0)
+    x, tangent = (torch.randn(shape) / 100).to(dtype), torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.linspace(0.5, 2, parameter.numel()))
+    given = copy.deepcopy(norm).to(dtype)
+    _, expected = forward_dual(copy.deepcopy(norm).double(), x.double(), tangent.double())
+    if as_function:
+        with forward_mode(), function_rules():
+            y, ty = unpack_dual(given(make_dual(x, tangent)))
+    else:
+        y, ty = forward_dual(given, x, tangent)
+    assert y.dtype == ty.dtype == dtype
+    error = (ty.double() - expected).abs().max() / expected.detach().abs().max()
+    assert error < 4 * torch.finfo(dtype).eps
