@@ -7,8 +7,9 @@ JVP rule here, a shorter way with the library's own kernels, which takes the tan
 - a function that is affine in its input maps the tangent without its bias;
 - one with a symmetric Jacobian has its VJP for a JVP, for which the library has a kernel: elementwise
   functions, softmax, and batch-norm, whose Jacobian for each channel is γ/σ (I - 11ᵀ/M - x̂x̂ᵀ/M), as is
-  instance-norm's for each channel of a sample. That of layer-norm and group-norm is such a matrix with γ
-  as a factor of its rows. torch's forward mode of them takes 1/σ³, which overflows in float16;
+  that of instance-norm for each channel of a sample. Those of layer-norm and group-norm are such
+  matrices with γ as a factor of the rows. torch's forward mode of norms takes 1/σ³, which overflows in
+  float16;
 - max-pooling takes the tangent of the winner.
 
 A module in a sequence is given primal and tangent apart. Where user code runs, both travel as
