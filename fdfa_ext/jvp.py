@@ -84,18 +84,11 @@ def forward_dual(module: nn.Module, x: Tensor, tangent: Tensor | None) -> Primal
 
     The primal keeps its autograd graph to the module's parameters; the tangent has none. A tangent that
     the module drops comes back as None. While torch.compile traces, it must be called within a dual
-    level.
+    level and TracedRules.
     """
     rule = _module_rule(module)
-    if tangent is not None and torch.compiler.is_compiling():
-        # It traces no gradient within the forward pass, and no forward mode of batch-norm.
-        if isinstance(module, BATCH_NORMS) and rule is not None:
-            fixed: Any = None if module.training else module.running_var
-            weight: Any = module.weight
-            ty = batch_norm_tangent(x.detach(), tangent, weight, fixed, module.eps)
-            return module(x), ty.to(tangent.dtype)
-        if rule not in _COMPILABLE:
-            rule = None
+    if tangent is not None and torch.compiler.is_compiling() and rule not in _COMPILABLE:
+        rule = None
     return _by_forward_mode(module, x, tangent) if rule is None else rule(module, x, tangent)
 
 
@@ -408,9 +401,9 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor] | None:
-    n, channels = x.shape[:2]
-    if x.dtype == torch.float64 or x.dim() < 3 or x.numel() == 0 or channels % num_groups != 0:
+    if x.dtype == torch.float64 or x.dim() < 2 or x.numel() == 0 or x.shape[1] % num_groups != 0:
         return None
+    n, channels = x.shape[:2]
     x, tangent = _row_major(x), _row_major(tangent)
     sizes = (n, channels, x[0, 0].numel(), num_groups)
     if single_precision(x) and _is_float32(weight, bias):
@@ -697,6 +690,75 @@ class PointRules(FunctionRules):
     stand_ins = _STAND_INS | {F.conv2d: _conv2d, Tensor.view: _view}
 
 
+def _traced_batch_norm(
+    function: Any,
+    x: Tensor,
+    tangent: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    fixed = None if training else running_var
+    # Before the function moves running_var.
+    ty = batch_norm_tangent(x.detach(), tangent, weight, fixed, eps)
+    y = function(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return y, ty.to(y.dtype)
+
+
+def _traced_instance_norm(
+    function: Any,
+    x: Tensor,
+    tangent: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    def of_all(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().repeat(len(x))
+
+    one = (1, -1, *x.shape[2:])  # sample, with the channels of all
+    fixed = None if use_input_stats else of_all(running_var)
+    given = (x.detach().reshape(one), tangent.reshape(one), of_all(weight), fixed)
+    ty = batch_norm_tangent(*given, eps).view(x.shape)
+    y = function(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return y, ty.to(y.dtype)
+
+
+_TRACED_RULES: dict[Any, FunctionRule] = {
+    F.batch_norm: _traced_batch_norm,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.instance_norm: _traced_instance_norm,
+}
+
+
+class TracedRules(TorchFunctionMode):
+    """The rules of norms, whose forward mode torch.compile cannot trace. It traces no gradient within
+    the forward pass, which those of eager steps ask for."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is Tensor.unflatten:  # whose code, called as a function, it cannot trace within a mode
+            return args[0].unflatten(*args[1:], **named)
+        if func in _TRACED_RULES and args:
+            x, tangent = traced_unpack_dual(args[0])
+            if tangent is not None:
+                pair = _TRACED_RULES[func](func, x, tangent, *args[1:], **named)
+                if pair is not None:
+                    return traced_make_dual(*pair)
+        return func(*args, **named)
+
+
 _RULES, _POINT_RULES = FunctionRules(), PointRules()
 
 
@@ -810,12 +872,6 @@ def has_fused_pool(pool: nn.MaxPool2d) -> bool:
     return not (pool.ceil_mode or pool.return_indices) and pool.dilation in (1, (1, 1))
 
 
-_layer_norm_module = _by_function(
-    _layer_norm, F.layer_norm, "normalized_shape", "weight", "bias", "eps"
-)
-_group_norm_module = _by_function(
-    _group_norm, _group_norm_of_primal, "num_groups", "weight", "bias", "eps"
-)
 MODULE_RULES: dict[type[nn.Module], ModuleRule] = {
     nn.Linear: _linear_module,
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution_module),
@@ -830,14 +886,13 @@ MODULE_RULES: dict[type[nn.Module], ModuleRule] = {
     nn.SiLU: _by_function(_silu, F.silu),
     nn.Sigmoid: _by_function(_sigmoid, torch.sigmoid),
     nn.Tanh: _by_function(_tanh, torch.tanh),
-    nn.LayerNorm: _layer_norm_module,
-    nn.GroupNorm: _group_norm_module,
+    nn.LayerNorm: _by_function(_layer_norm, F.layer_norm, "normalized_shape", "weight", "bias", "eps"),
+    nn.GroupNorm: _by_function(
+        _group_norm, _group_norm_of_primal, "num_groups", "weight", "bias", "eps"
+    ),
     nn.MaxPool2d: _max_pool_module,
 }
-_COMPILABLE = (
-    *(None, _linear_module, _convolution_module, _flatten, _without_parameters),
-    *(_layer_norm_module, _group_norm_module),
-)
+_COMPILABLE = (None, _linear_module, _convolution_module, _flatten, _without_parameters)
 # What a module's call comes down to, in its class or, patched, in the instance.
 FORWARD_NAMES = ("forward", "_conv_forward")
 

@@ -5,6 +5,7 @@ learns if it has one; passes, noise, memory orders and autograd are taken care o
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
@@ -93,7 +95,8 @@ class WeightPerturbation(Method):
             state = step.feedback.ranks.noise_state(state, kind=0, rows=0)
         used = F.pad(state[:2], (0, 1))  # V is one for the batch, whichever sample is its first
         direction = partial(_direction, step.operators, step.noise)
-        with forward_mode(), function_rules(), torch.no_grad():
+        attention = sdpa_kernel(SDPBackend.MATH) if compiling else nullcontext()
+        with forward_mode(), function_rules(), attention, torch.no_grad():
             duals = {
                 name: traced_make_dual(parameter.detach(), direction(used, index, parameter))
                 for index, (name, parameter) in enumerate(named)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -25,7 +26,7 @@ from fdfa_ext.duals import (
     unpack_dual,
 )
 from fdfa_ext.evaluation import evaluating, restore_buffers, save_buffers
-from fdfa_ext.jvp import point_rules
+from fdfa_ext.jvp import TracedRules, point_rules
 from fdfa_ext.layers import Block
 from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, kept_activation, nodes_behind
 from fdfa_ext.plan import MakeForward, Plan, is_overridden
@@ -373,10 +374,10 @@ def _traced(
     module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """The module's call for a compiler."""
-    with forward_mode() if dual.perturbs else nullcontext():
+    if not dual.perturbs:
+        return _check_type(module(*args, **kwargs)), None
+    with forward_mode(), TracedRules(), sdpa_kernel(SDPBackend.MATH):  # that which has a forward mode
         output = _check_type(module(*args, **kwargs))
-        if not dual.perturbs:
-            return output, None
         output, tangent = traced_unpack_dual(output)
         return output, None if tangent is None else tangent.detach()
 

@@ -1,13 +1,14 @@
 """torch.compile of the training step: no graph break, the eager result for the same noise."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from marks import slow_but
 from nets import NETS, batch, step
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fdfa_ext import FDFA, FDFABlock, FDFALinear
@@ -38,29 +39,52 @@ def test_compiled_training_is_the_eager_one(
     assert models[1].noise_state[1] == 3
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [nn.BatchNorm1d(6), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.RMSNorm(6)],
-    ids=lambda norm: type(norm).__name__,
-)
-@pytest.mark.parametrize("is_behind_noise", [False, True])
-def test_a_block_with_a_norm_compiles(
-    device: torch.device, norm: nn.Module, is_behind_noise: bool
-) -> None:
-    """Before the first noise, where nothing has a tangent, and behind it."""
+class Residual(nn.Sequential):
+    """x + body(x): user code, through which dual tensors go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def image_net(norm: Callable[[int], nn.Module]) -> nn.Module:
+    """A norm before the first noise, behind it, within user code, and after the last block."""
+    first = FDFABlock(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 4, 3, padding=1), norm(4), nn.ReLU())
+    inner = FDFABlock(nn.Conv2d(4, 4, 3, padding=1), norm(4), nn.Tanh())
+    own = FDFABlock(Residual(nn.Conv2d(4, 4, 3, padding=1), norm(4), nn.ReLU()))
+    return nn.Sequential(first, inner, own, norm(4), nn.Flatten(), nn.Linear(64, 3))
+
+
+def dense_net(norm: Callable[[int], nn.Module]) -> nn.Module:
+    first, inner = FDFABlock(nn.Linear(16, 6), norm(6)), FDFABlock(nn.Linear(6, 6), norm(6), nn.GELU())
+    return nn.Sequential(
+        first, inner, FDFABlock(Residual(norm(6), nn.Linear(6, 6))), norm(6), nn.Linear(6, 3)
+    )
+
+
+def transformer(norm_first: bool) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
+    blocks = [FDFABlock(nn.Unflatten(1, (4, 4)), nn.Linear(4, 8)), FDFABlock(layer)]
+    return nn.Sequential(*blocks, nn.LayerNorm(8), nn.Flatten(), nn.Linear(32, 3))
+
+
+WITH_NORMS = {
+    "BatchNorm1d": lambda: dense_net(nn.BatchNorm1d),
+    "LayerNorm": lambda: dense_net(nn.LayerNorm),
+    "RMSNorm": lambda: dense_net(nn.RMSNorm),
+    "BatchNorm2d": lambda: image_net(nn.BatchNorm2d),
+    "GroupNorm": lambda: image_net(lambda channels: nn.GroupNorm(2, channels)),
+    "InstanceNorm": lambda: image_net(lambda channels: nn.InstanceNorm2d(channels, affine=True)),
+    "post-norm": lambda: transformer(False),
+    "pre-norm": lambda: transformer(True),
+}
+
+
+@pytest.mark.parametrize("name", slow_but([*WITH_NORMS], "LayerNorm", "GroupNorm", "pre-norm"))
+def test_norms_and_attention_compile(device: torch.device, name: str) -> None:
     torch._dynamo.reset()
-    norm = copy.deepcopy(norm)
-    blocks: list[nn.Module] = [FDFALinear(9, 9)] if is_behind_noise else []
-    if isinstance(norm, nn.GroupNorm):
-        blocks.append(nn.Unflatten(1, (1, 3, 3)))
-        blocks.append(FDFABlock(nn.Conv2d(1, 6, 3, padding=1), norm, nn.ReLU()))
-        blocks.append(nn.Flatten())
-        features = 54
-    else:
-        blocks.append(FDFABlock(nn.Linear(9, 6), norm, nn.ReLU()))
-        features = 6
-    net = nn.Sequential(*blocks, FDFALinear(features, 5), nn.Linear(5, 3)).to(device)
-    x, y = torch.randn(8, 9, device=device), torch.arange(8, device=device) % 3
+    torch.manual_seed(0)
+    net = WITH_NORMS[name]().to(device)
+    x, y = torch.randn(8, 16, device=device), torch.arange(8, device=device) % 3
     eager = FDFA(net, feedback_lr=0.05, example_input=x)
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -69,7 +93,7 @@ def test_a_block_with_a_norm_compiles(
         for _ in range(3):
             step(forward, optimizer, x, y)
     for key, value in eager.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
 class OwnRule(KolenPollack):

@@ -907,6 +907,8 @@ class Nets(RuleBasedStateMachine):
             self.both(trains_under_autocast, self.input(batch))
         finally:
             self.precision = self.options.dtype
+        # Sums of a backward for the next step of B, which `follow` does not see, would be of that precision.
+        self.zero_grad(to_none=True)
 
     @rule(batch=batches)
     def train_compiled(self, batch: Batch) -> None:
