@@ -474,6 +474,13 @@ class FDFA(nn.Module):
         module = self.__dict__.get("_modules", {}).get("module")
         return None if module is None or name.startswith("_") else getattr(module, name, None)
 
+    def _get_name(self) -> str:
+        """That of the module's class, by which transformers' Trainer knows how its labels lie."""
+        return self.module._get_name()
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
     def extra_repr(self) -> str:
         options = {
             "method": type(self.method).__name__,

@@ -466,4 +466,5 @@ def test_a_printed_model_shows_its_options() -> None:
         "backend=fused",
     ):
         assert option in shown
+    assert shown.startswith("FDFA(")
     assert repr(model.module[0]) in shown

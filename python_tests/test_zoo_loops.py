@@ -3,6 +3,7 @@
 Skipped where the package is missing: `make test-zoo`.
 """
 
+import copy
 import importlib
 import re
 import runpy
@@ -140,6 +141,23 @@ def test_a_trainer_evaluates_and_resumes_from_its_checkpoint(
     assert (first / "model.safetensors").exists()
     resumed.train(resume_from_checkpoint=str(first))
     assert_same_state(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("make_net", [image_classifier, language_model])
+def test_a_trainer_smooths_labels_as_those_of_the_net_lie(make_net: Any) -> None:
+    """It shifts those of a language model, whose class it knows by name."""
+    library("accelerate")
+    transformers = library("transformers")
+    data = IMAGES if make_net is image_classifier else SENTENCES
+    inputs = {name: torch.stack([torch.as_tensor(d[name]) for d in data[:4]]) for name in data[0]}
+    example = {name: value for name, value in inputs.items() if name != "labels"}
+    arguments = transformers.TrainingArguments(
+        output_dir="smoothed", label_smoothing_factor=0.1, report_to="none", use_cpu=True
+    )
+    net = make_net().eval()
+    model = FDFA(copy.deepcopy(net), at="auto", example_input=example).eval()
+    losses = [transformers.Trainer(m, arguments).compute_loss(m, dict(inputs)) for m in (net, model)]
+    torch.testing.assert_close(losses[1], losses[0])
 
 
 def assert_same_state(a: nn.Module, b: nn.Module) -> None:
