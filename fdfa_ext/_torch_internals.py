@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules import module as nn_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 # Dual tensors while a compiler traces, which forward_ad's functions hide behind Python that it cannot
 # follow. An eager step has csrc/dual.h. There is no level but 0.
@@ -81,6 +82,13 @@ MODULE_CONTENTS = (
 # The functions that nn.Module's call goes through, and what Module.compile puts into an instance.
 CALL_NAMES = ("__call__", "_call_impl")
 COMPILED_CALL = "_compiled_call_impl"
+
+
+def remove_global_hook(hook: RemovableHandle) -> None:
+    """As hook.remove(), which leaves behind that a hook of all modules takes keywords: torch.compile
+    then warns of hooks."""
+    hook.remove()
+    nn_module._global_forward_hooks_with_kwargs.pop(hook.id, None)
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:

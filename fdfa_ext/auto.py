@@ -146,6 +146,12 @@ def _no_point(traced: Trace, output: str | None, names: dict[nn.Module, str]) ->
     shape = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
     hidden = [call for call in traced.calls if call.makes_features and _has_matrices(call.module)]
     found = "no layer returns features"
+    if len(hidden) == 1 and hidden[0].output is result:
+        return (
+            f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__}: its only layer '
+            f"{names[hidden[0].module]!r} is the output layer, which learns by its exact gradient. "
+            "Train the model as it is, or add a hidden layer"
+        )
     if hidden:
         features: Any = hidden[0].output
         found = f"layer {names[hidden[0].module]!r} returns {list(features.shape)}"

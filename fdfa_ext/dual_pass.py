@@ -32,7 +32,7 @@ from fdfa_ext.jvp import (
     without_rules,
 )
 from fdfa_ext.noise import channels_last, memory_format_of
-from fdfa_ext.own_code import OutputLayer, OwnCodeRules, expose, leaves_behind
+from fdfa_ext.own_code import OutputLayer, OutputWalk, OwnCodeRules, expose, leaves_behind
 from fdfa_ext.patches import as_image, as_sequence
 from fdfa_ext.positions import Cells, Members, Positions, Same, Source
 from fdfa_ext.reference import NEEDS_PRE_ACTIVATION
@@ -171,7 +171,7 @@ class DualPass:
     biased: list[int] = field(default_factory=list)  # their blocks' places in records
     rules: OwnCodeRules | None = None  # where user code runs
     in_checkpoint: bool = False  # whether all of it is
-    exposes: bool = False  # whether blocks hand out activations with a graph
+    walk: OutputWalk | None = None  # where blocks hand out activations with a graph
     exposed: list[Tensor] = field(default_factory=list)  # those
     end: NetworkEnd | None = None  # where the network ends within the model
     thread: int = 0  # that runs it
@@ -228,6 +228,10 @@ class DualPass:
             output, tangent = unpack_dual(result)
             end.output = end.finish(output, None if tangent is None else tangent.detach())
             return end.output
+
+    @property
+    def exposes(self) -> bool:
+        return self.walk is not None
 
     @property
     def has_positions(self) -> bool:
@@ -409,9 +413,10 @@ class BlockPass:
                     y, ty = call(x, tangent)
                 finally:
                     rules.within_block = False
-            if dual.exposes:
+            if dual.walk is not None:
                 r = dual.records[-1]
-                dual.exposed.append(expose(r.output, r.anchor, r.saved_activation, r.activation))
+                given = (r.output, r.anchor, r.saved_activation, r.activation)
+                dual.exposed.append(expose(*given, dual.walk))
                 y = r.of_user(dual.exposed[-1]).view(y.shape)
             result: Tensor = y if ty is None else make_dual(y, ty)
             if rules is not None and ty is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.parameter import UninitializedParameter
 
 from fdfa_ext._torch_internals import fused_adam_, graph_break
@@ -208,15 +209,16 @@ class FeedbackStep:
         self, names: Sequence[str], gradients: list[Tensor], rows: int, are_common: bool = False
     ) -> None:
         """Moves the B of these blocks along their gradients, or the means of these over the processes
-        unless they are common to all; none if a gradient is not finite or there are no rows."""
+        unless they are common to all; none if a gradient or its square is not finite, or there are no
+        rows."""
         if torch.compiler.is_compiling():
             graph_break("FDFA: this method moves its feedback outside the compiled graph")
         any_rows: Tensor | bool = rows > 0
         if self.ranks is not None and not are_common:
             gradients, any_rows = self.ranks.mean(gradients, rows, names)
         matrices, *moments = self.select(names)
-        # A sum keeps what is not finite, and is far cheaper than a test of each element.
-        finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite().all()
+        # A norm keeps what has no finite square, and is far cheaper than a test of each element.
+        finite = torch.stack([vector_norm(gradient) for gradient in gradients]).isfinite().all()
         finite = finite & any_rows
         if self.own is not None:
             if finite:

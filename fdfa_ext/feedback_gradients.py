@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from fdfa_ext._torch_internals import running_backward, when_backward_ends
@@ -41,7 +42,7 @@ class _Withheld:
         self.total, self.count, self.not_averaged = None, 0, 0
 
     def add(self, gradient: Tensor, backwards: int) -> None:
-        total = gradient.sum()
+        total = vector_norm(gradient)
         # As in FeedbackStep.move; what is zero throughout is of a batch without rows.
         if gradient.is_cpu:
             if not total.isfinite() or (total == 0 and not gradient.any()):

@@ -34,7 +34,7 @@ _CHANNELS_FIRST = (
 )
 _FEATURES_LAST = (
     *(nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding),
-    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention, nn.RNNBase),
 )
 
 # Of the inputs that the operators take; a norm has no other in common with them.

@@ -149,11 +149,14 @@ class FDFAConv2d(Block, nn.Conv2d):
         return partial(own.conv2d, self)
 
     def plain(self, x: Tensor) -> Tensor:
-        if reference.skips_pixels(x, self.weight, self.stride, self.padding) and self._is_torchs():
+        if not self._is_torchs():
+            return ACTIVATIONS[self.activation](nn.Conv2d.forward(self, x))
+        weight = self.weight  # once: a parametrization computes it, and may count how often
+        if reference.skips_pixels(x, weight, self.stride, self.padding):
             geometry = (self.stride, self.padding, self.dilation, self.groups)
-            pre = reference.convolve(x, self.weight, self.bias, *geometry)
+            pre = reference.convolve(x, weight, self.bias, *geometry)
         else:
-            pre = nn.Conv2d.forward(self, x)
+            pre = self._conv_forward(x, weight, self.bias)
         return ACTIVATIONS[self.activation](pre)
 
     def extra_repr(self) -> str:

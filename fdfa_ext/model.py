@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import math
+import numbers
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -199,6 +200,10 @@ class FDFA(nn.Module):
                 raise ValueError(
                     f"FDFA: {argument} must be one of {', '.join(known)}{others}; got {value!r}"
                 )
+        for name, number in (("feedback_lr", feedback_lr), ("eps", eps)):
+            _check_number(name, number)
+        for beta in betas:
+            _check_number("betas", beta)
         if feedback == "ema" and not 0 < feedback_lr < 1:
             raise ValueError(
                 f'FDFA: feedback_lr must be in (0, 1) for feedback="ema"; got {feedback_lr}'
@@ -291,6 +296,7 @@ class FDFA(nn.Module):
 
     @feedback_lr.setter
     def feedback_lr(self, value: float) -> None:
+        _check_number("feedback_lr", value)
         if not 0 <= value < math.inf:
             raise ValueError(f"FDFA: feedback_lr must be finite and not negative; got {value}")
         if self.rule == "ema" and value > 1:  # 1 takes the estimate itself, as the first of a mean
@@ -835,3 +841,8 @@ def _takes_keywords(module: nn.Module, inputs: dict[str, Any]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real | Tensor):
+        raise TypeError(f"FDFA: {name} must be a number; got {value!r}")

@@ -28,7 +28,13 @@ from fdfa_ext.duals import (
 from fdfa_ext.evaluation import evaluating, restore_buffers, save_buffers
 from fdfa_ext.jvp import TracedRules, point_rules
 from fdfa_ext.layers import Block
-from fdfa_ext.own_code import OwnCodeRules, cut_from_blocks, kept_activation, nodes_behind
+from fdfa_ext.own_code import (
+    OutputWalk,
+    OwnCodeRules,
+    cut_from_blocks,
+    kept_activation,
+    nodes_behind,
+)
 from fdfa_ext.plan import MakeForward, Plan, is_overridden
 from fdfa_ext.points import BLOCKS, At, channels_first_at, check_module, find_points
 from fdfa_ext.warning import warn
@@ -133,7 +139,8 @@ class Network:
         if plan.has_points:
             return self._run(module, dual, args, kwargs)
         # Whether activations are kept is seen by their tangents.
-        dual.exposes = plan.exposes if dual.perturbs else bool(plan.own_code)
+        if plan.exposes if dual.perturbs else plan.own_code:
+            dual.walk = OutputWalk()
         dual.takes_biases = dual.takes_output_layer and dual.backend is fused and not dual.exposes
         if not plan.own_code:
             return self._run(module, dual, args, kwargs)
@@ -475,8 +482,8 @@ def _on_dual_tensors(
             plan.output_weight = weight
         result, tangent = unpack_dual(output)
         outputs.append(result)
-    if dual.exposes and rules.layer is None:
-        result = cut_from_blocks(result, [t for t in dual.exposed if t.requires_grad])
+    if dual.walk is not None and rules.layer is None:
+        result = cut_from_blocks(result, [t for t in dual.exposed if t.requires_grad], dual.walk)
     return result, None if tangent is None else tangent.detach()
 
 

@@ -134,26 +134,49 @@ class OwnCodeRules(FunctionRules):
 # and ends there: each block cuts its input off from it, and so does the output part.
 
 
-def expose(output: Tensor, anchor: Tensor, saved_activation: Tensor, activation: str) -> Tensor:
-    """A block's output y [N, *features], from which gradients go to the block's anchor, as δ does."""
-    exposed: Tensor = _Exposed.apply(output, anchor, saved_activation, activation)
+class OutputWalk:
+    """Whether the output's gradient is on its way to the parameters behind the blocks. One that a block
+    has too would lead it on into that block."""
+
+    __slots__ = ("runs",)
+
+    def __init__(self) -> None:
+        self.runs = False
+
+
+def expose(
+    output: Tensor, anchor: Tensor, saved_activation: Tensor, activation: str, walk: OutputWalk
+) -> Tensor:
+    """A block's output y [N, *features], from which gradients go to the block's anchor, as δ does.
+
+    walk: that of the pass, which ends here.
+    """
+    exposed: Tensor = _Exposed.apply(output, anchor, saved_activation, activation, walk)
     return exposed
 
 
 class _Exposed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, anchor: Tensor, saved_activation: Tensor, activation: str
+        ctx: Any,
+        output: Tensor,
+        anchor: Tensor,
+        saved_activation: Tensor,
+        activation: str,
+        walk: OutputWalk,
     ) -> Tensor:
         ctx.save_for_backward(saved_activation)
-        ctx.activation = activation
+        ctx.activation, ctx.walk = activation, walk
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
+        if ctx.walk.runs:
+            return None, None, None, None, None
         (saved_activation,) = ctx.saved_tensors
-        return None, through_activation(ctx.activation, saved_activation, grads[0]), None, None
+        delta = through_activation(ctx.activation, saved_activation, grads[0])
+        return None, delta, None, None, None
 
 
 _EXPOSED_NODE = backward_node_of(_Exposed)
@@ -181,29 +204,39 @@ def nodes_behind(*tensors: Tensor) -> set[Any]:
     return seen
 
 
-def cut_from_blocks(output: Tensor, exposed: Sequence[Tensor]) -> Tensor:
+def cut_from_blocks(output: Tensor, exposed: Sequence[Tensor], walk: OutputWalk) -> Tensor:
     """The output, whose gradient reaches the parameters behind the blocks, and no block."""
     if not output.requires_grad:
         return output
     leaves = leaves_behind(output)
     if not leaves:
         return output.detach()
-    cut: Tensor = _OutputPart.apply((output,), exposed, *leaves)
+    cut: Tensor = _OutputPart.apply((output,), exposed, walk, *leaves)
     return cut
 
 
 class _OutputPart(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, graph: Sequence[Tensor], exposed: Sequence[Tensor], *leaves: Tensor
+        ctx: Any,
+        graph: Sequence[Tensor],
+        exposed: Sequence[Tensor],
+        walk: OutputWalk,
+        *leaves: Tensor,
     ) -> Tensor:
         """graph: the output, in a tuple for autograd not to see it."""
-        ctx.graph, ctx.inputs = graph, (*leaves, *exposed)
+        ctx.graph, ctx.walk, ctx.inputs = graph, walk, (*leaves, *exposed)
         return graph[0].detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Those of what blocks expose are for backward hooks on the way, which wait for them. Losses on
         # activations may walk the same graph after this.
-        found = torch.autograd.grad(ctx.graph, ctx.inputs, grads, retain_graph=True, allow_unused=True)
-        return None, None, *found[: len(ctx.needs_input_grad) - 2]
+        ctx.walk.runs = True
+        try:
+            found = torch.autograd.grad(
+                ctx.graph, ctx.inputs, grads, retain_graph=True, allow_unused=True
+            )
+        finally:
+            ctx.walk.runs = False
+        return None, None, None, *found[: len(ctx.needs_input_grad) - 3]

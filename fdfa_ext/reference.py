@@ -472,9 +472,10 @@ def feedback_step(
     )
     for i, (matrix, saved, target) in enumerate(zip(feedback, saved_activations, targets, strict=True)):
         if target is not None:
-            # Nothing moves where the target is not finite: one batch that overflowed must not spoil B.
-            finite = target.isfinite()
             gradient = decay * matrix - target
+            # Nothing moves where the target is not finite, or what Adam makes of it: one batch that
+            # overflowed must not spoil B.
+            finite = (target if updates is None else gradient * gradient).isfinite()
             step = lr * gradient
             if updates is not None:
                 m, v = exp_avg[i], exp_avg_sq[i]

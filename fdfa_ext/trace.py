@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from fdfa_ext._torch_internals import hooks_of, is_compiled
+from fdfa_ext._torch_internals import hooks_of, is_compiled, remove_global_hook
 from fdfa_ext.duals import first_tensor, slow_attention
 from fdfa_ext.evaluation import evaluating
 
@@ -78,7 +78,7 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
             with _all_learning(module):
                 result = module(*args, **kwargs)
         finally:
-            hook.remove()
+            remove_global_hook(hook)
         yield Trace(module, calls, result)
 
 

@@ -401,3 +401,15 @@ def test_what_the_state_was_made_for_cannot_be_changed(name: str, value: str) ->
     with pytest.raises(AttributeError, match=f"FDFA: {name} cannot be changed"):
         setattr(model, name, value)
     assert getattr(model, name) is before
+
+
+def test_names_that_feedback_cannot_tell_apart_are_refused() -> None:
+    """B of block `a.b` is saved as `a/b`."""
+    inner = nn.Sequential(OrderedDict(b=FDFALinear(6, 6)))
+    net = nn.Sequential(
+        OrderedDict([("a/b", FDFALinear(6, 6)), ("a", inner), ("out", nn.Linear(6, 3))])
+    )
+    with pytest.raises(
+        ValueError, match=r"name of block or point 'a\.b' differs from another's in '/'"
+    ):
+        FDFA(net)

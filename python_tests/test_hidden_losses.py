@@ -98,6 +98,50 @@ def test_a_kept_activations_loss_is_added_to_delta(method: str, backend: str) ->
         )
 
 
+class SharesWithTheOutput(nn.Module):
+    """A weight and a norm that are the block's, and of what stands behind it."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor], keeps: bool) -> None:
+        super().__init__()
+        norm = nn.LayerNorm(12)
+        self.hidden = FDFABlock(nn.Linear(12, 12), nn.GELU(), norm)
+        self.norm, self.out = norm, nn.Linear(12, 12, bias=False)
+        self.out.weight = self.hidden[0].weight
+        self.end, self.keeps = end, keeps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x)
+        self.kept = h if self.keeps else None
+        return self.end(self.out(self.norm(h)))
+
+
+ENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda y: y,
+    "log_softmax": lambda y: y.log_softmax(1),
+    "product": lambda y: y * 2,
+    "slice": lambda y: y[:, :6],
+}
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("method", ["fdfa", "dkp"])
+def test_a_parameter_of_block_and_output_gets_the_outputs_gradient_once(
+    method: str, end: str, keeps: bool
+) -> None:
+    """B is zero, so that the block has no error."""
+    x = torch.randn(16, 12)
+    net = SharesWithTheOutput(ENDS[end], keeps)
+    plain = copy.deepcopy(net)
+    model = FDFA(net, method=method, feedback_lr=0.0, example_input=x)
+    model(x).square().sum().backward()
+    plain.hidden.register_forward_hook(lambda module, inputs, output: output.detach())
+    plain(x).square().sum().backward()
+    for (name, p), expected in zip(net.named_parameters(), plain.parameters(), strict=True):
+        wanted = torch.zeros_like(p) if expected.grad is None else expected.grad
+        torch.testing.assert_close(p.grad, wanted, msg=name)
+
+
 def sequence() -> nn.Sequential:
     members = blocks()
     members["third"] = nn.Sequential(nn.Tanh(), members["third"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fdfa_ext import FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.layers import ACTIVATIONS
@@ -71,3 +71,19 @@ def test_an_unknown_activation_is_refused_by_name() -> None:
 def test_repr_shows_the_activation() -> None:
     assert "activation=relu" in repr(FDFALinear(2, 2, activation="relu"))
     assert "activation=tanh" in repr(FDFAConv2d(2, 2, 1, activation="tanh"))
+
+
+def test_a_convolution_reads_its_weight_once() -> None:
+    """A parametrization computes it, and spectral_norm moves its vectors each time."""
+    reads: list[int] = []
+
+    class Counts(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            reads.append(1)
+            return weight
+
+    layer = FDFAConv2d(3, 6, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Counts())
+    reads.clear()
+    layer(torch.randn(2, 3, 9, 9))
+    assert len(reads) == 1

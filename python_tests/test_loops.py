@@ -135,7 +135,8 @@ def test_feedback_moves_by_the_mean_over_accumulated_batches() -> None:
         torch.testing.assert_close(b.grad, sum(each) / 2)
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_of_the_mean() -> None:
+@pytest.mark.parametrize("weight", [torch.inf, 1e25])
+def test_a_gradient_of_infinite_square_is_left_out_of_the_mean(weight: float) -> None:
     model = FDFA(mlp(), feedback="grad", example_input=INPUT[:2])
     plain(model, torch.optim.SGD(model.parameters(), lr=0.1))
     model.zero_grad()
@@ -143,7 +144,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_of_the_mean() -> None:
     F.cross_entropy(model(INPUT), TARGET).backward()
     F.cross_entropy(twin(INPUT), TARGET).backward()
     with torch.no_grad():
-        model.module[-1].weight.fill_(torch.inf)
+        model.module[-1].weight.fill_(weight)
     model(INPUT).sum().backward()
     for each in (model, twin):
         each.give_feedback_gradients()

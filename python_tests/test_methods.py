@@ -451,6 +451,18 @@ def test_an_error_that_is_not_finite_leaves_the_feedback_alone(rule: str, method
 
 
 @pytest.mark.parametrize("method", [ForwardFeedback, KolenPollack, OwnKolenPollack])
+def test_adam_outlives_an_error_whose_square_is_infinite(method: Any) -> None:
+    """The step is finite, and what Adam keeps of it would not be."""
+    model, x, y = make("mlp", method(), feedback_lr=1e-2)
+    for scale in (1.0, 1e25, 1.0, 1.0):
+        model.zero_grad()
+        (loss_of(model, x, y) * scale).backward()
+    for matrix in (*model.feedback.values(), *model.exp_avg.values(), *model.exp_avg_sq.values()):
+        assert matrix.isfinite().all()
+        assert matrix.abs().max() < 1e4
+
+
+@pytest.mark.parametrize("method", [ForwardFeedback, KolenPollack, OwnKolenPollack])
 def test_adam_of_the_feedback_takes_its_betas_and_eps(method: Any) -> None:
     numbers = {"betas": (0.5, 0.8), "eps": 1e-2}
     adam, x, y = make("mlp", method(), feedback_lr=1e-2, **numbers)

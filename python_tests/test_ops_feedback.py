@@ -1,5 +1,6 @@
 """The feedback step computes what the reference in plain torch defines, and a refused one changes nothing."""
 
+import math
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -159,14 +160,18 @@ def test_blocks_of_several_sizes_and_dtypes_step_as_each_would_alone(device: tor
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("rule", ["ema", "adam"])
+@pytest.mark.parametrize(
+    ("rule", "overflows"),
+    [("ema", [math.inf, math.nan]), ("adam", [math.inf, math.nan]), ("adam", [1e25, -1e25])],
+)
 def test_a_batch_that_overflowed_leaves_what_it_reached_of_the_feedback_alone(
-    device: torch.device, rule: str
+    device: torch.device, rule: str, overflows: list[float]
 ) -> None:
-    """The rest of B moves as ever: a tangent of inf or NaN at one output reaches one row of B."""
+    """The rest of B moves as ever: a tangent of inf or NaN, or one whose square is infinite, reaches one
+    row of B from one output."""
     saved_activation, error = torch.randn(5, 70, device=device), torch.randn(5, 4, device=device)
     tangent = torch.randn(5, 4, device=device)
-    tangent[1, 2], tangent[3, 0] = float("inf"), float("nan")
+    tangent[1, 2], tangent[3, 0] = overflows
     results = []
     for ops in (fused, reference):
         matrices = list((torch.rand(3, 4, 70, generator=torch.Generator().manual_seed(1))).to(device))

@@ -678,7 +678,12 @@ class NotFeatures(nn.Module):
             TypeError,
             r"FDFA: module '0' has a point, so it must return features \[N, \*features\]",
         ),
-        (nn.Sequential(nn.Linear(6, 3)), "auto", ValueError, 'FDFA: at="auto" finds no hidden layer'),
+        (
+            nn.Sequential(nn.Linear(6, 3)),
+            "auto",
+            ValueError,
+            "FDFA: at=\"auto\" finds no hidden layer in Sequential: its only layer '0' is the output layer",
+        ),
     ],
 )
 def test_models_without_place_for_a_point_are_refused(
@@ -1333,6 +1338,34 @@ class _Convolutions(nn.Module):
 def _of_convolutions(gate: Any, outputs: int) -> nn.Sequential:
     middle = [_Convolutions(8, gate()) for _ in range(2)]
     return nn.Sequential(nn.Conv1d(3, 8, 1), *middle, nn.Conv1d(8, outputs, 1))
+
+
+class _OfTokens(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer, self.out = nn.Linear(6, 8), layer, nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        given = (x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else (x,)
+        result: Tensor = self.layer(*given)[0]
+        return self.out(x + result)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "layer", [nn.MultiheadAttention(8, 2, batch_first=True), nn.GRU(8, 8, batch_first=True)]
+)
+def test_torchs_layers_of_tokens_tell_where_features_lie(layer: nn.Module) -> None:
+    """Of as many tokens as features a module of one's own would be warned of."""
+    x = torch.randn(4, 8, 6)
+    assert "layer" in FDFA(_OfTokens(layer), at=["first", "layer"], example_input=x).feedback
+
+
+def test_the_search_for_points_leaves_no_hook() -> None:
+    hooks = {name: dict(held) for name, held in vars(nn.modules.module).items() if "_hooks" in name}
+    FDFA(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), at="auto", example_input=torch.randn(4, 6))
+    assert {name: vars(nn.modules.module)[name] for name in hooks} == hooks
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -198,7 +198,8 @@ struct MaxPoolBackwardParams {
 //   gradient  gradient ← ∇B, delta from the unchanged B
 //   fixed     B stays, there is no G
 // With patches a feature is one of them, whose G is divided by its pixels: the mean of theirs.
-// ema and adam leave an element alone where G is not finite: a batch that overflowed must not spoil B.
+// ema and adam leave an element alone where G is not finite, or for adam its square: a batch that
+// overflowed must not spoil B.
 // FDFA: s = u, the factor is the output's tangent, scale 1 / samples, decay 1 (eq. 8, 10; Algorithm 1,
 // lines 22, 23). Kolen-Pollack: s = y, the factor is the error, scale -1. Fixed: direct feedback
 // alignment.

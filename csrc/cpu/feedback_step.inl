@@ -54,7 +54,7 @@ void update_row(Rule rule, int64_t count, const float* __restrict g, float* __re
       for (int64_t i = 0; i < count; ++i) {
         float m = exp_avg[i], v = exp_avg_sq[i];
         const float moved = adam_update(adam, memory[i], decay * memory[i] - g[i], m, v);
-        const bool finite = is_finite(g[i]);
+        const bool finite = is_finite(v);  // nor g, nor its square
         memory[i] = b[i] = finite ? moved : memory[i];
         exp_avg[i] = finite ? m : exp_avg[i];
         exp_avg_sq[i] = finite ? v : exp_avg_sq[i];

@@ -404,9 +404,13 @@ __device__ void move_by_rule(const Columns<T, kTiles>& columns, const AdamStep& 
   for (int j = 0; j < 4; ++j) {
     const float scaled = p.scale * g[j];
     gradient[j] = p.decay * b[j] - scaled;
-    if (kRule == Rule::gradient || !is_finite(scaled)) continue;  // B outlives a batch that overflowed
-    b[j] = kRule == Rule::ema ? b[j] - p.lr * gradient[j]
-                              : adam_update(adam, b[j], gradient[j], m[j], v[j]);
+    // B outlives a batch that overflowed, or whose square does.
+    if (kRule == Rule::ema && is_finite(scaled)) b[j] -= p.lr * gradient[j];
+    if constexpr (kRule == Rule::adam) {
+      float first = m[j], second = v[j];
+      const float moved = adam_update(adam, b[j], gradient[j], first, second);
+      if (is_finite(second)) b[j] = moved, m[j] = first, v[j] = second;
+    }
   }
   if constexpr (kRule == Rule::gradient) {
     store_quad<kWhole>(columns, p.gradient, output, quad, gradient);

@@ -206,7 +206,7 @@ struct FeedbackCase {
   bool has_saved_activation, transposed;
   bool in_place;  // delta, and s if an array, is the saved activation's memory
   bool has_bias = true;
-  bool overflow = false;  // one element of factor and error each is infinite
+  float overflow = 0;  // unless it is 0, one element each of factor and error
   bool tf32 = false;  // allowed; all that is multiplied is of so few bits that it makes no difference
 };
 
@@ -228,7 +228,9 @@ struct FeedbackArrays {
     if (c.tf32) {
       for (Array<float>* array : {&feedback, &error, &factor}) array->round_to(256);
     }
-    if (c.overflow) factor.data()[factor.size() - 1] = error.data()[error.size() / 2] = INFINITY;
+    if (c.overflow != 0) {
+      factor.data()[factor.size() - 1] = error.data()[error.size() / 2] = c.overflow;
+    }
   }
 
   FeedbackParams<T> params(const FeedbackCase& c) {
@@ -334,7 +336,11 @@ void test_overflow(const Sizes& sizes) {
     for (Rule rule : {Rule::ema, Rule::adam, Rule::gradient})
       for (int64_t features : {sizes.features.back(), int64_t{64}})
         test_feedback_blocks<Backend, T>({{sizes.samples.back(), features, outputs, 3, Activation::relu,
-                                           Noise::gaussian, rule, true, false, false, true, true}});
+                                           Noise::gaussian, rule, true, false, false, true, INFINITY}});
+  // A gradient that is finite, and whose square is not.
+  for (int64_t outputs : sizes.outputs)
+    test_feedback_blocks<Backend, T>({{sizes.samples.back(), 64, outputs, 3, Activation::relu,
+                                       Noise::rademacher, Rule::adam, true, false, false, true, 1e25f}});
 }
 
 template <class Backend>
@@ -343,7 +349,7 @@ void test_feedback_in_tf32(const Sizes& sizes) {
     for (int64_t outputs : sizes.outputs)
       test_feedback_blocks<Backend, float>(
           {{sizes.samples.back(), features, outputs, 1, Activation::relu, Noise::rademacher,
-            Rule::gradient, true, false, false, true, false, true}});
+            Rule::gradient, true, false, false, true, 0, true}});
 }
 
 // Sums of many samples and of many outputs, in which an accumulator that cuts off would drift.

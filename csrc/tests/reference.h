@@ -119,7 +119,8 @@ void epilogue(const EpilogueParams<T>& p) {
   }
 }
 
-// B's new value; moves the moments. A G that is not finite leaves both as they were.
+// B's new value; moves the moments. A G that is not finite leaves both as they were, and so does one
+// whose square is not.
 template <class T>
 double moved(const FeedbackParams<T>& p, int64_t at, double g) {
   const double b = p.feedback[at], gradient = double{p.decay} * b - g;
@@ -132,6 +133,7 @@ double moved(const FeedbackParams<T>& p, int64_t at, double g) {
   const double t = static_cast<double>(*p.updates + 1);
   const double m = p.beta1 * p.exp_avg[at] + (1 - p.beta1) * gradient;
   const double v = p.beta2 * p.exp_avg_sq[at] + (1 - p.beta2) * gradient * gradient;
+  if (!std::isfinite(static_cast<float>(v))) return b;
   p.exp_avg[at] = static_cast<float>(m);
   p.exp_avg_sq[at] = static_cast<float>(v);
   const double mean = m / (1 - std::pow(p.beta1, t));

@@ -58,7 +58,7 @@ def build_net(
     if min(height, breadth) < least:
         raise UserError(
             f"model {model} needs images of {least} x {least} pixels or more, got a side of "
-            f"{min(height, breadth)}: use --model mlp or another --dataset"
+            f"{min(height, breadth)}: take model mlp, or a data set of larger images"
         )
     if model == "mlp":
         net = _mlp(channels * height * breadth, n_classes, hidden, width)
