@@ -110,7 +110,7 @@ class Plan:
         self.blocks: dict[str, Any] = {}
         self.passes: list[BlockPass] = []
         points = []
-        names: set[str] = set()  # as those of feedback are, which have no dot
+        saved: set[str] = set()  # their names in a state, which have no dot
         for name, block in self.perturbed.items():
             first = None if isinstance(block, Block) else channels_first_at(module, name)
             for use in range(1, uses.get(name, 1) + 1):
@@ -121,12 +121,12 @@ class Plan:
                         f"FDFA: block or point '{own.name}' has the name of a use of '{name}'; rename "
                         "it"
                     )
-                if own.name.replace(".", "/") in names:
+                if own.name.replace(".", "/") in saved:
                     raise ValueError(
                         f"FDFA: the name of block or point '{own.name}' differs from another's in '/' "
                         "for '.' alone, and they would share feedback; rename it"
                     )
-                names.add(own.name.replace(".", "/"))
+                saved.add(own.name.replace(".", "/"))
                 self.blocks[own.name] = block
                 self.passes.append(own)
                 if isinstance(block, Block):
