@@ -207,7 +207,7 @@ struct FeedbackCase {
   bool in_place;  // delta, and s if an array, is the saved activation's memory
   bool has_bias = true;
   float overflow = 0;  // unless it is 0, one element each of factor and error
-  bool tf32 = false;  // allowed; all that is multiplied is of so few bits that it makes no difference
+  bool tf32 = false;   // allowed; all that is multiplied is of so few bits that it makes no difference
 };
 
 template <class T>
@@ -339,8 +339,9 @@ void test_overflow(const Sizes& sizes) {
                                            Noise::gaussian, rule, true, false, false, true, INFINITY}});
   // A gradient that is finite, and whose square is not.
   for (int64_t outputs : sizes.outputs)
-    test_feedback_blocks<Backend, T>({{sizes.samples.back(), 64, outputs, 3, Activation::relu,
-                                       Noise::rademacher, Rule::adam, true, false, false, true, 1e25f}});
+    test_feedback_blocks<Backend, T>(
+        {{sizes.samples.back(), 64, outputs, 3, Activation::relu, Noise::rademacher, Rule::adam, true,
+          false, false, true, 1e25f}});
 }
 
 template <class Backend>
