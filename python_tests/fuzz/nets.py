@@ -508,9 +508,10 @@ class Twin:
 
 
 def loss_of(model: FDFA, outputs: Tensor) -> Tensor:
-    """Smooth, of all outputs; heads have a loss of their own."""
-    total = outputs.new_zeros(())
-    for output in (outputs, *model.local_outputs):
+    """Smooth, of all outputs; heads have a loss of their own. Its sums would overflow in float16."""
+    wide = torch.promote_types(outputs.dtype, torch.float32)
+    total = outputs.new_zeros((), dtype=wide)
+    for output in (o.to(wide) for o in (outputs, *model.local_outputs)):
         wanted = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
         total = total + (output - wanted).square().sum() / max(len(output), 1)
         if output.dim() == 2 and output.shape[1] > 1:
