@@ -574,6 +574,12 @@ class BlockPass:
                     f"FDFA: {which} dropped the tangent; it is not differentiable in torch's forward "
                     "mode"
                 )
+        if y.dim() == 0 or y.is_meta != dual.noise_state.is_meta:
+            got = "a single number" if y.dim() == 0 else f"a tensor on {y.device}"
+            raise TypeError(
+                f"FDFA: block '{self.name}' must return features [N, *features] on its own device; got "
+                f"{got}"
+            )
         return _behind(pool, None, *self._end(dual, y, ty, chain.channels_first))
 
     def _end(

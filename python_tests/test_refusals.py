@@ -96,6 +96,23 @@ def test_a_module_that_drops_the_tangent_of_some_blocks_is_warned_of() -> None:
         FDFA(net, example_input=torch.randn(2, 6))
 
 
+class Sum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+class ToMeta(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to("meta")
+
+
+@pytest.mark.parametrize(("last", "got"), [(Sum(), "a single number"), (ToMeta(), "a tensor on meta")])
+def test_a_block_that_returns_no_features_is_refused(last: nn.Module, got: str) -> None:
+    net = nn.Sequential(FDFALinear(6, 4), FDFABlock(nn.Linear(4, 4), last), nn.Linear(4, 3))
+    with pytest.raises(TypeError, match=rf"block '1' must return features .* got {got}"):
+        FDFA(net, example_input=torch.randn(2, 6))
+
+
 def test_parameters_between_blocks_are_refused_since_they_would_not_learn() -> None:
     net = nn.Sequential(FDFALinear(6, 4), nn.LayerNorm(4), FDFALinear(4, 4), nn.Linear(4, 3))
     model = FDFA(net)
