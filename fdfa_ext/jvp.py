@@ -271,6 +271,11 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     fixed = (running_mean, running_var)
+    if torch.compiler.is_compiling():  # which traces no gradient within the forward pass
+        # Before the function moves running_var.
+        ty = batch_norm_tangent(x.detach(), tangent, weight, None if training else running_var, eps)
+        y = function(x, *fixed, weight, bias, training, momentum, eps)
+        return y, ty.to(y.dtype)
     if (
         _is_float32_image(x)
         and single_precision(x)
@@ -299,6 +304,17 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     rest = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if torch.compiler.is_compiling():
+
+        def of_all(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.detach().repeat(len(x))
+
+        one = (1, -1, *x.shape[2:])  # sample, with the channels of all
+        var = None if use_input_stats else of_all(running_var)
+        given = (x.detach().reshape(one), tangent.reshape(one), of_all(weight), var)
+        ty = batch_norm_tangent(*given, eps).view(x.shape)
+        y = function(x, *rest)
+        return y, ty.to(y.dtype)
     return _symmetric(lambda t: function(t, *rest), (weight, bias), x, tangent)
 
 
@@ -690,59 +706,16 @@ class PointRules(FunctionRules):
     stand_ins = _STAND_INS | {F.conv2d: _conv2d, Tensor.view: _view}
 
 
-def _traced_batch_norm(
-    function: Any,
-    x: Tensor,
-    tangent: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    fixed = None if training else running_var
-    # Before the function moves running_var.
-    ty = batch_norm_tangent(x.detach(), tangent, weight, fixed, eps)
-    y = function(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return y, ty.to(y.dtype)
-
-
-def _traced_instance_norm(
-    function: Any,
-    x: Tensor,
-    tangent: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    def of_all(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.detach().repeat(len(x))
-
-    one = (1, -1, *x.shape[2:])  # sample, with the channels of all
-    fixed = None if use_input_stats else of_all(running_var)
-    given = (x.detach().reshape(one), tangent.reshape(one), of_all(weight), fixed)
-    ty = batch_norm_tangent(*given, eps).view(x.shape)
-    y = function(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return y, ty.to(y.dtype)
-
-
 _TRACED_RULES: dict[Any, FunctionRule] = {
-    F.batch_norm: _traced_batch_norm,
+    F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
-    F.instance_norm: _traced_instance_norm,
+    F.instance_norm: _instance_norm,
 }
 
 
 class TracedRules(TorchFunctionMode):
-    """The rules of norms, whose forward mode torch.compile cannot trace. It traces no gradient within
-    the forward pass, which those of eager steps ask for."""
+    """The rules of norms, whose forward mode torch.compile cannot trace."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
