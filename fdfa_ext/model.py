@@ -35,6 +35,8 @@ from fdfa_ext.summary import Summary, summarize
 from fdfa_ext.trace import trace
 from fdfa_ext.warning import warn
 
+_STEPS_TO_MOVE = 32  # after which feedback that none has moved is said
+
 
 class _with_signature_of_module:
     """A forward whose signature, as `inspect` tells, is that of the module within: trainers read it to
@@ -339,6 +341,9 @@ class FDFA(nn.Module):
         step = self._step(module, args, kwargs, ranks)
         if not torch.compiler.is_compiling():
             self.network.look_at(module)
+            self.network.forwards += 1
+            if self.network.forwards == _STEPS_TO_MOVE:
+                self._warn_of_still_feedback()
         if not self.network.checked:
             self._prepare(args, kwargs)
             self._in_step_by = _nothing
@@ -622,6 +627,21 @@ class FDFA(nn.Module):
                     "[N, T, D], since a module of your own does not tell; if it is [N, D, T], give at= "
                     "the last of torch's layers within it instead",
                 )
+
+    def _warn_of_still_feedback(self) -> None:
+        """Of B that no step has moved, as its first moment tells."""
+        if self.updates.is_meta or (self.updates.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if int(self.updates) < _STEPS_TO_MOVE // 2:  # of "adam"; most backwards are still to come
+            return
+        still = [name for name, moment in self.exp_avg.items() if not moment.any()]
+        if still:
+            more = f" and {len(still) - 1} more" if len(still) > 1 else ""
+            warn(
+                f"FDFA: feedback has not moved in {int(self.updates)} steps, since what it learns from "
+                f"was zero or not finite in each; it is that of block or point '{still[0]}'{more}. "
+                "Look for a module that multiplies by zero, drops the tangent, or overflows, as in float16"
+            )
 
     def _create(self, record: BlockRecord, outputs: int) -> None:
         """Makes B and its moments, where a block has none yet."""

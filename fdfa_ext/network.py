@@ -58,6 +58,7 @@ class Network:
         sample_index: name of the argument that says of which sample each row of features is.
         uses: how often a forward uses a block, as a dry run found it, where that is more than once.
         dimensions: of the output, as a dry run found them: beyond two a token or pixel is a sample.
+        forwards: training forwards that ran without a compiler.
         first_index: the first block's place in the noise, in a stage of a larger model; None in a whole
             one.
     """
@@ -76,6 +77,7 @@ class Network:
         self.blocks: dict[str, Any] = {}
         self.passes: list[BlockPass] = []
         self.checked = False
+        self.forwards = 0
         self._perturbed: dict[str, Any] = {}
         self._overriding: dict[str, Any] = {}
         self._threads: dict[str, int] = {}  # that which runs a pass

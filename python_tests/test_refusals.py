@@ -96,6 +96,35 @@ def test_a_module_that_drops_the_tangent_of_some_blocks_is_warned_of() -> None:
         FDFA(net, example_input=torch.randn(2, 6))
 
 
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@pytest.mark.parametrize(("factor", "dtype"), [(0.0, torch.float32), (1e38, torch.float32)])
+def test_feedback_that_never_moves_is_said(factor: float, dtype: torch.dtype) -> None:
+    """Its tangent is zero, or overflows."""
+    net = nn.Sequential(FDFALinear(6, 4, activation="tanh"), Times(factor), nn.Tanh(), nn.Linear(4, 3))
+    model = FDFA(net.to(dtype))
+    x = torch.randn(2, 6, dtype=dtype)
+    message = "feedback has not moved in 31 steps.*; it is that of block or point '0'"
+    for _ in range(31):
+        model(x).square().sum().backward()
+    with pytest.warns(UserWarning, match=message):
+        model(x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_feedback_that_moves_is_not_talked_of() -> None:
+    model = FDFA(mlp())
+    for _ in range(40):
+        model(torch.randn(2, 6)).square().sum().backward()
+
+
 class Sum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.sum()
