@@ -640,7 +640,7 @@ class FDFA(nn.Module):
             warn(
                 f"FDFA: feedback has not moved in {int(self.updates)} steps, since what it learns from "
                 f"was zero or not finite in each; it is that of block or point '{still[0]}'{more}. "
-                "Look for a module that multiplies by zero, drops the tangent, or overflows, as in float16"
+                "Look for a module that multiplies by zero, drops the tangent, or overflows"
             )
 
     def _create(self, record: BlockRecord, outputs: int) -> None:
