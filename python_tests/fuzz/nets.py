@@ -704,6 +704,8 @@ class Nets(RuleBasedStateMachine):
         self.example = batch.input(net.shape, options.dtype).detach()
         if len(self.example) < 2 and net.at == "'auto'":  # as the guide says
             reject()
+        if isinstance(plainly(module, self.example), NotImplementedError):  # torch has no such kernel
+            reject()
         try:
             self.fused = Twin(self.wrapped(module, options.example or net.at == "'auto'"), options.adam)
         except Exception as error:
