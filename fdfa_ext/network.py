@@ -144,7 +144,7 @@ class Network:
         if plan.exposes if dual.perturbs else plan.own_code:
             dual.walk = OutputWalk()
         dual.takes_biases = dual.takes_output_layer and dual.backend is fused and not dual.exposes
-        if not plan.own_code:
+        if not plan.may_stray(dual.perturbs):
             return self._run(module, dual, args, kwargs)
         # A pass may be made anew, but buffers, as running statistics, move once.
         buffers = save_buffers(plan.buffers)

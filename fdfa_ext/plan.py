@@ -72,6 +72,7 @@ class Plan:
             user's; None if it found none.
         takes_output_weight: False once a pass has strayed; the layer then stays with autograd.
         own_code: the modules in it that call user code: a forward or a hook.
+        has_unknown: whether `calls` has modules that are given dual tensors.
         buffers: each module's dictionary of them.
         exposes: whether user code keeps hidden activations, so that blocks return them with a graph.
         keeps_activations: whether a dry run saw that; a compiled pass then refuses the model.
@@ -160,6 +161,7 @@ class Plan:
             if plain_type(last) is nn.Linear:
                 self.output_layer = last
                 self.calls.pop()
+        self.has_unknown = any(isinstance(call, _OnDualTensors) for call in self.calls or ())
         running = self.passes[0]
         self.forwards: list[tuple[nn.Module, MakeForward]] = [
             (member, partial(_make_by_rule, running, member, rule))
@@ -173,6 +175,11 @@ class Plan:
             end = partial(partial, _end_at_output, running, output, first)
             self.forwards.append((named[output], end))
         self.guard = self._watch(named.values())
+
+    def may_stray(self, perturbs: bool) -> bool:
+        """Whether user code, or a module that is given dual tensors, may do what a pass did not expect:
+        it is made anew then."""
+        return bool(self.own_code) or (self.has_unknown and perturbs and not self.exposes)
 
     def _watch(self, members: Iterable[nn.Module]) -> Any:
         guard = extension.Guard()

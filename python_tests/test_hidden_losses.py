@@ -98,6 +98,19 @@ def test_a_kept_activations_loss_is_added_to_delta(method: str, backend: str) ->
         )
 
 
+@pytest.mark.parametrize("last", [nn.Hardtanh, nn.Tanh, nn.Softplus])
+def test_statistics_move_once_where_a_new_module_keeps_an_activation(last: type[nn.Module]) -> None:
+    """Autograd does so for one without a JVP rule, and the pass is made anew."""
+    block = FDFABlock(nn.BatchNorm1d(12), nn.Linear(12, 4))
+    net = nn.Sequential(block, nn.Hardtanh(), FDFALinear(4, 4), nn.Linear(4, 3), nn.Tanh())
+    model = FDFA(net, example_input=torch.randn(5, 12))
+    net[4] = last()
+    x = torch.randn(5, 12)
+    model(x).square().sum().backward()
+    assert net[0][0].num_batches_tracked == 1
+    torch.testing.assert_close(net[0][0].running_mean, 0.1 * x.mean(0))
+
+
 class SharesWithTheOutput(nn.Module):
     """A weight and a norm that are the block's, and of what stands behind it."""
 
