@@ -31,7 +31,18 @@ def traced_unpack_dual(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def enter_dual_level() -> None:
-    forward_ad._current_level = torch._C._enter_dual_level()
+    """Raises RuntimeError, and closes it, where a compiled program has left one open: of its levels
+    Python knows nothing, and no later one could be opened."""
+    try:
+        forward_ad._current_level = torch._C._enter_dual_level()
+    except RuntimeError as error:
+        if forward_ad._current_level >= 0:  # the user's
+            raise
+        torch._C._exit_dual_level(level=0)
+        raise RuntimeError(
+            "FDFA: torch.compile broke the graph within a training forward, where tangents are lost; "
+            "compile with fullgraph=True to see where, or leave the model uncompiled"
+        ) from error
 
 
 def exit_dual_level() -> None:

@@ -96,6 +96,23 @@ def test_norms_and_attention_compile(device: torch.device, name: str) -> None:
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
+class Untraceable(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return x * 2
+
+
+def test_a_graph_break_within_the_network_is_said_and_spoils_no_later_step() -> None:
+    torch._dynamo.reset()
+    net = nn.Sequential(FDFALinear(6, 4), Untraceable(), nn.Linear(4, 3))
+    x = torch.randn(5, 6)
+    model = FDFA(net, example_input=x)
+    with pytest.raises(RuntimeError, match=r"FDFA: torch\.compile broke the graph within a training"):
+        torch.compile(model, backend="aot_eager")(x)
+    model(x).sum().backward()
+    assert all(b.any() for b in model.exp_avg.values())
+
+
 class OwnRule(KolenPollack):
     """As every learned feedback but those of the fused operator, it moves by torch's fused Adam."""
 
