@@ -511,18 +511,13 @@ def attach_parts(
     parts = dual.parts(len(output), shares)
     if parts[0] is dual and dual.ranks is None:
         return finish(dual, output, tangent, feedback)
-    if dual.compiling:
-        raise RuntimeError(
-            "FDFA: torch.compile cannot train blocks that have other positions than the output; train "
-            "the model uncompiled"
-        )
     # All parts take the noise and Adam's counter as they are before; one moves the counter on.
     counts = [feedback.updates, *(feedback.updates.clone() for _ in parts[1:])]
     rows = [len(output) if part.source is None else part.source.rows for part in parts]
     states = [
         part.noise_of(part.records[0].index, n).clone() for part, n in zip(parts, rows, strict=True)
     ]
-    if dual.perturbs:
+    if dual.perturbs and not dual.compiling:  # there it is moved
         fused.next_noise(dual.noise_state)
     ends: list[Tensor] = []
     sources: list[Source] = []

@@ -8,6 +8,7 @@ known, and else on torch's forward-mode dual tensors, so that any torch module m
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import get_ident
 from typing import Any
@@ -224,10 +225,25 @@ class DualPass:
         if end.reached:
             raise RuntimeError(f"FDFA: output module '{name}' was used twice in one forward pass")
         end.reached, end.channels_first = True, channels_first
-        with without_rules():
-            output, tangent = unpack_dual(result)
+        with self.apart():
+            output, tangent = self.unpack(result)
             end.output = end.finish(output, None if tangent is None else tangent.detach())
             return end.output
+
+    def apart(self) -> AbstractContextManager[Any]:
+        """Within it primal and tangent are computed with apart, and no rule is asked."""
+        return nullcontext() if self.compiling else without_rules()
+
+    def unpack(self, t: Tensor) -> PrimalTangent:
+        """Primal and tangent of a tensor of user code."""
+        return traced_unpack_dual(t) if self.compiling else unpack_dual(t)
+
+    def make_dual(self, primal: Tensor, tangent: Tensor) -> Tensor:
+        """A tensor for user code."""
+        if self.compiling:
+            return traced_make_dual(primal, tangent)
+        dual: Tensor = make_dual(primal, tangent)
+        return dual
 
     @property
     def exposes(self) -> bool:
@@ -428,10 +444,12 @@ class BlockPass:
         tuple. Autograd goes on from its gradient δ to all that made it behind the points before."""
         if self.dual_here() is None:
             return forward(*args, **kwargs)
-        dual = self._running_pass()
-        self._refuse_checkpoint(dual)
-        result = forward(*args, **kwargs)
-        self._running_pass()  # whose end may be within
+        self._refuse_checkpoint(self._running_pass())
+        return self.perturb_result(channels_first, forward(*args, **kwargs))
+
+    def perturb_result(self, channels_first: bool | None, result: Any) -> Any:
+        """What goes on from a point whose module returned this."""
+        dual = self._running_pass()  # the network's end may be within the module
         own: BlockPass | None = self  # or that of a later use, also one that began within this one
         while own is not None and own.index in dual.seen:
             own = own.later
@@ -447,13 +465,13 @@ class BlockPass:
                 f"FDFA: module '{self.name}' has a point, so it must return features [N, *features], "
                 f"alone or first in a tuple; got {got}"
             )
-        with without_rules():
-            y, ty = unpack_dual(first) if dual.perturbs else (first, None)
+        with dual.apart():
+            y, ty = dual.unpack(first) if dual.perturbs else (first, None)
             if dual.tangents == "block":
                 ty = None
             tangent = None if ty is None else ty.detach()
             output, ty = own._end(dual, y, tangent, channels_first)
-            perturbed = output if ty is None else make_dual(output, ty)
+            perturbed = output if ty is None else dual.make_dual(output, ty)
         return with_first(result, perturbed)
 
     def linear(self, layer: Any, x: Tensor, tangent: Tensor | None) -> PrimalTangent:

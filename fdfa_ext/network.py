@@ -133,10 +133,12 @@ class Network:
         Raises:
             StrayedError: the pass is to be made anew; everything is as before it.
         """
-        plan = self.plan
         if dual.compiling:
             self._check_compilable(module)
+            if self.at is not None or self.output is not None:
+                self._hook_points(module)
             return self._run(module, dual, args, kwargs)
+        plan = self.plan
         assert plan is not None, "as in _run"
         if plan.has_points:
             return self._run(module, dual, args, kwargs)
@@ -283,13 +285,31 @@ class Network:
                 "train by pipeline.step(x, target), and evaluate by pipeline(x)"
             )
 
+    @torch.compiler.assume_constant_result
+    def _hook_points(self, module: nn.Module) -> bool:
+        """Gives points that are no blocks, and the output, a hook for the compiler that traces now."""
+        points = [(name, inner, False) for name, inner in find_points(module, self.at)]
+        if self.output is not None:
+            points.append((self.output, module.get_submodule(self.output), True))
+        hooks: dict[nn.Module, list[_Hook]] = {}
+        for name, inner, is_output in points:
+            if is_output or not isinstance(inner, Block):
+                hook = _Hook(self, name, channels_first_at(module, name), is_output)
+                hooks.setdefault(inner, []).append(hook)
+        for inner, wanted in hooks.items():
+            found = inner._forward_hooks
+            if [hook for hook in found.values() if hook in wanted] == wanted:
+                continue
+            for key in [
+                key for key, hook in found.items() if isinstance(hook, _Hook) and hook.is_of(self)
+            ]:
+                del found[key]
+            for hook in reversed(wanted):
+                inner.register_forward_hook(hook, prepend=True)
+        return True
+
     def _check_compilable(self, module: nn.Module) -> None:
         """A compiler cannot plan: a block that came later would learn by backpropagation."""
-        if self.at is not None or self.output is not None:
-            raise RuntimeError(
-                "FDFA: torch.compile cannot train a model by at= or output=; train it uncompiled, or "
-                "use FDFALinear, FDFAConv2d and FDFABlock"
-            )
         if dict(find_points(module, self.at)) != self._perturbed:
             raise RuntimeError(
                 "FDFA: blocks were exchanged since the last training forward; run one without "
@@ -321,6 +341,51 @@ class Network:
         for name in hooked:
             if of is None or name in of:
                 raise _uncalled_hook(f"module '{name}' has a backward hook")
+
+
+class _Hook:
+    """What a compiler runs in place of the forward that a pass puts on a module at a point, or at the
+    output: it cannot trace that. An eager pass leaves it idle, as any use of the module outside.
+
+    A copy of the module has it without the network, so that it is idle for good.
+    """
+
+    __slots__ = ("channels_first", "is_output", "name", "network")
+
+    def __init__(
+        self, network: Network | None, name: str, channels_first: bool | None, is_output: bool
+    ) -> None:
+        self.network = network
+        self.name = name
+        self.channels_first = channels_first
+        self.is_output = is_output
+
+    def __call__(self, module: nn.Module, inputs: Any, result: Any) -> Any:
+        network = self.network
+        dual = None if network is None else network.passes[0].dual
+        if network is None or dual is None or not dual.compiling:
+            return result
+        if self.is_output:
+            return dual.end_at(self.name, result, self.channels_first)
+        for own in network.passes:
+            if own.name == self.name:
+                return own.perturb_result(self.channels_first, result)
+        return result
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hook) and self._all == other._all and self.network is other.network
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def _all(self) -> tuple[Any, ...]:
+        return self.name, self.channels_first, self.is_output
+
+    def is_of(self, network: Network) -> bool:
+        return self.network is None or self.network is network
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, *self._all)
 
 
 def sample_index_of(
@@ -381,13 +446,16 @@ def _uncalled_hook(whose: str) -> RuntimeError:
 
 def _traced(
     module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """The module's call for a compiler."""
+) -> tuple[Any, Tensor | None]:
+    """The module's call for a compiler; what it returns as in _through_points."""
     if not dual.perturbs:
-        return _check_type(module(*args, **kwargs)), None
+        result = module(*args, **kwargs)
+        return (_check_type(result) if dual.end is None else result), None
     with forward_mode(), TracedRules(), sdpa_kernel(SDPBackend.MATH):  # that which has a forward mode
-        output = _check_type(module(*args, **kwargs))
-        output, tangent = traced_unpack_dual(output)
+        result = module(*args, **kwargs)
+        if dual.end is not None:
+            return result, None
+        output, tangent = traced_unpack_dual(_check_type(result))
         return output, None if tangent is None else tangent.detach()
 
 

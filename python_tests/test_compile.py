@@ -1,7 +1,9 @@
 """torch.compile of the training step: no graph break, the eager result for the same noise."""
 
 import copy
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +96,180 @@ def test_norms_and_attention_compile(device: torch.device, name: str) -> None:
             step(forward, optimizer, x, y)
     for key, value in eager.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+class Tower(nn.Module):
+    """Residual blocks as user code has them, with a norm first."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Linear(16, width)
+        bodies = [(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU()) for _ in range(2)]
+        self.bodies = nn.ModuleList(nn.Sequential(*body) for body in bodies)
+        self.head = nn.Linear(width, 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for body in self.bodies:
+            x = x + body(x)
+        return x
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.features(x))
+
+
+class OwnLoss(Tower):
+    """Returns a dict of a loss of its own, of logits and of a hidden layer, on which the loss is too."""
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.features(x)
+        logits = self.head(hidden)
+        loss = F.cross_entropy(logits, torch.arange(len(x), device=x.device) % 3)
+        return {"loss": loss + hidden.square().mean(), "logits": logits, "hidden": hidden}
+
+
+class Siamese(Tower):
+    """Uses each layer twice."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.features(x) * self.features(x.flip(0)).tanh())
+
+
+class Tokens(Tower):
+    """Has an output for each of four tokens."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x.unsqueeze(1) * torch.arange(1.0, 5.0, device=x.device).view(1, 4, 1))
+
+
+class Pixels(nn.Module):
+    """Has an output for each pixel, and hidden layers of fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.down = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 6, 2, 2)
+        self.up, self.head = nn.ConvTranspose2d(6, 4, 2, 2), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.first(x.view(-1, 1, 4, 4)))
+        return self.head(torch.cat([x, torch.relu(self.up(torch.relu(self.down(x))))], 1))
+
+
+def its_loss(result: Any) -> Tensor:
+    if isinstance(result, dict):
+        loss: Tensor = result["loss"]
+        return loss
+    classes = result.shape[1:2] + result.shape[2:] if result.dim() == 4 else result.shape[-1:]
+    rows = result if result.dim() == 4 else result.view(-1, *classes)
+    return F.cross_entropy(
+        rows, torch.arange(rows[:, 0].numel(), device=rows.device).view_as(rows[:, 0]) % 3
+    )
+
+
+def train(forward: Any, model: FDFA, x: Tensor, steps: int = 2) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        its_loss(forward(x)).backward()
+        optimizer.step()
+
+
+def assert_same_state(model: FDFA, expected: FDFA) -> None:
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def compiled(model: FDFA, compiler: str = "aot_eager") -> Any:
+    return torch.compile(model, fullgraph=True, dynamic=False, backend=compiler)
+
+
+AT: list[tuple[type[nn.Module], Any, str, str]] = [
+    (Tower, "auto", "fdfa", "aot_eager"),
+    (Tower, [nn.Linear, "bodies.0"], "fdfa", "aot_eager"),
+    (Tower, lambda name, module: isinstance(module, nn.Sequential), "dkp", "aot_eager"),
+    (Tower, "auto", "lg-fg-a", "aot_eager"),
+    (OwnLoss, "auto", "fdfa", "aot_eager"),
+    (OwnLoss, "auto", "dfa", "aot_eager"),
+    (OwnLoss, "auto", "fdfa", "inductor"),
+    (Siamese, "auto", "fdfa", "aot_eager"),
+    (Tokens, "auto", "fdfa", "aot_eager"),
+    (Pixels, "auto", "fdfa", "aot_eager"),
+    (Pixels, "auto", "dkp", "aot_eager"),
+]
+
+
+@pytest.mark.parametrize(("kind", "at", "method", "compiler"), slow_but(AT, AT[0], AT[4]))
+@pytest.mark.filterwarnings(
+    "ignore:FDFA. .*keeps a hidden activation", "ignore:FDFA. no parameter learns by"
+)
+def test_points_compile(
+    device: torch.device, kind: type[nn.Module], at: Any, method: str, compiler: str
+) -> None:
+    """Also where an eager step comes between, for which the module has no hook in its way."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net, x = kind().to(device), torch.randn(6, 16, device=device)
+    eager = FDFA(net, at=at, method=method, feedback_lr=0.05, example_input=x)
+    model = copy.deepcopy(eager)
+    forward = compiled(model, compiler)
+    train(eager, eager, x, 4)
+    for step_forward in (forward, model, forward, forward):
+        train(step_forward, model, x, 1)
+    assert_same_state(model, eager)
+
+
+def test_a_net_with_compiled_points_is_copied_saved_and_used_alone() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x = torch.randn(6, 16)
+    model = FDFA(Tower(), at="auto", feedback_lr=0.05, example_input=x)
+    plain = copy.deepcopy(model.module)
+    train(compiled(model), model, x)
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    train(model, model, x)
+    for twin in twins:
+        train(compiled(twin), twin, x)
+        assert_same_state(twin, model)
+    plain.load_state_dict(model.module.state_dict())
+    for net in (plain, model.module, copy.deepcopy(model.module)):
+        net.zero_grad()
+        net(x).square().sum().backward()
+    for a, b in zip(plain.parameters(), model.module.parameters(), strict=True):
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.slow
+def test_two_models_of_one_net_compile_each_with_points_of_its_own() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x, net = torch.randn(6, 16), Tower()
+    pair = (
+        FDFA(net, at="auto", feedback_lr=0.05, example_input=x),
+        FDFA(net, at=[nn.Sequential], method="dfa", example_input=x),
+    )
+    eager = copy.deepcopy(pair)
+    forwards = [*map(compiled, pair)]
+    for i in (0, 1, 0):
+        train(forwards[i], pair[i], x)
+        train(eager[i], eager[i], x)
+    for model, expected in zip(pair, eager, strict=True):
+        assert_same_state(model, expected)
+
+
+def test_a_module_exchanged_at_a_point_is_said_to_the_compiler() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(6, 16)
+    model = FDFA(Tower(), at=["bodies.0"], example_input=x)
+    forward = compiled(model)
+    train(forward, model, x)
+    model.module.bodies[0] = nn.Linear(8, 8)
+    with pytest.raises(Exception, match="FDFA: blocks were exchanged since the last training forward"):
+        forward(x)
+    train(model, model, x, 1)
+    moments = {name: moment.clone() for name, moment in model.exp_avg.items()}
+    train(forward, model, x, 1)
+    assert all(not moment.equal(moments[name]) for name, moment in model.exp_avg.items())
 
 
 class Untraceable(nn.Module):

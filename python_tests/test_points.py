@@ -700,12 +700,6 @@ def test_what_is_no_module_is_refused() -> None:
             make(lambda x: x, at="auto", example_input=torch.randn(4, 6))  # type: ignore[operator]
 
 
-def test_a_compiled_step_is_refused() -> None:
-    model = wrapped(ResidualNet(), torch.randn(4, 6), at="auto")
-    with pytest.raises(Exception, match="cannot train a model by at="):
-        torch.compile(model)(torch.randn(4, 6))
-
-
 class Elsewhere(ResidualNet):
     """Uses its head as often as it is told."""
 
