@@ -342,8 +342,8 @@ class FDFA(nn.Module):
         if not torch.compiler.is_compiling():
             self.network.look_at(module)
             self.network.forwards += 1
-            if self.network.forwards == _STEPS_TO_MOVE:
-                self._warn_of_still_feedback()
+            if self.network.forwards in (1, _STEPS_TO_MOVE):
+                self._look_for_still_feedback()
         if not self.network.checked:
             self._prepare(args, kwargs)
             self._in_step_by = _nothing
@@ -628,19 +628,30 @@ class FDFA(nn.Module):
                     "the last of torch's layers within it instead",
                 )
 
-    def _warn_of_still_feedback(self) -> None:
-        """Of B that no step has moved, as its first moment tells."""
-        if self.updates.is_meta or (self.updates.is_cuda and torch.cuda.is_current_stream_capturing()):
+    def _look_for_still_feedback(self) -> None:
+        """Warns of B that no step has moved, where steps have been taken since the first forward."""
+        changes = sum(p._version for p in self.module.parameters() if not p.is_inference())
+        if self.network.forwards == 1:
+            self._changes_before = changes
             return
-        if int(self.updates) < _STEPS_TO_MOVE // 2:  # of "adam"; most backwards are still to come
+        before = self.__dict__.pop("_changes_before", changes)
+        if self.method.feedback != "learned" or self.noise_state.is_meta:
             return
-        still = [name for name, moment in self.exp_avg.items() if not moment.any()]
+        if self.noise_state.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if changes - before < _STEPS_TO_MOVE // 2 and int(self.updates) < _STEPS_TO_MOVE // 2:
+            return  # most steps are still to come
+        # The first moments of "adam" tell also of B that a saved model had.
+        moved = self.exp_avg if self.rule == "adam" else self.feedback
+        still = [name for name, tensor in moved.items() if not tensor.any()]
         if still:
             more = f" and {len(still) - 1} more" if len(still) > 1 else ""
+            is_parameter = self.rule == "grad"
+            remedy = ", or give the optimizer model.feedback_parameters()" if is_parameter else ""
             warn(
-                f"FDFA: feedback has not moved in {int(self.updates)} steps, since what it learns from "
-                f"was zero or not finite in each; it is that of block or point '{still[0]}'{more}. "
-                "Look for a module that multiplies by zero, drops the tangent, or overflows"
+                f"FDFA: feedback has not moved in {_STEPS_TO_MOVE - 1} steps; it is that of block or "
+                f"point '{still[0]}'{more}, and what it learns from was zero or not finite in each. "
+                f"Look for a module that multiplies by zero, drops the tangent, or overflows{remedy}"
             )
 
     def _create(self, record: BlockRecord, outputs: int) -> None:

@@ -105,24 +105,43 @@ class Times(nn.Module):
         return x * self.factor
 
 
-@pytest.mark.parametrize(("factor", "dtype"), [(0.0, torch.float32), (1e38, torch.float32)])
-def test_feedback_that_never_moves_is_said(factor: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("factor", [0.0, 1e38])
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+def test_feedback_that_never_moves_is_said(rule: str, factor: float) -> None:
     """Its tangent is zero, or overflows."""
-    net = nn.Sequential(FDFALinear(6, 4, activation="tanh"), Times(factor), nn.Tanh(), nn.Linear(4, 3))
-    model = FDFA(net.to(dtype))
-    x = torch.randn(2, 6, dtype=dtype)
-    message = "feedback has not moved in 31 steps.*; it is that of block or point '0'"
-    for _ in range(31):
-        model(x).square().sum().backward()
+    last = nn.Linear(4, 3)
+    net = nn.Sequential(FDFALinear(6, 4, activation="tanh"), Times(factor), nn.Tanh(), last)
+    x = torch.randn(2, 6)
+    model = FDFA(net, feedback=rule, feedback_lr=0.1, example_input=x)
+    parameters = [*last.parameters(), *model.feedback_parameters()]
+    message = "feedback has not moved in 31 steps; it is that of block or point '0'"
     with pytest.warns(UserWarning, match=message):
-        model(x)
+        take_steps(model, torch.optim.SGD(parameters, lr=0.1), x)
+
+
+def take_steps(model: FDFA, optimizer: torch.optim.Optimizer, x: Tensor, steps: int = 40) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+def test_feedback_that_no_optimizer_has_is_said() -> None:
+    x = torch.randn(2, 6)
+    model = FDFA(mlp(), feedback="grad", example_input=x)
+    with pytest.warns(UserWarning, match=r"not moved in 31 steps; .* model\.feedback_parameters\(\)"):
+        take_steps(model, torch.optim.SGD(model.module.parameters(), lr=0.1), x)
 
 
 @pytest.mark.filterwarnings("error")
-def test_feedback_that_moves_is_not_talked_of() -> None:
-    model = FDFA(mlp())
+@pytest.mark.parametrize("rule", ["adam", "ema", "grad"])
+def test_feedback_that_moves_or_is_not_asked_to_is_not_talked_of(rule: str) -> None:
+    x = torch.randn(2, 6)
+    model = FDFA(mlp(), feedback=rule, feedback_lr=0.1, example_input=x)
+    take_steps(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
+    model = FDFA(mlp(), feedback=rule, feedback_lr=0.1, example_input=x)
     for _ in range(40):
-        model(torch.randn(2, 6)).square().sum().backward()
+        model(x)
 
 
 class Sum(nn.Module):
