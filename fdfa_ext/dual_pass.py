@@ -324,7 +324,8 @@ class DualPass:
         rows = record.output.shape[0]
         if index is None or rows != len(index):
             return None
-        if rows == samples and not torch.equal(index, torch.arange(rows, device=index.device)):
+        is_own = torch.arange(rows, device=index.device)
+        if rows == samples and (self.compiling or not torch.equal(index, is_own)):
             raise ValueError(
                 f"FDFA: block or point '{record.name}' has {rows} rows, and these may be the {samples} "
                 "samples or what sample_index has samples of; give a batch whose numbers differ"

@@ -162,6 +162,8 @@ class BlockMethod(Method):
         return [self.feedback_gradient(block) for block in blocks]
 
     def forward(self, step: TrainingStep) -> Any:
+        if self.feedback == "learned" and step.feedback.rule != "grad":
+            step.refuse_compiled_end()
         return step.run(partial(self._attach, step))
 
     def _check(self, dual: DualPass, output: Tensor, feedback: FeedbackStep) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
+from fdfa_ext._torch_internals import COMPILED_CALL
 from fdfa_ext.auto import GRANULARITIES, auto_points, default_output
 from fdfa_ext.autograd import check_blocks
 from fdfa_ext.data_parallel import Ranks, is_measuring, ranks_of_step
@@ -511,6 +512,7 @@ class FDFA(nn.Module):
         processes that train this model."""
         state = self.__dict__ | {"local_outputs": [], "_in_step_by": _nothing}
         del state["_copies"]
+        state.pop(COMPILED_CALL, None)  # a copy would run this model
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,9 +2,11 @@
 
 import inspect
 import sys
+import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
+from itertools import takewhile
 from threading import get_ident
 from typing import Any
 
@@ -298,14 +300,13 @@ class Network:
                 hooks.setdefault(inner, []).append(hook)
         for inner, wanted in hooks.items():
             found = inner._forward_hooks
-            if [hook for hook in found.values() if hook in wanted] == wanted:
-                continue
-            for key in [
-                key for key, hook in found.items() if isinstance(hook, _Hook) and hook.is_of(self)
-            ]:
-                del found[key]
-            for hook in reversed(wanted):
-                inner.register_forward_hook(hook, prepend=True)
+            # Before the user's, as a point is in an eager pass.
+            first = [*takewhile(lambda hook: isinstance(hook, _Hook), found.values())]
+            if [hook for hook in first if _is_of(self, hook)] != wanted:
+                for key in [key for key, hook in found.items() if _is_of(self, hook)]:
+                    del found[key]
+                for hook in reversed(wanted):
+                    inner.register_forward_hook(hook, prepend=True)
         return True
 
     def _check_compilable(self, module: nn.Module) -> None:
@@ -343,22 +344,31 @@ class Network:
                 raise _uncalled_hook(f"module '{name}' has a backward hook")
 
 
+def _none() -> None:
+    """What is gone, as a reference to it."""
+
+
 class _Hook:
     """What a compiler runs in place of the forward that a pass puts on a module at a point, or at the
     output: it cannot trace that. An eager pass leaves it idle, as any use of the module outside.
 
-    A copy of the module has it without the network, so that it is idle for good.
+    A copy of the module has it without the network, so that it is idle for good, as it is once the
+    model is gone.
     """
 
-    __slots__ = ("channels_first", "is_output", "name", "network")
+    __slots__ = ("_network", "channels_first", "is_output", "name")
 
     def __init__(
         self, network: Network | None, name: str, channels_first: bool | None, is_output: bool
     ) -> None:
-        self.network = network
+        self._network = _none if network is None else weakref.ref(network)
         self.name = name
         self.channels_first = channels_first
         self.is_output = is_output
+
+    @property
+    def network(self) -> Network | None:
+        return self._network()
 
     def __call__(self, module: nn.Module, inputs: Any, result: Any) -> Any:
         network = self.network
@@ -381,11 +391,13 @@ class _Hook:
     def _all(self) -> tuple[Any, ...]:
         return self.name, self.channels_first, self.is_output
 
-    def is_of(self, network: Network) -> bool:
-        return self.network is None or self.network is network
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hook, (None, *self._all)
+
+
+def _is_of(network: Network, hook: Any) -> bool:
+    """Whether it is a hook of this network, or of none any more."""
+    return isinstance(hook, _Hook) and hook.network in (None, network)
 
 
 def sample_index_of(

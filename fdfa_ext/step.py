@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fdfa_ext._ops import fused
+from fdfa_ext._torch_internals import graph_break
 from fdfa_ext.autograd import Finish, attach_parts
 from fdfa_ext.data_parallel import Ranks
 from fdfa_ext.dual_pass import DualPass, NetworkEnd
@@ -61,6 +62,15 @@ class TrainingStep:
         if not end.reached:
             raise _unused_output(self.network.output)
         return result
+
+    def refuse_compiled_end(self) -> None:
+        """For what moves B outside a compiler's graph: within the module no graph can break."""
+        if torch.compiler.is_compiling() and self.network.output is not None:
+            graph_break("a compiler does not raise an error: it goes on without compiling")
+            raise RuntimeError(
+                "FDFA: torch.compile cannot train a model with points or output= by a method or a "
+                "FeedbackUpdate of your own that moves feedback; train it uncompiled"
+            )
 
     def _finished(
         self, finish: Finish, dual: DualPass, output: Tensor, tangent: Tensor | None

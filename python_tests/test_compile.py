@@ -1,7 +1,9 @@
 """torch.compile of the training step: no graph break, the eager result for the same noise."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fdfa_ext import FDFA, FDFABlock, FDFALinear
+from fdfa_ext.feedback import FeedbackUpdate
 from fdfa_ext.methods import METHODS, KolenPollack
 
 # inductor compiles slowly: the README's net stands for all.
@@ -237,6 +240,60 @@ def test_a_net_with_compiled_points_is_copied_saved_and_used_alone() -> None:
     for a, b in zip(plain.parameters(), model.module.parameters(), strict=True):
         assert b.grad is not None
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_a_copy_of_a_model_that_compiled_itself_trains_itself() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(6, 16)
+    model = FDFA(Tower(), at="auto", example_input=x)
+    model.compile(backend="aot_eager", dynamic=False)
+    train(model, model, x, 1)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        train(twin, twin, x, 1)
+        assert (model.noise_state[1], twin.noise_state[1]) == (1, 2)
+
+
+def test_a_point_stands_before_hooks_that_came_after_it() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    x = torch.randn(6, 16)
+    model = FDFA(Tower(), at=["stem", "bodies.0"], feedback_lr=0.05, example_input=x)
+    eager = copy.deepcopy(model)
+    forward = compiled(model)
+    train(forward, model, x, 1)
+    train(eager, eager, x, 1)
+    for each in (model, eager):
+        each.module.bodies[0].register_forward_hook(lambda m, args, y: y * 3, prepend=True)
+    train(forward, model, x[:5])  # which is traced anew
+    train(eager, eager, x[:5])
+    assert_same_state(model, eager)
+
+
+def test_hooks_of_models_that_are_gone_go_too() -> None:
+    x, net = torch.randn(6, 16), Tower()
+    for _ in range(3):
+        torch._dynamo.reset()
+        model = FDFA(net, at=["stem"], example_input=x)
+        compiled(model)(x)
+        network = weakref.ref(model.network)
+        del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert network() is None
+    assert len(net.stem._forward_hooks) == 1
+
+
+class OwnUpdate(FeedbackUpdate):
+    def step(self, name: str, feedback: Tensor, gradient: Tensor) -> None:
+        feedback.sub_(0.1 * gradient)
+
+
+def test_an_update_of_ones_own_is_refused_for_compiled_points() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(6, 16)
+    model = FDFA(Tower(), at="auto", feedback=OwnUpdate(), example_input=x)
+    with pytest.raises(Exception, match="cannot train a model with points or output= by a method"):
+        torch.compile(model, dynamic=False, backend="aot_eager")(x)
 
 
 @pytest.mark.slow
