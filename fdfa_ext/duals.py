@@ -28,6 +28,20 @@ unpack_dual = extension.unpack_dual  # primal and tangent, None for none
 has_tangent = extension.has_tangent
 
 
+def only_tensor(result: Any) -> Tensor:
+    """What a model returns.
+
+    Raises:
+        TypeError: it is no tensor.
+    """
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"FDFA: the module must return one tensor; got {type(result).__name__}. Name the module "
+            "that returns the output [N, K] by output="
+        )
+    return result
+
+
 def first_tensor(result: Any) -> Tensor | None:
     """The tensor that a module returns, alone or as the first of several."""
     if isinstance(result, Tensor):

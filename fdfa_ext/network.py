@@ -2,33 +2,32 @@
 
 import inspect
 import sys
-import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
-from itertools import takewhile
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fdfa_ext._ops import fused
-from fdfa_ext._torch_internals import GLOBAL_HOOKS, is_in_checkpoint, traced_unpack_dual
+from fdfa_ext._torch_internals import GLOBAL_HOOKS, is_in_checkpoint
+from fdfa_ext.compiled import call_traced, hook_points
 from fdfa_ext.dual_pass import BlockPass, DualPass
 from fdfa_ext.duals import (
     forward_mode,
     has_tangent,
     make_dual,
+    only_tensor,
     refuse_unknown,
     slow_attention,
     unpack_dual,
 )
 from fdfa_ext.evaluation import evaluating, restore_buffers, save_buffers
-from fdfa_ext.jvp import TracedRules, point_rules
+from fdfa_ext.jvp import point_rules
 from fdfa_ext.layers import Block
 from fdfa_ext.own_code import (
     OutputWalk,
@@ -138,7 +137,7 @@ class Network:
         if dual.compiling:
             self._check_compilable(module)
             if self.at is not None or self.output is not None:
-                self._hook_points(module)
+                hook_points(self, module)
             return self._run(module, dual, args, kwargs)
         plan = self.plan
         assert plan is not None, "as in _run"
@@ -246,7 +245,7 @@ class Network:
             if plan is not None and plan.forwards and not dual.compiling:
                 _replace_forwards(plan.forwards, replaced)
             if dual.compiling:
-                result = _traced(module, dual, args, kwargs)
+                result = call_traced(module, dual, args, kwargs)
             else:
                 assert plan is not None, "the model has looked at its module"
                 calls = None if dual.exposes or kwargs or len(args) != 1 else plan.calls
@@ -287,28 +286,6 @@ class Network:
                 "train by pipeline.step(x, target), and evaluate by pipeline(x)"
             )
 
-    @torch.compiler.assume_constant_result
-    def _hook_points(self, module: nn.Module) -> bool:
-        """Gives points that are no blocks, and the output, a hook for the compiler that traces now."""
-        points = [(name, inner, False) for name, inner in find_points(module, self.at)]
-        if self.output is not None:
-            points.append((self.output, module.get_submodule(self.output), True))
-        hooks: dict[nn.Module, list[_Hook]] = {}
-        for name, inner, is_output in points:
-            if is_output or not isinstance(inner, Block):
-                hook = _Hook(self, name, channels_first_at(module, name), is_output)
-                hooks.setdefault(inner, []).append(hook)
-        for inner, wanted in hooks.items():
-            found = inner._forward_hooks
-            # Before the user's, as a point is in an eager pass.
-            first = [*takewhile(lambda hook: isinstance(hook, _Hook), found.values())]
-            if [hook for hook in first if _is_of(self, hook)] != wanted:
-                for key in [key for key, hook in found.items() if _is_of(self, hook)]:
-                    del found[key]
-                for hook in reversed(wanted):
-                    inner.register_forward_hook(hook, prepend=True)
-        return True
-
     def _check_compilable(self, module: nn.Module) -> None:
         """A compiler cannot plan: a block that came later would learn by backpropagation."""
         if dict(find_points(module, self.at)) != self._perturbed:
@@ -342,62 +319,6 @@ class Network:
         for name in hooked:
             if of is None or name in of:
                 raise _uncalled_hook(f"module '{name}' has a backward hook")
-
-
-def _none() -> None:
-    """What is gone, as a reference to it."""
-
-
-class _Hook:
-    """What a compiler runs in place of the forward that a pass puts on a module at a point, or at the
-    output: it cannot trace that. An eager pass leaves it idle, as any use of the module outside.
-
-    A copy of the module has it without the network, so that it is idle for good, as it is once the
-    model is gone.
-    """
-
-    __slots__ = ("_network", "channels_first", "is_output", "name")
-
-    def __init__(
-        self, network: Network | None, name: str, channels_first: bool | None, is_output: bool
-    ) -> None:
-        self._network = _none if network is None else weakref.ref(network)
-        self.name = name
-        self.channels_first = channels_first
-        self.is_output = is_output
-
-    @property
-    def network(self) -> Network | None:
-        return self._network()
-
-    def __call__(self, module: nn.Module, inputs: Any, result: Any) -> Any:
-        network = self.network
-        dual = None if network is None else network.passes[0].dual
-        if network is None or dual is None or not dual.compiling:
-            return result
-        if self.is_output:
-            return dual.end_at(self.name, result, self.channels_first)
-        for own in network.passes:
-            if own.name == self.name:
-                return own.perturb_result(self.channels_first, result)
-        return result
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hook) and self._all == other._all and self.network is other.network
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def _all(self) -> tuple[Any, ...]:
-        return self.name, self.channels_first, self.is_output
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Hook, (None, *self._all)
-
-
-def _is_of(network: Network, hook: Any) -> bool:
-    """Whether it is a hook of this network, or of none any more."""
-    return isinstance(hook, _Hook) and hook.network in (None, network)
 
 
 def sample_index_of(
@@ -456,21 +377,6 @@ def _uncalled_hook(whose: str) -> RuntimeError:
     )
 
 
-def _traced(
-    module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Tensor | None]:
-    """The module's call for a compiler; what it returns as in _through_points."""
-    if not dual.perturbs:
-        result = module(*args, **kwargs)
-        return (_check_type(result) if dual.end is None else result), None
-    with forward_mode(), TracedRules(), sdpa_kernel(SDPBackend.MATH):  # that which has a forward mode
-        result = module(*args, **kwargs)
-        if dual.end is not None:
-            return result, None
-        output, tangent = traced_unpack_dual(_check_type(result))
-        return output, None if tangent is None else tangent.detach()
-
-
 def _replace_forwards(
     forwards: Iterable[tuple[nn.Module, MakeForward]], replaced: list[tuple[nn.Module, Any]]
 ) -> None:
@@ -505,7 +411,7 @@ def _through_points(
             if dual.end.output is not None:
                 outputs.append(dual.end.output)
             return result, None
-        output, tangent = unpack_dual(_check_type(result))
+        output, tangent = unpack_dual(only_tensor(result))
         outputs.append(output)
     return output, None if tangent is None else tangent.detach()
 
@@ -544,7 +450,7 @@ def _on_dual_tensors(
         args = _with_tangent(args, dual)
         with rules:
             try:
-                output = _check_type(module(*args, **kwargs))
+                output = only_tensor(module(*args, **kwargs))
             except NotImplementedError as error:
                 refuse_unknown("a function in the module's forward", error)
                 raise
@@ -579,15 +485,6 @@ def _look_for_activations(
         if torch.is_grad_enabled():
             raise StrayedError
         plan.keeps_activations = True  # in a dry run
-
-
-def _check_type(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"FDFA: the module must return one tensor; got {type(output).__name__}. Name the module "
-            "that returns the output [N, K] by output="
-        )
-    return output
 
 
 def _without_grad(value: Any) -> Any:

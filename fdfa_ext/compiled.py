@@ -1,0 +1,117 @@
+"""What torch.compile traces in place of a plan: the module's call, with hooks where points are."""
+
+import weakref
+from itertools import takewhile
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fdfa_ext.dual_pass import BlockPass, DualPass
+from fdfa_ext.duals import forward_mode, only_tensor
+from fdfa_ext.jvp import TracedRules
+from fdfa_ext.layers import Block
+from fdfa_ext.points import At, channels_first_at, find_points
+
+
+class Passes(Protocol):
+    """What a hook asks for the pass that runs."""
+
+    at: At
+    output: str | None
+    passes: list[BlockPass]
+
+
+def call_traced(
+    module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Tensor | None]:
+    """The output and its tangent, or where the network ends within the module, whatever it returns."""
+    if not dual.perturbs:
+        result = module(*args, **kwargs)
+        return (only_tensor(result) if dual.end is None else result), None
+    with forward_mode(), TracedRules(), sdpa_kernel(SDPBackend.MATH):  # that which has a forward mode
+        result = module(*args, **kwargs)
+        if dual.end is not None:
+            return result, None
+        output, tangent = dual.unpack(only_tensor(result))
+        return output, None if tangent is None else tangent.detach()
+
+
+@torch.compiler.assume_constant_result
+def hook_points(network: Passes, module: nn.Module) -> bool:
+    """Gives points that are no blocks, and the output, a hook for the compiler that traces now."""
+    points = [(name, inner, False) for name, inner in find_points(module, network.at)]
+    if network.output is not None:
+        points.append((network.output, module.get_submodule(network.output), True))
+    hooks: dict[nn.Module, list[_Hook]] = {}
+    for name, inner, is_output in points:
+        if is_output or not isinstance(inner, Block):
+            hook = _Hook(network, name, channels_first_at(module, name), is_output)
+            hooks.setdefault(inner, []).append(hook)
+    for inner, wanted in hooks.items():
+        found = inner._forward_hooks
+        # Before the user's, as a point is in an eager pass.
+        first = [*takewhile(lambda hook: isinstance(hook, _Hook), found.values())]
+        if [hook for hook in first if _is_of(network, hook)] != wanted:
+            for key in [key for key, hook in found.items() if _is_of(network, hook)]:
+                del found[key]
+            for hook in reversed(wanted):
+                inner.register_forward_hook(hook, prepend=True)
+    return True
+
+
+def _is_of(network: Passes, hook: Any) -> bool:
+    """Whether it is a hook of this network, or of none any more."""
+    return isinstance(hook, _Hook) and hook.network in (None, network)
+
+
+def _none() -> None:
+    """What is gone, as a reference to it."""
+
+
+class _Hook:
+    """What a compiler runs in place of the forward that a pass puts on a module at a point, or at the
+    output: it cannot trace that. An eager pass leaves it idle, as any use of the module outside.
+
+    A copy of the module has it without the network, so that it is idle for good, as it is once the
+    model is gone.
+    """
+
+    __slots__ = ("_network", "channels_first", "is_output", "name")
+
+    def __init__(
+        self, network: Passes | None, name: str, channels_first: bool | None, is_output: bool
+    ) -> None:
+        self._network = _none if network is None else weakref.ref(network)
+        self.name = name
+        self.channels_first = channels_first
+        self.is_output = is_output
+
+    @property
+    def network(self) -> Passes | None:
+        return self._network()
+
+    def __call__(self, module: nn.Module, inputs: Any, result: Any) -> Any:
+        network = self.network
+        dual = None if network is None else network.passes[0].dual
+        if network is None or dual is None or not dual.compiling:
+            return result
+        if self.is_output:
+            return dual.end_at(self.name, result, self.channels_first)
+        for own in network.passes:
+            if own.name == self.name:
+                return own.perturb_result(self.channels_first, result)
+        return result
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hook) and self._all == other._all and self.network is other.network
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def _all(self) -> tuple[Any, ...]:
+        return self.name, self.channels_first, self.is_output
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (None, *self._all)
