@@ -457,6 +457,24 @@ def test_the_documented_losses_in_patches_are_those_of_the_records() -> None:
     assert list(losses) == list(runs)
 
 
+def test_the_documented_longer_runs_are_those_of_the_records() -> None:
+    runs = {
+        "backpropagation": "cnn-bp-lr1e-4",
+        "backpropagation at 1e-3": "cnn-bp",
+        "FDFA": "cnn-fdfa",
+        "FDFA after the pool, patches of 4": "cnn-pooled-fdfa-patch4",
+    }
+    rows = table((DOCS / "estimation.md").read_text(), "| method | epoch 10 |")
+    assert [row["method"] for row in rows] == [*runs]
+    for row in rows:
+        record = read_record(RECORDS / f"cifar10-{runs[row['method']]}-seed0.csv")
+        accuracies = [100 * epoch["test_accuracy"] for epoch in record]
+        for epoch in (10, 20, 30, 40):
+            assert row[f"epoch {epoch}"] == f"{accuracies[epoch - 1]:.2f}"
+        assert row["mean of 31 to 40"] == f"{mean(accuracies[30:40]):.2f}"
+        assert row["training, epoch 40"] == f"{100 * record[39]['train_accuracy']:.1f}"
+
+
 @pytest.mark.parametrize(
     "case",
     slow_but(CASES, *(case for case in CASES if case.model != "alexnet")),
