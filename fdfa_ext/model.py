@@ -632,7 +632,8 @@ class FDFA(nn.Module):
 
     def _look_for_still_feedback(self) -> None:
         """Warns of B that no step has moved, where steps have been taken since the first forward."""
-        changes = sum(p._version for p in self.module.parameters() if not p.is_inference())
+        known = (p for p in self.module.parameters() if not (is_lazy(p) or p.is_inference()))
+        changes = sum(p._version for p in known)
         if self.network.forwards == 1:
             self._changes_before = changes
             return
