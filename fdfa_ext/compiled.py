@@ -4,7 +4,6 @@ import weakref
 from itertools import takewhile
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,9 +37,10 @@ def call_traced(
         return output, None if tangent is None else tangent.detach()
 
 
-@torch.compiler.assume_constant_result
-def hook_points(network: Passes, module: nn.Module) -> bool:
+def hook_points(network: Passes, module: nn.Module) -> None:
     """Gives points that are no blocks, and the output, a hook for the compiler that traces now."""
+    if network.at is None and network.output is None:
+        return
     points = [(name, inner, False) for name, inner in find_points(module, network.at)]
     if network.output is not None:
         points.append((network.output, module.get_submodule(network.output), True))
@@ -54,11 +54,12 @@ def hook_points(network: Passes, module: nn.Module) -> bool:
         # Before the user's, as a point is in an eager pass.
         first = [*takewhile(lambda hook: isinstance(hook, _Hook), found.values())]
         if [hook for hook in first if _is_of(network, hook)] != wanted:
-            for key in [key for key, hook in found.items() if _is_of(network, hook)]:
-                del found[key]
-            for hook in reversed(wanted):
-                inner.register_forward_hook(hook, prepend=True)
-    return True
+            # Filled anew: torch 2.11 makes its guards by the order in which the dictionary was filled.
+            others = {key: hook for key, hook in found.items() if not _is_of(network, hook)}
+            found.clear()
+            for hook in wanted:
+                inner.register_forward_hook(hook)
+            found.update(others)
 
 
 def _is_of(network: Passes, hook: Any) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from fdfa_ext._torch_internals import COMPILED_CALL
 from fdfa_ext.auto import GRANULARITIES, auto_points, default_output
 from fdfa_ext.autograd import check_blocks
+from fdfa_ext.compiled import hook_points
 from fdfa_ext.data_parallel import Ranks, is_measuring, ranks_of_step
 from fdfa_ext.dual_pass import BACKENDS, BlockRecord, DualPass
 from fdfa_ext.feedback import RULES, FeedbackBank, FeedbackStep, FeedbackUpdate
@@ -54,7 +55,11 @@ class _with_signature_of_module:
         )
 
     def __get__(self, model: Any, kind: type | None = None) -> Any:
-        return self.function if model is None else _Forward(self.function, model)
+        if model is None:
+            return self.function
+        if torch.compiler.is_compiling():  # torch 2.15 does not trace a _Forward's making
+            return functools.partial(self.function, model)
+        return _Forward(self.function, model)
 
 
 class _Forward:
@@ -340,7 +345,9 @@ class FDFA(nn.Module):
         if not isinstance(self.method, Backpropagation):
             ranks = ranks_of_step(self, self._in_step_by(), torch.compiler.is_compiling())
         step = self._step(module, args, kwargs, ranks)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._hook_points()
+        else:
             self.network.look_at(module)
             self.network.forwards += 1
             if self.network.forwards in (1, _STEPS_TO_MOVE):
@@ -356,6 +363,12 @@ class FDFA(nn.Module):
         elif self._in_step_by() is not ranks.trainer:
             self._take_state_from_first(ranks)
         return self.method.forward(step)
+
+    @torch.compiler.assume_constant_result
+    def _hook_points(self) -> bool:
+        """Called, by no arguments, while a compiler traces, which follows no change of a module."""
+        hook_points(self.network, self.module)
+        return True
 
     def _take_state_from_first(self, ranks: Ranks) -> None:
         """Gives all processes that train this model the noise and the feedback of the first. From then

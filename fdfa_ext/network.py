@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import GLOBAL_HOOKS, is_in_checkpoint
-from fdfa_ext.compiled import call_traced, hook_points
+from fdfa_ext.compiled import call_traced
 from fdfa_ext.dual_pass import BlockPass, DualPass
 from fdfa_ext.duals import (
     forward_mode,
@@ -136,8 +136,6 @@ class Network:
         """
         if dual.compiling:
             self._check_compilable(module)
-            if self.at is not None or self.output is not None:
-                hook_points(self, module)
             return self._run(module, dual, args, kwargs)
         plan = self.plan
         assert plan is not None, "as in _run"
