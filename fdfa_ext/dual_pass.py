@@ -411,9 +411,9 @@ class BlockPass:
         if dual.compiling:
             if not dual.perturbs:
                 return call(x, None)[0]
-            y, ty = call(*traced_unpack_dual(x))
+            y, ty = call(*dual.unpack(x))
             assert ty is not None
-            return traced_make_dual(y, ty)
+            return dual.make_dual(y, ty)
         with without_rules():
             self._refuse_checkpoint(dual)
             tangent = None

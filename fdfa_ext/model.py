@@ -37,7 +37,7 @@ from fdfa_ext.summary import Summary, summarize
 from fdfa_ext.trace import trace
 from fdfa_ext.warning import warn
 
-_STEPS_TO_MOVE = 32  # after which feedback that none has moved is said
+_FORWARDS_TO_MOVE = 32  # by which feedback that no step has moved is said
 
 
 class _with_signature_of_module:
@@ -350,7 +350,7 @@ class FDFA(nn.Module):
         else:
             self.network.look_at(module)
             self.network.forwards += 1
-            if self.network.forwards in (1, _STEPS_TO_MOVE):
+            if self.network.forwards in (1, _FORWARDS_TO_MOVE):
                 self._look_for_still_feedback()
         if not self.network.checked:
             self._prepare(args, kwargs)
@@ -645,17 +645,18 @@ class FDFA(nn.Module):
 
     def _look_for_still_feedback(self) -> None:
         """Warns of B that no step has moved, where steps have been taken since the first forward."""
-        known = (p for p in self.module.parameters() if not (is_lazy(p) or p.is_inference()))
-        changes = sum(p._version for p in known)
+        parameters = self.module.named_parameters()
+        versions = {n: p._version for n, p in parameters if not (is_lazy(p) or p.is_inference())}
         if self.network.forwards == 1:
-            self._changes_before = changes
+            self._versions_before = versions
             return
-        before = self.__dict__.pop("_changes_before", changes)
+        before = self.__dict__.pop("_versions_before", {})
         if self.method.feedback != "learned" or self.noise_state.is_meta:
             return
         if self.noise_state.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        if changes - before < _STEPS_TO_MOVE // 2 and int(self.updates) < _STEPS_TO_MOVE // 2:
+        changes = max((versions[n] - v for n, v in before.items() if n in versions), default=0)
+        if max(changes, int(self.updates)) < _FORWARDS_TO_MOVE // 2:
             return  # most steps are still to come
         # The first moments of "adam" tell also of B that a saved model had.
         moved = self.exp_avg if self.rule == "adam" else self.feedback
@@ -665,9 +666,10 @@ class FDFA(nn.Module):
             is_parameter = self.rule == "grad"
             remedy = ", or give the optimizer model.feedback_parameters()" if is_parameter else ""
             warn(
-                f"FDFA: feedback has not moved in {_STEPS_TO_MOVE - 1} steps; it is that of block or "
-                f"point '{still[0]}'{more}, and what it learns from was zero or not finite in each. "
-                f"Look for a module that multiplies by zero, drops the tangent, or overflows{remedy}"
+                f"FDFA: feedback has not moved in {_FORWARDS_TO_MOVE - 1} training forwards; it is "
+                f"that of block or point '{still[0]}'{more}, and what it learns from was zero or not "
+                "finite. Look for a module that multiplies by zero, drops the tangent, or "
+                f"overflows{remedy}"
             )
 
     def _create(self, record: BlockRecord, outputs: int) -> None:

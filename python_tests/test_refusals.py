@@ -114,7 +114,7 @@ def test_feedback_that_never_moves_is_said(rule: str, factor: float) -> None:
     x = torch.randn(2, 6)
     model = FDFA(net, feedback=rule, feedback_lr=0.1, example_input=x)
     parameters = [*last.parameters(), *model.feedback_parameters()]
-    message = "feedback has not moved in 31 steps; it is that of block or point '0'"
+    message = "feedback has not moved in 31 training forwards; it is that of block or point '0'"
     with pytest.warns(UserWarning, match=message):
         take_steps(model, torch.optim.SGD(parameters, lr=0.1), x)
 
@@ -129,7 +129,9 @@ def take_steps(model: FDFA, optimizer: torch.optim.Optimizer, x: Tensor, steps: 
 def test_feedback_that_no_optimizer_has_is_said() -> None:
     x = torch.randn(2, 6)
     model = FDFA(mlp(), feedback="grad", example_input=x)
-    with pytest.warns(UserWarning, match=r"not moved in 31 steps; .* model\.feedback_parameters\(\)"):
+    with pytest.warns(
+        UserWarning, match=r"not moved in 31 training forwards; .* model\.feedback_parameters\(\)"
+    ):
         take_steps(model, torch.optim.SGD(model.module.parameters(), lr=0.1), x)
 
 
@@ -140,8 +142,13 @@ def test_feedback_that_moves_or_is_not_asked_to_is_not_talked_of(rule: str) -> N
     model = FDFA(mlp(), feedback=rule, feedback_lr=0.1, example_input=x)
     take_steps(model, torch.optim.SGD(model.parameters(), lr=0.1), x)
     model = FDFA(mlp(), feedback=rule, feedback_lr=0.1, example_input=x)
-    for _ in range(40):
+    layers = [FDFALinear(6, 6, activation="tanh") for _ in range(20)]
+    model = FDFA(nn.Sequential(*layers, nn.Linear(6, 3)), feedback=rule, example_input=x)
+    saved = copy.deepcopy(model.state_dict())
+    for step in range(40):
         model(x)
+        if step == 1:
+            model.load_state_dict(saved)  # changes each of the parameters, once
 
 
 class Sum(nn.Module):

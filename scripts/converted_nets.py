@@ -3,7 +3,7 @@
 Needs requirements-zoo.txt. Backpropagation is the faster of row-major and channels_last memory; the
 peak is that of what torch allocates in a step, beyond weights and the optimizer's state.
 
-    python scripts/converted_nets.py [NAME ...]
+    PYTHONPATH=.:python_tests python scripts/converted_nets.py [NAME ...]
 """
 
 import copy
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from libraries import library
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,8 +25,7 @@ TURNS = 12
 
 
 def _torchvision(name: str, samples: int, side: int, **options: Any) -> tuple[nn.Module, Tensor]:
-    from torchvision import models
-
+    models = library("torchvision.models")
     if name == "vit":
         net = models.VisionTransformer(32, 4, 4, 4, 128, 256, num_classes=10)
     else:
