@@ -1,7 +1,7 @@
 """Points that are found in the trace of one forward, by the tensors that go in and out of modules."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,10 +74,12 @@ def auto_points(
     granularity is "layer". If these are transformer layers that normalise their input first, nothing
     cuts the skip connections, and points stand after their norms and the norm that reads the last one's
     output. A norm has none whose features go to other positions within the layer, as attention's
-    keys do: B is that of a position by itself. Residual blocks of images that normalise first have one
-    point each, after the first norm with its activation. A layer that the output does not depend on has
-    none, nor have features that the model returns beside the output, if others are left: a loss on them
-    reaches what made them.
+    keys do: B is that of a position by itself. Residual and dense blocks of images that normalise
+    first, and residual ones that have no norm after their last layer, have one point each, after the
+    first norm with its activation. So has a layer whose output norms alone read, through sums or
+    concatenations: a point before a norm drives the features up, since the norm cancels the error along
+    them. A layer that the output does not depend on has none, nor have features that the model returns
+    beside the output, if others are left: a loss on them reaches what made them.
 
     Raises:
         ValueError: no place is left for a point.
@@ -95,16 +97,23 @@ def auto_points(
     without |= ends
     points: list[nn.Module] = []
     start = 0  # of the calls that nothing may be cut before
+    readers = _Readers(traced)
     if granularity != "layer":
-        composites = _repeated(calls, times, without, behind, names)
+        composites = _repeated(calls, times, without, behind, names, readers)
         without |= {inner for composite in composites for inner in composite.modules()}
-        points, start = _points_of(composites, calls, traced, times)
+        points, start = _points_of(composites, calls, traced, times, readers)
     for call in layers:
         place = calls.index(call)
         if call.module not in without and place >= start and _learns(call.module):
             uses = [i for i, other in enumerate(calls) if other.module is call.module]
-            ends = {_end_of_group(traced, calls, use, times, without).module for use in uses}
-            points.append(ends.pop() if len(ends) == 1 else call.module)
+            groups = [_end_of_group(traced, calls, use, times, without) for use in uses]
+            end = groups[0].module if len({group.module for group in groups}) == 1 else call.module
+            norms = readers.norms_of(call, groups[0]) if granularity != "layer" else []
+            if norms and all(norm in calls and norm.module not in without for norm in norms):
+                starts = [calls.index(norm) for norm in norms]
+                points += [_end_of_group(traced, calls, i, times, without).module for i in starts]
+            else:
+                points.append(end)
     returned = _returned(traced, output, names)
     points = [point for point in points if point not in returned] or points
     left = [names[c.module] for c in others if _has_matrices(c.module) and c.module not in without]
@@ -117,6 +126,59 @@ def auto_points(
     if not points and not blocks:
         raise ValueError(_no_point(traced, output, names))
     return list(dict.fromkeys(names[point] for point in points))
+
+
+class _Readers:
+    """Which layers and norms read what a call returns, through modules and functions of other kinds."""
+
+    def __init__(self, traced: Trace) -> None:
+        calls = [call for call in traced.calls if call.node is not None]
+        self.norms = {c for c in calls if isinstance(c.module, _WIDE_NORMS) or _normalises(c)}
+        # In the order of the calls.
+        self.all = [c for c in calls if c in self.norms or _has_matrices(c.module)]
+        self._nodes = {call.node for call in self.all}
+        self._behind = {call: self._reached(call.read) for call in self.all}
+
+    def reads(self, reader: ModuleCall, call: ModuleCall) -> bool:
+        return call.node in self._behind.get(reader, ())
+
+    def norms_of(self, layer: ModuleCall, end: ModuleCall) -> list[ModuleCall]:
+        """The norms that read what this layer's group returns, if nothing else does and the group has
+        none itself."""
+        if end.node is None or layer.node is None:
+            return []
+        group = self._reached([end.made]) - {layer.node}
+        if any(norm.node in group for norm in self.norms):
+            return []
+        readers = [call for call in self.all if call.node != end.node and self.reads(call, end)]
+        return readers if all(call in self.norms for call in readers) else []
+
+    def ends(self, last: ModuleCall, call: ModuleCall) -> bool:
+        """Whether this call returns what the last one makes, with no layer or norm in between."""
+        return last.node in self._reached([call.made])
+
+    def skips(self, call: ModuleCall) -> bool:
+        """Whether it returns its input, or a part of it, beside what its layers make."""
+        read = {edge.node for edge in call.read if edge is not None}
+        return not read.isdisjoint(self._reached([call.made]))
+
+    def begins(self, norm: ModuleCall, call: ModuleCall) -> bool:
+        """Whether the norm reads the input of this call that it is in."""
+        if any(t is read for t in norm.inputs for read in call.inputs):
+            return True
+        return any(e.node in self._behind.get(norm, ()) for e in call.read if e is not None)
+
+    def _reached(self, edges: Iterable[GradientEdge | None]) -> set[Any]:
+        """Nodes behind these, up to those of layers and norms."""
+        seen: set[Any] = set()
+        nodes: list[Any] = [edge.node for edge in edges if edge is not None]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                if node not in self._nodes:
+                    nodes += [after for after, _ in node.next_functions]
+        return seen
 
 
 def _output_of(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> Any:
@@ -247,6 +309,7 @@ def _repeated(
     without: set[nn.Module],
     behind: set[nn.Module],
     names: dict[nn.Module, str],
+    readers: _Readers,
 ) -> list[nn.Module]:
     """The outermost modules of classes that repeat, such as residual blocks and transformer layers, or
     that read themselves what they return; and single ones that normalise their input first."""
@@ -272,7 +335,7 @@ def _repeated(
     def stands_alone(member: nn.Module) -> bool:
         own = [call for call in calls if call.module is member]
         within = any(inner in fitting and repeats(inner) for inner in member.modules())
-        return not within and bool(_first_norms(own[-1], calls))
+        return not within and bool(_first_norms(own[-1], calls, readers))
 
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
@@ -289,18 +352,18 @@ def _points_of(
     calls: Sequence[ModuleCall],
     traced: Trace,
     times: Counter[nn.Module],
+    readers: _Readers,
 ) -> tuple[list[nn.Module], int]:
     """The points of repeated modules, and the place of the last call that a skip passes uncut."""
-    norms = {c.module: _first_norms(c, calls) for c in calls if c.module in composites}
-    wide = _first_wide_norms(composites, calls)
-    # Those that normalise their input first.
-    stream = [c for c in calls if norms.get(c.module) or c.module in wide]
+    norms = {c.module: _first_norms(c, calls, readers) for c in calls if c.module in composites}
+    single = _single_norms([m for m in composites if not norms.get(m)], calls, readers)
+    # Those whose features the next norm reads.
+    stream = [c for c in calls if norms.get(c.module) or c.module in single]
     inside = {inner for composite in composites for inner in composite.modules()}
 
     def ends_stream(call: ModuleCall) -> bool:
-        reads = any(t is before.output for t in call.inputs for before in stream)
-        normalises = isinstance(call.module, _WIDE_NORMS) or _normalises(call)
-        return reads and call.module not in inside and normalises
+        reads = any(readers.reads(call, before) for before in stream)
+        return reads and call.module not in inside and call in readers.norms
 
     def end_of(norm: ModuleCall) -> nn.Module:
         if not isinstance(norm.module, _WIDE_NORMS):
@@ -309,12 +372,12 @@ def _points_of(
 
     ends = [call for call in calls if ends_stream(call)]
     within = [norm for call in stream for norm in norms.get(call.module, ())]
-    readers = sorted([*within, *ends], key=calls.index)
+    in_order = sorted([*within, *ends], key=calls.index)
     wanted: set[ModuleCall] = set()
     try:
         for call in stream:
             for norm in norms[call.module]:
-                if _keeps_positions(norm, readers[readers.index(norm) + 1 :], call):
+                if _keeps_positions(norm, in_order[in_order.index(norm) + 1 :], call):
                     wanted.add(norm)
     except Exception as error:  # of code of the user's
         wanted.clear()
@@ -328,8 +391,8 @@ def _points_of(
         if norms.get(call.module):
             # Where all mix positions, B of single ones has to do.
             points += [norm.module for norm in norms[call.module] if norm in wanted or not wanted]
-        elif call.module in wide:
-            points.append(end_of(wide[call.module]))
+        elif call.module in single:
+            points.append(end_of(single[call.module]))
         elif call.module in composites:
             points.append(call.module)
         elif call in ends:
@@ -341,8 +404,10 @@ def _points_of(
 def _normalises(call: ModuleCall) -> bool:
     """Whether the module is a norm of each token's features by themselves: it makes the same of twice
     the features, and of one token what it makes of it among others."""
+    if isinstance(call.module, (nn.LayerNorm, nn.RMSNorm)):
+        return True
     if type(call.module).__module__.startswith("torch.nn."):
-        return isinstance(call.module, (nn.LayerNorm, nn.RMSNorm))
+        return False
     x, y = call.inputs[0] if len(call.inputs) == 1 else None, call.output
     if x is None or y is None or not call.makes_features or x.shape != y.shape or not x.any():
         return False
@@ -359,7 +424,9 @@ def _normalises(call: ModuleCall) -> bool:
     return bool((once[last] - twice).abs().max() <= 1e-2 * once[last].abs().max())
 
 
-def _first_norms(composite: ModuleCall, calls: Sequence[ModuleCall]) -> list[ModuleCall]:
+def _first_norms(
+    composite: ModuleCall, calls: Sequence[ModuleCall], readers: _Readers
+) -> list[ModuleCall]:
     """The norms of the features within it, if one reads its input; else none."""
     inner = {*composite.module.modules()}
     output: Any = composite.output
@@ -367,9 +434,9 @@ def _first_norms(composite: ModuleCall, calls: Sequence[ModuleCall]) -> list[Mod
         call
         for call in calls
         if call.module in inner
-        and call.output is not None
-        and call.output.shape == output.shape
-        and _normalises(call)
+        and call in readers.norms
+        and not isinstance(call.module, _WIDE_NORMS)
+        and _shape(call.output) == output.shape
     ]
     found = {norm.module for norm in norms}
     norms = [n for n in norms if not found & ({*n.module.modules()} - {n.module})]
@@ -377,28 +444,34 @@ def _first_norms(composite: ModuleCall, calls: Sequence[ModuleCall]) -> list[Mod
     return norms if first else []
 
 
-def _first_wide_norms(
-    composites: Sequence[nn.Module], calls: Sequence[ModuleCall]
+def _single_norms(
+    composites: Sequence[nn.Module], calls: Sequence[ModuleCall], readers: _Readers
 ) -> dict[nn.Module, ModuleCall]:
-    """Of each composite that a norm over positions or samples begins, that norm, if a skip connection
-    may pass: the composite, or a module within that the norm begins too, is of a class of which one
-    returns features of its input's shape."""
+    """The first norm of each of these composites whose features a skip passes to the norms of later
+    ones: it begins with a norm over positions or samples, or has none after its last layer."""
     inside = {inner for composite in composites for inner in composite.modules()}
-    begun: dict[nn.Module, ModuleCall] = {}
+    first: dict[nn.Module, ModuleCall] = {}
     skips: set[type[nn.Module]] = set()
     for call in calls:
-        inner = {*call.module.modules()}
         own = not type(call.module).__module__.startswith("torch.nn.") and call.module in inside
-        if not own or call.output is None or not any(map(_has_matrices, inner)):
+        inner = {*call.module.modules()} if own else set()
+        within = [reader for reader in readers.all if reader.module in inner]
+        norms = [reader for reader in within if reader in readers.norms and reader in calls]
+        if not norms or len(norms) == len(within):
             continue
-        for norm in calls:
-            is_within = norm.module in inner and isinstance(norm.module, _WIDE_NORMS)
-            if is_within and any(t is read for t in norm.inputs for read in call.inputs):
-                begun.setdefault(call.module, norm)
-                if call.output.shape == norm.inputs[0].shape:
-                    skips.add(type(call.module))
-    passed = {norm for module, norm in begun.items() if type(module) in skips}
-    return {m: begun[m] for m in composites if m in begun and begun[m] in passed}
+        norm = norms[0]
+        if isinstance(norm.module, _WIDE_NORMS) and readers.begins(norm, call):
+            skips |= {type(call.module)} if _shape(call.output) == _shape(norm.inputs[0]) else set()
+        elif any(readers.ends(norm, call) for norm in norms):
+            continue
+        first.setdefault(call.module, norm)
+        skips |= {type(call.module)} if readers.skips(call) else set()
+    passed = {norm for module, norm in first.items() if type(module) in skips}
+    return {m: first[m] for m in composites if m in first and first[m] in passed}
+
+
+def _shape(t: Tensor | None) -> torch.Size | None:
+    return None if t is None else t.shape
 
 
 def _keeps_positions(norm: ModuleCall, later: Sequence[ModuleCall], composite: ModuleCall) -> bool:

@@ -429,6 +429,94 @@ def test_auto_takes_a_norm_by_itself_where_its_activation_is_no_module() -> None
     assert names == ["1.norm1", "2.norm1", "6"]
 
 
+class InnerNorm(nn.Module):
+    """A residual block that normalises behind its first layer alone, as ConvNeXt's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(4, 4, 3, 1, 1, groups=4), nn.LayerNorm(4)
+        self.wide, self.narrow = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.narrow(torch.relu(self.wide(h))).permute(0, 3, 1, 2)
+
+
+class ImageNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_auto_stands_behind_the_norm_within_residual_blocks_that_end_without_one() -> None:
+    end = [nn.AdaptiveAvgPool2d(1), ImageNorm(4), nn.Flatten(), nn.Linear(4, 3)]
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), InnerNorm(), InnerNorm(), *end)
+    names = wrapped(net, torch.randn(4, 1, 10, 10), at="auto").block_names
+    assert names == ["1.norm", "2.norm", "4"]
+
+
+class Gated(InnerNorm):
+    """It ends with a norm, whose result its last layer only scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.gate = nn.BatchNorm2d(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.last(super().forward(x) - x)
+        return x + y * torch.sigmoid(self.gate(y.mean((2, 3))))[:, :, None, None]
+
+
+def test_auto_stands_behind_residual_blocks_that_end_with_a_norm() -> None:
+    end = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), Gated(), Gated(), *end)
+    names = wrapped(net, torch.randn(4, 1, 10, 10), at="auto").block_names
+    assert names == ["0", "1", "2"]
+
+
+class Concatenated(nn.Module):
+    """Layers that normalise what all before them return, as DenseNet's do."""
+
+    def __init__(self, before: int, growth: int = 2, layers: int = 2) -> None:
+        super().__init__()
+        widths = range(before, before + layers * growth, growth)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm2d(w), nn.ReLU(), nn.Conv2d(w, growth, 3, 1, 1)) for w in widths
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], 1)
+        return x
+
+
+def test_auto_stands_behind_the_first_norm_of_dense_blocks() -> None:
+    x = torch.randn(4, 1, 10, 10)
+    model = wrapped(_of_images(Concatenated(4, 1), Concatenated(6, 1)), x, at="auto")
+    assert model.block_names == ["1.layers.0.1", "2.layers.0.1", "5"]
+
+
+def test_auto_stands_behind_the_norms_that_alone_read_a_layer() -> None:
+    x = torch.randn(4, 1, 10, 10)
+    net = _of_images(Concatenated(4))
+    assert wrapped(net, x, at="auto").block_names == ["1.layers.0.1", "1.layers.1.1", "4"]
+    by_layer = wrapped(copy.deepcopy(net), x, at="auto", granularity="layer").block_names
+    assert by_layer == ["1.layers.0.1", "1.layers.0.2", "1.layers.1.2"]
+
+
+class LastRow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.norm = nn.LSTM(6, 5, batch_first=True), nn.LayerNorm(5)
+        self.output = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.norm(self.rows(x)[0][:, -1]))
+
+
+def test_auto_stands_behind_a_norm_of_the_last_step_of_a_sequence() -> None:
+    assert wrapped(LastRow(), torch.randn(4, 7, 6), at="auto").block_names == ["norm"]
+
+
 @pytest.mark.parametrize(
     "at",
     [
