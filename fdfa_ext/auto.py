@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +26,7 @@ GRANULARITIES = ("block", "layer")
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # Over positions or samples, as norms of images are.
-_WIDE_NORMS = (nn.GroupNorm, _BatchNorm)
+_WIDE_NORMS = (nn.GroupNorm, _BatchNorm, _InstanceNorm)
 # They change no value, so that a point before them has the shape that patches want.
 _VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
 

@@ -473,6 +473,8 @@ def test_the_documented_longer_runs_are_those_of_the_records() -> None:
         for epoch in (10, 20, 30, 40):
             assert row[f"epoch {epoch}"] == f"{accuracies[epoch - 1]:.2f}"
         assert row["mean of 31 to 40"] == f"{mean(accuracies[30:40]):.2f}"
+        last = accuracies[90:100]
+        assert row["mean of 91 to 100"] == (f"{mean(last):.2f}" if len(last) == 10 else "")
         assert row["training, epoch 40"] == f"{100 * record[39]['train_accuracy']:.1f}"
 
 

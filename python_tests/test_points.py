@@ -419,12 +419,13 @@ def test_auto_takes_stages_of_blocks_that_normalise_first_as_one() -> None:
     assert names == ["1.0.relu", "2.0.relu", "5"]
 
 
-def test_auto_takes_a_norm_by_itself_where_its_activation_is_no_module() -> None:
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_auto_takes_a_norm_by_itself_where_its_activation_is_no_module(norm: Any) -> None:
     class Functional(ImageBlock):
         def forward(self, x: Tensor) -> Tensor:
             return x + self.second(torch.relu(self.norm2(self.first(torch.relu(self.norm1(x))))))
 
-    net = _of_images(*(Functional(4, 4) for _ in range(2)), nn.Conv2d(4, 8, 1))
+    net = _of_images(*(Functional(4, 4, norm) for _ in range(2)), nn.Conv2d(4, 8, 1))
     names = wrapped(net, torch.randn(4, 1, 10, 10), at="auto").block_names
     assert names == ["1.norm1", "2.norm1", "6"]
 
