@@ -98,8 +98,8 @@ def auto_points(
     without |= ends
     points: list[nn.Module] = []
     start = 0  # of the calls that nothing may be cut before
-    readers = _Readers(traced)
-    if granularity != "layer":
+    readers = None if granularity == "layer" else _Readers(traced)
+    if readers is not None:
         composites = _repeated(calls, times, without, behind, names, readers)
         without |= {inner for composite in composites for inner in composite.modules()}
         points, start = _points_of(composites, calls, traced, times, readers)
@@ -109,7 +109,7 @@ def auto_points(
             uses = [i for i, other in enumerate(calls) if other.module is call.module]
             groups = [_end_of_group(traced, calls, use, times, without) for use in uses]
             end = groups[0].module if len({group.module for group in groups}) == 1 else call.module
-            norms = readers.norms_of(call, groups[0]) if granularity != "layer" else []
+            norms = [] if readers is None else readers.norms_of(call, groups[0])
             if norms and all(norm in calls and norm.module not in without for norm in norms):
                 starts = [calls.index(norm) for norm in norms]
                 points += [_end_of_group(traced, calls, i, times, without).module for i in starts]
