@@ -93,6 +93,8 @@ MODULE_CONTENTS = (
 # The functions that nn.Module's call goes through, and what Module.compile puts into an instance.
 CALL_NAMES = ("__call__", "_call_impl")
 COMPILED_CALL = "_compiled_call_impl"
+# What torch.nn.utils.rnn.pack_padded_sequence calls.
+PACK_PADDED_SEQUENCE: Any = torch._pack_padded_sequence
 
 
 def remove_global_hook(hook: RemovableHandle) -> None:

@@ -1,22 +1,29 @@
 """Points that are found in the trace of one forward, by the tensors that go in and out of modules."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence, Set
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from fdfa_ext.duals import first_tensor
+from fdfa_ext.flow import (
+    WIDE_NORMS,
+    Readers,
+    ends,
+    has_bare_matrices,
+    has_matrices,
+    is_layer,
+    keeps_positions,
+    learns,
+    own_parameters,
+)
 from fdfa_ext.fusion import channels_first
 from fdfa_ext.layers import Block
 from fdfa_ext.own_code import nodes_behind
-from fdfa_ext.points import channels_first_at
+from fdfa_ext.points import channels_first_at, point_at_input
 from fdfa_ext.positions import Positions
 from fdfa_ext.trace import ModuleCall, Trace
 from fdfa_ext.warning import warn
@@ -24,9 +31,6 @@ from fdfa_ext.warning import warn
 GRANULARITIES = ("block", "layer")
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# Over positions or samples, as norms of images are.
-_WIDE_NORMS = (nn.GroupNorm, _BatchNorm, _InstanceNorm)
 # They change no value, so that a point before them has the shape that patches want.
 _VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
 
@@ -37,7 +41,7 @@ def default_output(traced: Trace) -> str | None:
     is what the model makes of one."""
     names = traced.names()
     times = Counter(call.module for call in traced.calls)
-    layers = [call for call in traced.calls if _is_layer(call.module) and _own_parameters(call.module)]
+    layers = [call for call in traced.calls if is_layer(call.module) and own_parameters(call.module)]
     if isinstance(traced.result, Tensor) and traced.result.dim() > 0:
         # In training mode the model may return more.
         ends = [call for call in layers if call.output is traced.result and times[call.module] == 1]
@@ -64,7 +68,7 @@ def default_output(traced: Trace) -> str | None:
 
 
 def auto_points(
-    traced: Trace, granularity: str, output: str | None, rows: int | None = None
+    traced: Trace, granularity: str, output: str | None, rows: int | None = None, patch: int = 1
 ) -> list[str]:
     """Names for `at`. output: name of the module that returns the network's, None for the model itself.
     rows: number of parts that samples have, such as the nodes of graphs.
@@ -79,107 +83,387 @@ def auto_points(
     first, and residual ones that have no norm after their last layer, have one point each, after the
     first norm with its activation. So has a layer whose output norms alone read, through sums or
     concatenations: a point before a norm drives the features up, since the norm cancels the error along
-    them. A layer that the output does not depend on has none, nor have features that the model returns
-    beside the output, if others are left: a loss on them reaches what made them.
+    them.
+
+    Where functions stand between a layer and the only one that reads it, the point stands at the input
+    of that, as behind modules that do the same; an image that is read as one row has no patches there.
+    So it does at the inputs of all that read what functions pool, or multiply by other features, as a
+    gate does: the mean Jacobian before it is the gate's mean. And where a layer returns its features
+    beside another tensor, as a recurrent one its last state, or those of other samples than the
+    output's. A layer that reads a gate and whose features are added to others has none: it learns by
+    the points of those that read the sum.
+
+    A layer that the output does not depend on has none, nor have features that the model returns beside
+    the output, if others are left: a loss on them reaches what made them.
 
     Raises:
         ValueError: no place is left for a point.
     """
-    names = traced.names()
-    calls, others, behind = _calls_to_output(traced, output, names, rows)
-    times = Counter(call.module for call in traced.calls)
-    blocks = [member for member in names if isinstance(member, Block)]
-    # Where no point may stand: blocks have their own, and the output layer its exact gradient.
-    without = {inner for block in blocks for inner in block.modules()} | behind
-    layers = [call for call in calls if _has_matrices(call.module)]
-    # A layer that leads to no other has its exact gradient, as the output's own.
-    ends = _ends([call for call in traced.calls if _has_matrices(call.module)])
-    behind |= ends
-    without |= ends
-    points: list[nn.Module] = []
-    start = 0  # of the calls that nothing may be cut before
-    readers = None if granularity == "layer" else _Readers(traced)
-    if readers is not None:
-        composites = _repeated(calls, times, without, behind, names, readers)
-        without |= {inner for composite in composites for inner in composite.modules()}
-        points, start = _points_of(composites, calls, traced, times, readers)
-    for call in layers:
-        place = calls.index(call)
-        if call.module not in without and place >= start and _learns(call.module):
-            uses = [i for i, other in enumerate(calls) if other.module is call.module]
-            groups = [_end_of_group(traced, calls, use, times, without) for use in uses]
-            end = groups[0].module if len({group.module for group in groups}) == 1 else call.module
-            norms = [] if readers is None else readers.norms_of(call, groups[0])
-            if norms and all(norm in calls and norm.module not in without for norm in norms):
-                starts = [calls.index(norm) for norm in norms]
-                points += [_end_of_group(traced, calls, i, times, without).module for i in starts]
-            else:
-                points.append(end)
-    returned = _returned(traced, output, names)
-    points = [point for point in points if point not in returned] or points
-    left = [names[c.module] for c in others if _has_matrices(c.module) and c.module not in without]
-    if left and points:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        warn(
-            f'FDFA: at="auto" puts no point after layer {left[0]!r}{more}, whose features have other '
-            "samples than the output; what has no point learns by those after it",
+    return _Search(traced, output, rows, patch != 1).points(granularity)
+
+
+class _Search:
+    """Where points may stand in a trace.
+
+    Attributes:
+        calls: those that return features of the output's samples, tokens or pixels, on which it
+            depends, in their order.
+        without: the modules after which no point may stand.
+        inside: those within blocks of the model's, which have points of their own.
+    """
+
+    def __init__(self, traced: Trace, output: str | None, rows: int | None, patched: bool) -> None:
+        self.traced = traced
+        self.patched = patched
+        self.output = output
+        self.rows = rows
+        self.names = traced.names()
+        self.times = Counter(call.module for call in traced.calls)
+        self.end = _output_of(traced, output, self.names)
+        if isinstance(self.end, Tensor) and self.end.dim() == 0:
+            raise ValueError(
+                f"FDFA: the output of {type(traced.module).__name__} is a single number; name the "
+                "module that returns the outputs [N, K] by output="
+            )
+        self._nodes = nodes_behind(self.end) if isinstance(self.end, Tensor) else set()
+        leading = [call for call in traced.calls if self._leads_to_output(call)]
+        self.calls = [
+            call for call in leading if self._has_samples(call.output, self.names[call.module])
+        ]
+        self._others = [
+            call
+            for call in traced.calls
+            if call not in self.calls and not self._nodes.isdisjoint(call.results)
+        ]
+        # The output layer, and one that leads to no other, have their exact gradients.
+        self._exact = ends([call for call in traced.calls if has_matrices(call.module)])
+        if output is not None:
+            self._exact.add(traced.module.get_submodule(output))
+        self._blocks = [member for member in self.names if isinstance(member, Block)]
+        self.without = {inner for block in self._blocks for inner in block.modules()} | self._exact
+        self.inside: set[nn.Module] = set()
+        self.readers = Readers(traced)
+
+    def points(self, granularity: str) -> list[str]:
+        names = self.names
+        points: list[str] = []
+        start = 0  # of the calls that nothing may be cut before
+        if granularity == "block":
+            composites = self._repeated()
+            self.inside = {inner for composite in composites for inner in composite.modules()}
+            self.without |= self.inside
+            found, start = self._points_of(composites)
+            points = [names[module] for module in found]
+        uncut = {*self.calls[:start]}
+        cut: set[nn.Module] = set()
+        for call in self.traced.calls:
+            module = call.module
+            may_stand = module not in self.without and call not in uncut
+            if has_matrices(module) and learns(module) and may_stand:
+                own = self._points_of_layer(call, granularity == "block", points)
+                points += own
+                cut |= {module} if own else set()
+        returned = {names[module] for module in self._returned()}
+        points = [point for point in points if point not in returned] or points
+        left = [
+            names[c.module]
+            for c in self._others
+            if has_matrices(c.module) and c.module not in self.without and c.module not in cut
+        ]
+        if left and points:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            warn(
+                f'FDFA: at="auto" puts no point after layer {left[0]!r}{more}, whose features have '
+                "other samples than the output, or go into no layer first; what has no point learns by "
+                "those after it",
+            )
+        if not points and not self._blocks:
+            raise ValueError(self._no_point())
+        return list(dict.fromkeys(points))
+
+    def _points_of_layer(self, call: ModuleCall, by_block: bool, points: list[str]) -> list[str]:
+        if call not in self.calls:
+            return self._points_of_readers(self._nodes.intersection(call.results))
+        readers = self.readers
+        uses = [i for i, other in enumerate(self.calls) if other.module is call.module]
+        groups = [self._end_of_group(use) for use in uses]
+        made = {group.node for group in groups}
+        end = groups[0].module if len({group.module for group in groups}) == 1 else call.module
+        found: list[str] = []
+        if by_block:
+            norms = readers.norms_of(call, groups[0])
+            if norms and all(n in self.calls and n.module not in self.without for n in norms):
+                return [self._name_of_group(norm) for norm in norms]
+            found = self._gated(made)
+            reads_gate = point_at_input(self.names[call.module], call.module) in points
+            if not found and reads_gate and all(readers.adds(r, made) for r in readers.of(made)):
+                return []  # it learns by the points of those that read the sum
+            found = found or self._behind_functions(groups[0], made)
+        return found or [self.names[end]]
+
+    def _behind_functions(self, group: ModuleCall, made: Set[Any]) -> list[str]:
+        """Points where the only layer or norm reads what functions made of these nodes, the results of
+        this group in all its uses, or where all read it pooled."""
+        readers = self.readers
+        features: Any = group.output
+        alone = len(readers.of(made)) == 1 and not readers.recurs(made)
+
+        def may(reader: ModuleCall) -> bool:
+            if _is_pool_of(features, reader.first):
+                return True
+            is_row = reader.first is not None and reader.first.dim() < features.dim()
+            return alone and readers.changes(reader, made) and not (self.patched and is_row)
+
+        return self._points_of_readers(made, may)
+
+    def _gated(self, made: Set[Any]) -> list[str]:
+        """Points where layers and norms read what these nodes made, if all read a product of it."""
+        return self._points_of_readers(made, lambda reader: self.readers.multiplies(reader, made))
+
+    def _points_of_readers(
+        self, made: Set[Any], may: Callable[[ModuleCall], bool] = lambda reader: True
+    ) -> list[str]:
+        """Points where layers and norms read what these nodes made, if each may have one."""
+        points: list[str] = []
+        for reader in self.readers.of(made):
+            if self._nodes.isdisjoint(reader.results):
+                continue
+            point = self._point_of_reader(reader, made) if may(reader) else None
+            if point is None:
+                return []
+            points.append(point)
+        return points
+
+    def _point_of_reader(self, reader: ModuleCall, made: Set[Any]) -> str | None:
+        """Where a layer or norm reads what these nodes made, if it may stand there."""
+        module = reader.module
+        if module in self.inside or any(module in block.modules() for block in self._blocks):
+            return None
+        if reader in self.readers.norms and reader in self.calls and module not in self.without:
+            return self._name_of_group(reader)
+        point = point_at_input(self.names[module], module)
+        if point is None or not self.readers.reads_first(reader, made):
+            return None
+        return point if self._has_samples(reader.first, point) else None
+
+    def _leads_to_output(self, call: ModuleCall) -> bool:
+        leads = call.node is None or not self._nodes or call.node in self._nodes
+        return isinstance(self.end, Tensor) and call.makes_features and leads
+
+    def _has_samples(self, features: Tensor | None, name: str) -> bool:
+        """Whether these, at the point or module of this name, are of the output's samples, tokens or
+        pixels."""
+        if features is None or features.dim() < 2 or not features.is_floating_point():
+            return False
+        own = self._positions
+        if own is None:
+            return features.shape[0] in (self.end.shape[0], self.rows)
+        first = channels_first_at(self.traced.module, name)
+        found = Positions.of(features.shape, len(own.grid), first)
+        return found is not None and found.fits(own)
+
+    @cached_property
+    def _positions(self) -> Positions | None:
+        """Of the output, if it has any."""
+        if self.end.dim() <= 2:
+            return None
+        module = self.traced.module
+        first = channels_first([module])
+        if self.output is not None:
+            first = channels_first_at(module, self.output)
+        return Positions.of(self.end.shape, self.end.dim() - 2, first)
+
+    def _returned(self) -> set[nn.Module]:
+        """The modules whose features the model returns beside the network's output, as they are or with
+        no layer in between: a loss on them would train nothing behind a point."""
+        found: set[nn.Module] = set()
+        for t in tree_leaves(self.traced.result):
+            if isinstance(t, Tensor) and t is not self.end:
+                nodes = nodes_behind(t)
+                leading = [call for call in self.traced.calls if call.node in nodes]
+                layers = [call for call in leading if has_matrices(call.module)]
+                passed = nodes_behind(*(x for call in layers for x in call.inputs))
+                found |= {call.module for call in leading if call.node not in passed}
+        return found
+
+    def _no_point(self) -> str:
+        traced, result, names = self.traced, self.end, self.names
+        shape = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        hidden = [call for call in traced.calls if call.makes_features and has_matrices(call.module)]
+        found = "no layer returns features"
+        if len(hidden) == 1 and hidden[0].output is result:
+            return (
+                f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__}: its only '
+                f"layer {names[hidden[0].module]!r} is the output layer, which learns by its exact "
+                "gradient. Train the model as it is, or add a hidden layer"
+            )
+        if hidden:
+            features: Any = hidden[0].output
+            found = f"layer {names[hidden[0].module]!r} returns {list(features.shape)}"
+        return (
+            f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__} that returns '
+            f"features of the output's samples, tokens or pixels: the output is {shape}, and {found}. "
+            "Where the model permutes a layer's result, name that layer in output=; where rows are "
+            "parts of a sample, as a graph's nodes, give sample_index=; where the model returns all "
+            "tokens with targets alone, give these in example_input; else return [N, K], or name "
+            "modules in at="
         )
-    if not points and not blocks:
-        raise ValueError(_no_point(traced, output, names))
-    return list(dict.fromkeys(names[point] for point in points))
 
+    def _repeated(self) -> list[nn.Module]:
+        """The outermost modules of classes that repeat, such as residual blocks and transformer layers,
+        or that read themselves what they return; and single ones that normalise their input first."""
+        calls, names = self.calls, self.names
+        called = {call.module for call in calls}
 
-class _Readers:
-    """Which layers and norms read what a call returns, through modules and functions of other kinds."""
+        def fits(member: nn.Module) -> bool:
+            kind = type(member)
+            own = not kind.__module__.startswith("torch.nn.") or isinstance(member, _TRANSFORMER_LAYERS)
+            if not own or member not in called or member in self.without:
+                return False
+            inner = {*member.modules()}
+            layers = sum(has_matrices(m) and self.times[m] > 0 for m in inner)
+            return not inner & self._exact and (layers > 1 or any(map(has_bare_matrices, inner)))
 
-    def __init__(self, traced: Trace) -> None:
-        calls = [call for call in traced.calls if call.node is not None]
-        self.norms = {c for c in calls if isinstance(c.module, _WIDE_NORMS) or _normalises(c)}
-        # In the order of the calls.
-        self.all = [c for c in calls if c in self.norms or _has_matrices(c.module)]
-        self._nodes = {call.node for call in self.all}
-        self._behind = {call: self._reached(call.read) for call in self.all}
+        fitting = [member for member in names if fits(member)]
+        kinds = Counter(type(member) for member in fitting)
 
-    def reads(self, reader: ModuleCall, call: ModuleCall) -> bool:
-        return call.node in self._behind.get(reader, ())
+        def repeats(member: nn.Module) -> bool:
+            own = [call for call in calls if call.module is member]
+            again = any(t is before.output for call in own for t in call.inputs for before in own)
+            return kinds[type(member)] > 1 or again
 
-    def norms_of(self, layer: ModuleCall, end: ModuleCall) -> list[ModuleCall]:
-        """The norms that read what this layer's group returns, if nothing else does and the group has
-        none itself."""
-        if end.node is None or layer.node is None:
-            return []
-        group = self._reached([end.made]) - {layer.node}
-        if any(norm.node in group for norm in self.norms):
-            return []
-        readers = [call for call in self.all if call.node != end.node and self.reads(call, end)]
-        return readers if all(call in self.norms for call in readers) else []
+        def stands_alone(member: nn.Module) -> bool:
+            own = [call for call in calls if call.module is member]
+            within = any(inner in fitting and repeats(inner) for inner in member.modules())
+            return not within and bool(self._first_norms(own[-1]))
 
-    def ends(self, last: ModuleCall, call: ModuleCall) -> bool:
-        """Whether this call returns what the last one makes, with no layer or norm in between."""
-        return last.node in self._reached([call.made])
+        found: list[nn.Module] = []
+        inside: set[nn.Module] = set()
+        for member in fitting:
+            if member not in inside and (repeats(member) or stands_alone(member)):
+                if learns(member):
+                    found.append(member)
+                inside.update(member.modules())
+        return found
 
-    def skips(self, call: ModuleCall) -> bool:
-        """Whether it returns its input, or a part of it, beside what its layers make."""
-        read = {edge.node for edge in call.read if edge is not None}
-        return not read.isdisjoint(self._reached([call.made]))
+    def _points_of(self, composites: Sequence[nn.Module]) -> tuple[list[nn.Module], int]:
+        """The points of repeated modules, and the place of the last call that a skip passes uncut."""
+        calls, readers = self.calls, self.readers
+        norms = {c.module: self._first_norms(c) for c in calls if c.module in composites}
+        single = self._single_norms([m for m in composites if not norms.get(m)])
+        # Those whose features the next norm reads.
+        stream = [c for c in calls if norms.get(c.module) or c.module in single]
 
-    def begins(self, norm: ModuleCall, call: ModuleCall) -> bool:
-        """Whether the norm reads the input of this call that it is in."""
-        if any(t is read for t in norm.inputs for read in call.inputs):
-            return True
-        return any(e.node in self._behind.get(norm, ()) for e in call.read if e is not None)
+        def ends_stream(call: ModuleCall) -> bool:
+            reads = any(readers.reads(call, before) for before in stream)
+            return reads and call.module not in self.inside and call in readers.norms
 
-    def _reached(self, edges: Iterable[GradientEdge | None]) -> set[Any]:
-        """Nodes behind these, up to those of layers and norms."""
-        seen: set[Any] = set()
-        nodes: list[Any] = [edge.node for edge in edges if edge is not None]
-        while nodes:
-            node = nodes.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                if node not in self._nodes:
-                    nodes += [after for after, _ in node.next_functions]
-        return seen
+        def end_of(norm: ModuleCall) -> nn.Module:
+            if not isinstance(norm.module, WIDE_NORMS):
+                return norm.module
+            return self._end_of_group(calls.index(norm), set()).module
+
+        ends = [call for call in calls if ends_stream(call)]
+        within = [norm for call in stream for norm in norms.get(call.module, ())]
+        in_order = sorted([*within, *ends], key=calls.index)
+        wanted: set[ModuleCall] = set()
+        try:
+            for call in stream:
+                for norm in norms[call.module]:
+                    if keeps_positions(norm, in_order[in_order.index(norm) + 1 :], call):
+                        wanted.add(norm)
+        except Exception as error:  # of code of the user's
+            wanted.clear()
+            warn(
+                'FDFA: at="auto" puts points after all norms of transformer layers; a backward in eval '
+                "mode, which tells those that lead to other tokens, raises "
+                f"{type(error).__name__}: {error}",
+            )
+        points: list[nn.Module] = []
+        for call in calls:
+            if norms.get(call.module):
+                # Where all mix positions, B of single ones has to do.
+                points += [norm.module for norm in norms[call.module] if norm in wanted or not wanted]
+            elif call.module in single:
+                points.append(end_of(single[call.module]))
+            elif call.module in composites:
+                points.append(call.module)
+            elif call in ends:
+                points.append(end_of(call))
+        return points, calls.index(stream[-1]) if stream else 0
+
+    def _first_norms(self, composite: ModuleCall) -> list[ModuleCall]:
+        """The norms of the features within it, if one reads its input; else none."""
+        inner = {*composite.module.modules()}
+        output: Any = composite.output
+        norms = [
+            call
+            for call in self.calls
+            if call.module in inner
+            and call in self.readers.norms
+            and not isinstance(call.module, WIDE_NORMS)
+            and _shape(call.output) == output.shape
+        ]
+        found = {norm.module for norm in norms}
+        norms = [n for n in norms if not found & ({*n.module.modules()} - {n.module})]
+        first = any(t is read for call in norms for t in call.inputs for read in composite.inputs)
+        return norms if first else []
+
+    def _single_norms(self, composites: Sequence[nn.Module]) -> dict[nn.Module, ModuleCall]:
+        """The first norm of each of these composites whose features a skip passes to the norms of later
+        ones: it begins with a norm over positions or samples, or has none after its last layer."""
+        calls, readers = self.calls, self.readers
+        inside = {inner for composite in composites for inner in composite.modules()}
+        first: dict[nn.Module, ModuleCall] = {}
+        skips: set[type[nn.Module]] = set()
+        for call in calls:
+            own = not type(call.module).__module__.startswith("torch.nn.") and call.module in inside
+            inner = {*call.module.modules()} if own else set()
+            within = [reader for reader in readers.all if reader.module in inner]
+            norms = [reader for reader in within if reader in readers.norms and reader in calls]
+            if not norms or len(norms) == len(within):
+                continue
+            norm = norms[0]
+            if isinstance(norm.module, WIDE_NORMS) and readers.begins(norm, call):
+                skips |= {type(call.module)} if _shape(call.output) == _shape(norm.inputs[0]) else set()
+            elif any(readers.ends(norm, call) for norm in norms):
+                continue
+            first.setdefault(call.module, norm)
+            skips |= {type(call.module)} if readers.skips(call) else set()
+        passed = {norm for module, norm in first.items() if type(module) in skips}
+        return {m: first[m] for m in composites if m in first and first[m] in passed}
+
+    def _name_of_group(self, call: ModuleCall) -> str:
+        return self.names[self._end_of_group(self.calls.index(call)).module]
+
+    def _end_of_group(self, start: int, without: Set[nn.Module] | None = None) -> ModuleCall:
+        """The last of the calls, from this layer's on, of modules that each alone read what the one
+        before returns, and tell of a sequence whether its channels come first."""
+        calls = self.calls
+        without = self.without if without is None else without
+        end = calls[start]
+
+        def has_channels_first(call: ModuleCall) -> bool:
+            is_sequence = call.output is not None and call.output.dim() == 3
+            return is_sequence and bool(channels_first_at(self.traced.module, self.names[call.module]))
+
+        while True:
+            readers = [
+                (i, call)
+                for i, call in enumerate(calls)
+                if i > start and is_layer(call.module) and any(t is end.output for t in call.inputs)
+            ]
+            if not readers:
+                return end
+            start, reader = readers[0]
+            changes_in_place = reader.output is end.output  # later readers are its own
+            is_alone = (len(readers) == 1 or changes_in_place) and len(reader.inputs) == 1
+            joins = not has_matrices(reader.module) and not isinstance(reader.module, _VIEWS)
+            joins = joins and has_channels_first(reader) == has_channels_first(end)
+            as_often = self.times[reader.module] == self.times[end.module]
+            if not (is_alone and joins and as_often) or reader.module in without:
+                return end
+            end = reader
 
 
 def _output_of(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> Any:
@@ -189,357 +473,13 @@ def _output_of(traced: Trace, output: str | None, names: dict[nn.Module, str]) -
     return next((c.output for c in reversed(traced.calls) if names[c.module] == output), traced.result)
 
 
-def _returned(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> set[nn.Module]:
-    """The modules whose features the model returns beside the network's output, as they are or with no
-    layer in between: a loss on them would train nothing behind a point."""
-    end = _output_of(traced, output, names)
-    found: set[nn.Module] = set()
-    for t in tree_leaves(traced.result):
-        if isinstance(t, Tensor) and t is not end:
-            nodes = nodes_behind(t)
-            leading = [call for call in traced.calls if call.node in nodes]
-            layers = [call for call in leading if _has_matrices(call.module)]
-            passed = nodes_behind(*(x for call in layers for x in call.inputs))
-            found |= {call.module for call in leading if call.node not in passed}
-    return found
-
-
-def _no_point(traced: Trace, output: str | None, names: dict[nn.Module, str]) -> str:
-    result = _output_of(traced, output, names)
-    shape = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-    hidden = [call for call in traced.calls if call.makes_features and _has_matrices(call.module)]
-    found = "no layer returns features"
-    if len(hidden) == 1 and hidden[0].output is result:
-        return (
-            f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__}: its only layer '
-            f"{names[hidden[0].module]!r} is the output layer, which learns by its exact gradient. "
-            "Train the model as it is, or add a hidden layer"
-        )
-    if hidden:
-        features: Any = hidden[0].output
-        found = f"layer {names[hidden[0].module]!r} returns {list(features.shape)}"
-    return (
-        f'FDFA: at="auto" finds no hidden layer in {type(traced.module).__name__} that returns '
-        f"features of the output's samples, tokens or pixels: the output is {shape}, and {found}. "
-        "Where the model permutes a layer's result, name that layer in output=; where rows are parts "
-        "of a sample, as a graph's nodes, give sample_index=; where the model returns all tokens with "
-        "targets alone, give these in example_input; else return [N, K], or name modules in at="
-    )
-
-
-def _calls_to_output(
-    traced: Trace, output: str | None, names: dict[nn.Module, str], rows: int | None
-) -> tuple[list[ModuleCall], list[ModuleCall], set[nn.Module]]:
-    """The calls that return features of the output's samples, tokens or pixels, on which it depends;
-    those that return other features; and the modules of the output itself."""
-    end = _output_of(traced, output, names)
-    behind = set() if output is None else {traced.module.get_submodule(output)}
-    if not isinstance(end, Tensor):
-        return [], [], behind
-    if end.dim() == 0:
-        raise ValueError(
-            f"FDFA: the output of {type(traced.module).__name__} is a single number; name the module "
-            "that returns the outputs [N, K] by output="
-        )
-    nodes = nodes_behind(end)
-    own = None
-    if end.dim() > 2:
-        first = channels_first([traced.module])
-        if output is not None:
-            first = channels_first_at(traced.module, output)
-        own = Positions.of(end.shape, end.dim() - 2, first)
-
-    def leads_there(call: ModuleCall) -> bool:
-        return call.makes_features and (call.node is None or not nodes or call.node in nodes)
-
-    def has_samples(call: ModuleCall) -> bool:
-        features: Any = call.output
-        if own is None:
-            return features.shape[0] in (end.shape[0], rows)
-        first = channels_first_at(traced.module, names[call.module])
-        found = Positions.of(features.shape, len(own.grid), first)
-        return found is not None and found.fits(own)
-
-    leading = [*filter(leads_there, traced.calls)]
-    return [*filter(has_samples, leading)], [call for call in leading if not has_samples(call)], behind
-
-
-def _ends(layers: Sequence[ModuleCall]) -> set[nn.Module]:
-    """Those of these calls that never lead to another of them."""
-    before = nodes_behind(*(t for call in layers for t in call.inputs))
-    leading = {call.module for call in layers if call.node in before}
-    return {call.module for call in layers} - leading
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Whether it is called as a whole. A module with others in it may hold bare parameters, such as
-    positions."""
-    inner = [name for name, _ in module.named_children() if name != "parametrizations"]
-    made_of = isinstance(module, (parametrize.ParametrizationList, nn.MultiheadAttention))
-    return not inner if not made_of else isinstance(module, nn.MultiheadAttention)
-
-
-def _own_parameters(module: nn.Module) -> list[Tensor]:
-    own: list[Any] = [*module._parameters.values()]
-    if parametrize.is_parametrized(module):
-        parametrized: Any = module.parametrizations
-        own += [getattr(module, name) for name in parametrized]
-    return [p for p in own if p is not None]
-
-
-def _has_matrices(module: nn.Module) -> bool:
-    """Whether it is a layer with weights of its own that map features, as no norm has."""
-    if isinstance(module, _EMBEDDINGS) or not _is_layer(module):
+def _is_pool_of(features: Tensor | None, read: Tensor | None) -> bool:
+    """Whether a layer read as many channels of fewer positions, to go by the shapes. A view of an image
+    as one row has no patches."""
+    if features is None or read is None or read.dim() < 2 or read.numel() >= features.numel():
         return False
-    return any(p.dim() >= 2 for p in _own_parameters(module))
-
-
-def _has_bare_matrices(module: nn.Module) -> bool:
-    """Whether it has weights of its own that map features, but is called by parts."""
-    matrices = [p for p in _own_parameters(module) if sum(size > 1 for size in p.shape) > 1]
-    return bool(matrices) and not _is_layer(module)
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
-def _repeated(
-    calls: Sequence[ModuleCall],
-    times: Counter[nn.Module],
-    without: set[nn.Module],
-    behind: set[nn.Module],
-    names: dict[nn.Module, str],
-    readers: _Readers,
-) -> list[nn.Module]:
-    """The outermost modules of classes that repeat, such as residual blocks and transformer layers, or
-    that read themselves what they return; and single ones that normalise their input first."""
-    called = {call.module for call in calls}
-
-    def fits(member: nn.Module) -> bool:
-        kind = type(member)
-        own = not kind.__module__.startswith("torch.nn.") or isinstance(member, _TRANSFORMER_LAYERS)
-        if not own or member not in called or member in without:
-            return False
-        inner = {*member.modules()}
-        layers = sum(_has_matrices(m) and times[m] > 0 for m in inner)
-        return not inner & behind and (layers > 1 or any(map(_has_bare_matrices, inner)))
-
-    fitting = [member for member in names if fits(member)]
-    kinds = Counter(type(member) for member in fitting)
-
-    def repeats(member: nn.Module) -> bool:
-        own = [call for call in calls if call.module is member]
-        again = any(t is before.output for call in own for t in call.inputs for before in own)
-        return kinds[type(member)] > 1 or again
-
-    def stands_alone(member: nn.Module) -> bool:
-        own = [call for call in calls if call.module is member]
-        within = any(inner in fitting and repeats(inner) for inner in member.modules())
-        return not within and bool(_first_norms(own[-1], calls, readers))
-
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for member in fitting:
-        if member not in inside and (repeats(member) or stands_alone(member)):
-            if _learns(member):
-                found.append(member)
-            inside.update(member.modules())
-    return found
-
-
-def _points_of(
-    composites: Sequence[nn.Module],
-    calls: Sequence[ModuleCall],
-    traced: Trace,
-    times: Counter[nn.Module],
-    readers: _Readers,
-) -> tuple[list[nn.Module], int]:
-    """The points of repeated modules, and the place of the last call that a skip passes uncut."""
-    norms = {c.module: _first_norms(c, calls, readers) for c in calls if c.module in composites}
-    single = _single_norms([m for m in composites if not norms.get(m)], calls, readers)
-    # Those whose features the next norm reads.
-    stream = [c for c in calls if norms.get(c.module) or c.module in single]
-    inside = {inner for composite in composites for inner in composite.modules()}
-
-    def ends_stream(call: ModuleCall) -> bool:
-        reads = any(readers.reads(call, before) for before in stream)
-        return reads and call.module not in inside and call in readers.norms
-
-    def end_of(norm: ModuleCall) -> nn.Module:
-        if not isinstance(norm.module, _WIDE_NORMS):
-            return norm.module
-        return _end_of_group(traced, calls, calls.index(norm), times, set()).module
-
-    ends = [call for call in calls if ends_stream(call)]
-    within = [norm for call in stream for norm in norms.get(call.module, ())]
-    in_order = sorted([*within, *ends], key=calls.index)
-    wanted: set[ModuleCall] = set()
-    try:
-        for call in stream:
-            for norm in norms[call.module]:
-                if _keeps_positions(norm, in_order[in_order.index(norm) + 1 :], call):
-                    wanted.add(norm)
-    except Exception as error:  # of code of the user's
-        wanted.clear()
-        warn(
-            'FDFA: at="auto" puts points after all norms of transformer layers; a backward in eval '
-            "mode, which tells those that lead to other tokens, raises "
-            f"{type(error).__name__}: {error}",
-        )
-    points: list[nn.Module] = []
-    for call in calls:
-        if norms.get(call.module):
-            # Where all mix positions, B of single ones has to do.
-            points += [norm.module for norm in norms[call.module] if norm in wanted or not wanted]
-        elif call.module in single:
-            points.append(end_of(single[call.module]))
-        elif call.module in composites:
-            points.append(call.module)
-        elif call in ends:
-            points.append(end_of(call))
-    return points, calls.index(stream[-1]) if stream else 0
-
-
-@torch.no_grad()
-def _normalises(call: ModuleCall) -> bool:
-    """Whether the module is a norm of each token's features by themselves: it makes the same of twice
-    the features, and of one token what it makes of it among others."""
-    if isinstance(call.module, (nn.LayerNorm, nn.RMSNorm)):
-        return True
-    if type(call.module).__module__.startswith("torch.nn."):
-        return False
-    x, y = call.inputs[0] if len(call.inputs) == 1 else None, call.output
-    if x is None or y is None or not call.makes_features or x.shape != y.shape or not x.any():
-        return False
-    if any(_has_matrices(inner) for inner in call.module.modules()):
-        return False
-    last = (slice(None), *[slice(-1, None)] * (x.dim() - 2))  # token or pixel
-    x = x * (8 / x.abs().max())  # far above what norms add to a variance
-    try:
-        once, twice = first_tensor(call.module(x)), first_tensor(call.module(2 * x[last]))
-    except Exception:  # of code of the user's, for inputs that it was not given
-        return False
-    if once is None or twice is None or once.shape != x.shape or twice.shape != x[last].shape:
-        return False
-    return bool((once[last] - twice).abs().max() <= 1e-2 * once[last].abs().max())
-
-
-def _first_norms(
-    composite: ModuleCall, calls: Sequence[ModuleCall], readers: _Readers
-) -> list[ModuleCall]:
-    """The norms of the features within it, if one reads its input; else none."""
-    inner = {*composite.module.modules()}
-    output: Any = composite.output
-    norms = [
-        call
-        for call in calls
-        if call.module in inner
-        and call in readers.norms
-        and not isinstance(call.module, _WIDE_NORMS)
-        and _shape(call.output) == output.shape
-    ]
-    found = {norm.module for norm in norms}
-    norms = [n for n in norms if not found & ({*n.module.modules()} - {n.module})]
-    first = any(t is read for call in norms for t in call.inputs for read in composite.inputs)
-    return norms if first else []
-
-
-def _single_norms(
-    composites: Sequence[nn.Module], calls: Sequence[ModuleCall], readers: _Readers
-) -> dict[nn.Module, ModuleCall]:
-    """The first norm of each of these composites whose features a skip passes to the norms of later
-    ones: it begins with a norm over positions or samples, or has none after its last layer."""
-    inside = {inner for composite in composites for inner in composite.modules()}
-    first: dict[nn.Module, ModuleCall] = {}
-    skips: set[type[nn.Module]] = set()
-    for call in calls:
-        own = not type(call.module).__module__.startswith("torch.nn.") and call.module in inside
-        inner = {*call.module.modules()} if own else set()
-        within = [reader for reader in readers.all if reader.module in inner]
-        norms = [reader for reader in within if reader in readers.norms and reader in calls]
-        if not norms or len(norms) == len(within):
-            continue
-        norm = norms[0]
-        if isinstance(norm.module, _WIDE_NORMS) and readers.begins(norm, call):
-            skips |= {type(call.module)} if _shape(call.output) == _shape(norm.inputs[0]) else set()
-        elif any(readers.ends(norm, call) for norm in norms):
-            continue
-        first.setdefault(call.module, norm)
-        skips |= {type(call.module)} if readers.skips(call) else set()
-    passed = {norm for module, norm in first.items() if type(module) in skips}
-    return {m: first[m] for m in composites if m in first and first[m] in passed}
+    return read.shape[1] == features.shape[1] or read.shape[-1] == features.shape[-1]
 
 
 def _shape(t: Tensor | None) -> torch.Size | None:
     return None if t is None else t.shape
-
-
-def _keeps_positions(norm: ModuleCall, later: Sequence[ModuleCall], composite: ModuleCall) -> bool:
-    """Whether what the norm's output [N, *positions, D] leads to, up to the next norm or the end of the
-    composite, depends at each position on that position alone, as it does not behind attention."""
-    output, result = norm.output, composite.output
-    if norm.made is None or output is None or result is None:
-        return False  # nothing before it learns
-    ends = [end for call in later for end in zip(call.read, call.inputs, strict=True)]
-    for edge, t in [*ends, (composite.made, result)]:
-        if edge is not None and t.shape == output.shape:
-            spreads = _spreads(norm.made, edge, t)
-            if spreads is not None:
-                return not spreads
-    return False
-
-
-def _spreads(source: GradientEdge, end: GradientEdge, like: Tensor) -> bool | None:
-    """Whether a position of the end, a tensor like this [N, *positions, D], depends on others of the
-    source; None where the end depends on none."""
-    rows = like.unsqueeze(1).flatten(1, -2).shape[1]
-    for place in {0, rows // 2, rows - 1} if rows else ():
-        # NaN goes through weights that are zero at the start, as of a residual branch.
-        error = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        error.unsqueeze(1).flatten(1, -2)[:, place] = torch.nan
-        with torch.autograd.set_detect_anomaly(False):
-            (found,) = torch.autograd.grad(
-                [end], [source], [error], retain_graph=True, allow_unused=True
-            )
-        if found is None:
-            return None
-        others = [other for other in range(rows) if other != place]
-        if found.unsqueeze(1).flatten(1, -2)[:, others].isnan().any():
-            return True
-    return False
-
-
-def _end_of_group(
-    traced: Trace,
-    calls: Sequence[ModuleCall],
-    start: int,
-    times: Counter[nn.Module],
-    without: set[nn.Module],
-) -> ModuleCall:
-    """The last of the calls, from this layer's on, of modules that each alone read what the one before
-    returns, and tell of a sequence whether its channels come first."""
-    end = calls[start]
-    names = traced.names()
-
-    def has_channels_first(call: ModuleCall) -> bool:
-        is_sequence = call.output is not None and call.output.dim() == 3
-        return is_sequence and bool(channels_first_at(traced.module, names[call.module]))
-
-    while True:
-        readers = [
-            (i, call)
-            for i, call in enumerate(calls)
-            if i > start and _is_layer(call.module) and any(t is end.output for t in call.inputs)
-        ]
-        if not readers:
-            return end
-        start, reader = readers[0]
-        changes_in_place = reader.output is end.output  # later readers are its own
-        is_alone = (len(readers) == 1 or changes_in_place) and len(reader.inputs) == 1
-        joins = not _has_matrices(reader.module) and not isinstance(reader.module, _VIEWS)
-        joins = joins and has_channels_first(reader) == has_channels_first(end)
-        as_often = times[reader.module] == times[end.module]
-        if not (is_alone and joins and as_often) or reader.module in without:
-            return end
-        end = reader

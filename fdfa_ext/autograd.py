@@ -468,8 +468,9 @@ def check_blocks(rule: BlockRule, dual: DualPass, matrices: FeedbackBank, n: int
         shape = record.output.shape
         if shape[0] != n:
             raise ValueError(
-                f"FDFA: block '{record.name}' must keep the batch first: expected [{n}, *features] "
-                f"as the output has, got {list(record.shape)}"
+                f"FDFA: block or point '{record.name}' must keep the batch first: expected [{n}, "
+                f'*features] as the output has, got {list(record.shape)}; if "auto" found it, give an '
+                "example_input of more samples"
             )
         if rule.feedback == "none":
             continue

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -386,7 +386,7 @@ class BlockPass:
     def __init__(self, name: str, index: int, module: str) -> None:
         self.name = name
         self.index = index
-        self.module = module  # the block's name in the model
+        self.module = module  # the name of the block or point in the model
         self.call: Call  # as Block.plan has it
         self.dual: DualPass | None = None
         self.later: BlockPass | None = None  # of the next use
@@ -448,32 +448,76 @@ class BlockPass:
         self._refuse_checkpoint(self._running_pass())
         return self.perturb_result(channels_first, forward(*args, **kwargs))
 
+    def point_at_input(
+        self, channels_first: bool | None, forward: Any, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """What this forward of a module returns for its first argument perturbed."""
+        if self.dual_here() is None:
+            return forward(*args, **kwargs)
+        self._refuse_checkpoint(self._running_pass())
+        args, kwargs = self.perturb_input(channels_first, args, kwargs)
+        first = next(iter((*args, *kwargs.values())))
+        version = first._version
+        result = forward(*args, **kwargs)
+        if first._version != version:  # others that read it would see neither perturbation nor cut
+            raise RuntimeError(
+                f"FDFA: point '{self.name}' is at the input of a module that changes it in place; put "
+                "the point on the module that returns it, or leave out inplace=True"
+            )
+        return result
+
     def perturb_result(self, channels_first: bool | None, result: Any) -> Any:
         """What goes on from a point whose module returned this."""
-        dual = self._running_pass()  # the network's end may be within the module
-        own: BlockPass | None = self  # or that of a later use, also one that began within this one
-        while own is not None and own.index in dual.seen:
-            own = own.later
+        own = self._use()
         if own is None:
-            if dual.unforeseen is None:  # it learns by the points after it
-                return result
-            own = self
-            dual.unforeseen[self.module] += 1
+            return result
         first = first_tensor(result)
-        if first is None or not first.is_floating_point() or first.dim() < 2:
-            got = type(result).__name__ if first is None else f"{first.dtype} {list(first.shape)}"
+        if not _is_features(first):
             raise TypeError(
                 f"FDFA: module '{self.name}' has a point, so it must return features [N, *features], "
-                f"alone or first in a tuple; got {got}"
+                f"alone or first in a tuple; got {_told(result if first is None else first)}"
             )
+        return with_first(result, own._perturbed_features(first, channels_first))
+
+    def perturb_input(
+        self, channels_first: bool | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What goes on to a module with a point at its input that was given these arguments."""
+        own = self._use()
+        if own is None:
+            return args, kwargs
+        first = next(iter((*args, *kwargs.values())), None)
+        if not _is_features(first):
+            raise TypeError(
+                f"FDFA: point '{self.name}' is at the input of a module, whose first argument must be "
+                f"features [N, *features]; got {_told(first)}"
+            )
+        perturbed = own._perturbed_features(first, channels_first)
+        if args:
+            return (perturbed, *args[1:]), kwargs
+        return args, kwargs | {next(iter(kwargs)): perturbed}
+
+    def _use(self) -> "BlockPass | None":
+        """The pass of this use of a point: this one or that of a later use, also one that began within
+        this one. None where it has none, and learns by the points after it."""
+        dual = self._running_pass()  # the network's end may be within the module
+        own: BlockPass | None = self
+        while own is not None and own.index in dual.seen:
+            own = own.later
+        if own is None and dual.unforeseen is not None:
+            own = self
+            dual.unforeseen[self.module] += 1
+        return own
+
+    def _perturbed_features(self, x: Tensor, channels_first: bool | None) -> Tensor:
+        dual = self._running_pass()
         with dual.apart():
-            y, ty = dual.unpack(first) if dual.perturbs else (first, None)
+            y, ty = dual.unpack(x) if dual.perturbs else (x, None)
             if dual.tangents == "block":
                 ty = None
             tangent = None if ty is None else ty.detach()
-            output, ty = own._end(dual, y, tangent, channels_first)
-            perturbed = output if ty is None else dual.make_dual(output, ty)
-        return with_first(result, perturbed)
+            output, ty = self._end(dual, y, tangent, channels_first)
+            return output if ty is None else dual.make_dual(output, ty)
 
     def linear(self, layer: Any, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
         """An FDFALinear: x [N, *, in_features] → y, ty [N, *, out_features]. Algorithm 1, lines 10 to
@@ -871,6 +915,14 @@ def _of_rows(positions: Positions | None, y: Tensor, ty: Tensor | None) -> Prima
     if positions is None:
         return y, ty
     return positions.of_rows(y), None if ty is None else positions.of_rows(ty)
+
+
+def _is_features(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+
+
+def _told(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from fdfa_ext._torch_internals import (
     is_in_transform,
 )
 
-# torch has one level of forward mode for all threads, and one choice of attention's kernels.
+# torch has one level of forward mode for all threads, and one choice of its kernels.
 _one_thread = threading.RLock()
 
 
@@ -70,19 +70,8 @@ def refuse_unknown(what: str, error: NotImplementedError) -> None:
     if "forward AD" in str(error) or "jvp" in str(error):
         raise RuntimeError(
             f"FDFA: {what} cannot carry a tangent, since torch has no forward mode for it; use a "
-            f"method without tangents, such as dfa or dkp, or another module{_remedy(error)}. torch "
-            f"says: {error}"
+            f"method without tangents, such as dfa or dkp, or another module. torch says: {error}"
         ) from error
-
-
-def _remedy(error: NotImplementedError) -> str:
-    """For an LSTM, which has one outside oneDNN."""
-    if "mkldnn_rnn" not in str(error):
-        return ""
-    return (
-        ". An LSTM has one where torch.backends.mkldnn.enabled is False, and needs none before the "
-        "first point"
-    )
 
 
 def forward_mode() -> AbstractContextManager[object]:
@@ -156,6 +145,21 @@ def attention_by_products() -> Iterator[None]:
         finally:
             for (_, enable), was in zip(_FUSED_ATTENTION, enabled, strict=True):
                 enable(was)
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Within it recurrent layers are chains of functions, which have a forward mode."""
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    with _one_thread:
+        enabled = [library.enabled for library in libraries]
+        try:
+            for library in libraries:
+                library.enabled = False
+            yield
+        finally:
+            for library, was in zip(libraries, enabled, strict=True):
+                library.enabled = was
 
 
 @contextmanager

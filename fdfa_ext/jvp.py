@@ -58,6 +58,7 @@ from fdfa_ext.duals import (
     some_forward_mode,
     unpack_dual,
 )
+from fdfa_ext.recurrent import RECURRENT_RULES
 from fdfa_ext.reference import batch_norm_tangent
 
 PrimalTangent = tuple[Tensor, Tensor | None]
@@ -543,7 +544,12 @@ _FUNCTION_RULES: dict[Any, FunctionRule] = {
     **dict.fromkeys((torch.square, Tensor.square), _square),
     **dict.fromkeys((torch.clamp, Tensor.clamp, torch.clip, Tensor.clip), _clamp),
 }
-_DUAL_RULES = ARITHMETIC_RULES | ATTENTION_RULES | {torch.autograd.grad: _refuse_gradient}
+_DUAL_RULES = {
+    **ARITHMETIC_RULES,
+    **ATTENTION_RULES,
+    **RECURRENT_RULES,
+    torch.autograd.grad: _refuse_gradient,
+}
 
 
 def _contiguous_group_norm(input: Tensor, *rest: Any, **named: Any) -> Tensor:

@@ -6,6 +6,7 @@ the gradients that the parameters have and torch's random generators.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from fdfa_ext.layers import joins_positions
 from fdfa_ext.methods import BlockMethod
 from fdfa_ext.model import FDFA, inputs_of
 from fdfa_ext.patches import as_image, as_sequence, patch_means, spread
-from fdfa_ext.points import channels_first_at
+from fdfa_ext.points import channels_first_at, place_of
 from fdfa_ext.positions import Positions, Source
 
 Loss = Callable[[Any, Any], Tensor]  # of what the model returns, and the target
@@ -395,25 +396,38 @@ def _in_channels_last(value: Any) -> Any:
 
 @contextmanager
 def _at_blocks(model: FDFA, function: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Within it each block hands out what function(name, output) returns."""
-
-    uses: dict[nn.Module, Iterator[str]] = {}
-    names: dict[nn.Module, list[str]] = {}
-    for name, block in model.network.blocks.items():
-        names.setdefault(block, []).append(name)
+    """Within it each block hands out what function(name, output) returns, and so do other points."""
+    names: dict[str, list[str]] = {}  # of the uses of each block or point
+    for own in model.network.passes:
+        names.setdefault(own.module, []).append(own.name)
+    uses: dict[str, Iterator[str]] = {}
 
     def start(module: nn.Module, inputs: Any) -> None:
         uses.clear()
-        uses.update({block: iter(of_block) for block, of_block in names.items()})
+        uses.update({point: iter(of_point) for point, of_point in names.items()})
 
-    def hook(module: nn.Module, inputs: Any, result: Any) -> Any:
+    def replace(point: str, result: Any) -> Any:
         first = first_tensor(result)
         assert first is not None, "training has seen the same"
-        name = next(uses[module], None)  # more uses than training has seen have no feedback
+        name = next(uses[point], None)  # more uses than training has seen have no feedback
         return result if name is None else with_first(result, function(name, first))
 
+    def after(point: str, module: nn.Module, inputs: Any, result: Any) -> Any:
+        return replace(point, result)
+
+    def before(point: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return replace(point, args), kwargs
+        return args, dict(zip(kwargs, replace(point, (*kwargs.values(),)), strict=True))
+
     handles: list[RemovableHandle] = [model.module.register_forward_pre_hook(start)]
-    handles += [block.register_forward_hook(hook) for block in names]
+    for point in names:
+        block, at_input = place_of(model.module, point)
+        if at_input:
+            hook = block.register_forward_pre_hook(partial(before, point), with_kwargs=True)
+        else:
+            hook = block.register_forward_hook(partial(after, point))
+        handles.append(hook)
     try:
         yield
     finally:

@@ -31,7 +31,14 @@ from fdfa_ext.methods import FEEDBACK, METHODS, TANGENTS, Backpropagation, Block
 from fdfa_ext.network import Network, sample_index_of
 from fdfa_ext.noise import NOISES, new_state
 from fdfa_ext.patches import patch_shape
-from fdfa_ext.points import At, channels_first_at, check_at, check_module, check_output_name
+from fdfa_ext.points import (
+    At,
+    channels_first_at,
+    check_at,
+    check_module,
+    check_output_name,
+    place_of,
+)
 from fdfa_ext.step import TrainingStep, no_tangent
 from fdfa_ext.summary import Summary, summarize
 from fdfa_ext.trace import trace
@@ -113,11 +120,12 @@ class FDFA(nn.Module):
             B is that of one of them.
         at: which modules of any kind are perturbed at their output beside the blocks, so that a model
             trains as it comes: names, classes, a function of name and module, or "auto". Each has the
-            features [N, *features] that it returns, alone or first in a tuple. What made them since the
-            points before learns by their error, and what stands behind the last ones by exact
-            gradients. "auto" finds them in a forward of example_input: after each layer, or each of a
-            class of blocks that repeats, or the norms in those that normalise first; none after a layer
-            that leads to no other, as the output's.
+            features [N, *features] that it returns, alone or first in a tuple; by "name.input" those
+            that it is given in its first argument. What made them since the points before learns by
+            their error, and what stands behind the last ones by exact gradients. "auto" finds them in a
+            forward of example_input: after each layer, or each of a class of blocks that repeats, or
+            the norms in those that normalise first, or at the input of the layer behind a gate; none
+            after a layer that leads to no other, as the output's.
         granularity: of "auto": "block", or "layer" for a point after each layer even within blocks that
             repeat.
         output: name of the module whose result is the network's output, where the model returns
@@ -264,7 +272,8 @@ class FDFA(nn.Module):
         self.local_outputs: list[Tensor] = []
         args, kwargs = inputs_of(module, example_input)
         if example_input is not None:
-            at, output = _found_points(module, at, granularity, output, sample_index, args, kwargs)
+            found = _found_points(module, at, granularity, output, sample_index, patch, args, kwargs)
+            at, output = found
         # A list of the user's may change, and the plan would not know.
         self.network = Network(tuple(at) if isinstance(at, Sequence) else at, output, sample_index)
         self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
@@ -586,7 +595,15 @@ class FDFA(nn.Module):
                 "leads through it learn no feedback",
             )
         self._warn_of_layouts(dual)
-        untrained = summarize(step, 0).untrained
+        summary = summarize(step, 0)
+        untrained = summary.untrained
+        idle = [p.name for p in summary.points if not p.parameters]
+        idle = [name for name in idle if not isinstance(self.network.blocks[name], Block)]
+        if idle:
+            warn(
+                f"FDFA: no parameter learns by point '{idle[0]}', since none that learns stands "
+                "between it and the points before it; let `at` leave it out",
+            )
         for record in dual.records:
             is_output = output.numel() > 0 and record.output.data_ptr() == output.data_ptr()
             if is_output and not isinstance(self.network.blocks[record.name], Block):
@@ -635,7 +652,8 @@ class FDFA(nn.Module):
             if not is_sequence or channels_first_at(self.module, name) is not None:
                 continue
             _, tokens, features = shape
-            channels = channels_of(self.module.get_submodule(name))
+            module, at_input = place_of(self.module, name)
+            channels = None if at_input else channels_of(module)
             if channels == tokens or (channels is None and tokens == features):
                 warn(
                     f"FDFA: block or point '{record.name}' returns {list(shape)}, which counts as "
@@ -839,6 +857,7 @@ def _found_points(
     granularity: str,
     output: str | None,
     sample_index: str | None,
+    patch: int,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[At, str | None]:
@@ -850,7 +869,8 @@ def _found_points(
         if at != "auto":
             return at, output
         index = None if sample_index is None else sample_index_of(module, sample_index, args, kwargs)
-        return auto_points(traced, granularity, output, None if index is None else len(index)), output
+        rows = None if index is None else len(index)
+        return auto_points(traced, granularity, output, rows, patch), output
 
 
 @torch.inference_mode(False)
@@ -870,7 +890,8 @@ def check(
     """
     check_module(module)
     args, kwargs = inputs_of(module, example_input)
-    found = _found_points(module, at, granularity, output, sample_index, args, kwargs)
+    patch = options.get("patch", 1)
+    found = _found_points(module, at, granularity, output, sample_index, patch, args, kwargs)
     with torch.random.fork_rng(devices=[]):  # the model draws a seed
         model = FDFA(module, at=found[0], output=found[1], sample_index=sample_index, **options)
     return model.summary(*args, **kwargs)

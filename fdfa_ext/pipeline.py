@@ -22,7 +22,7 @@ from fdfa_ext.methods import BlockMethod, ProjectedError
 from fdfa_ext.micro_batches import Batch, check_pass, fingerprint, joined
 from fdfa_ext.model import FDFA
 from fdfa_ext.network import Network, StrayedError
-from fdfa_ext.points import channels_first_at
+from fdfa_ext.points import channels_first_at, place_of
 from fdfa_ext.step import TrainingStep, check_output, no_tangent
 from fdfa_ext.warning import warn
 
@@ -412,6 +412,8 @@ def _members(part: nn.Module, points: set[int]) -> Iterator[tuple[str, int]]:
 def _check_stages(model: FDFA, stages: list[list[str]]) -> None:
     """Raises where a stage cannot be trained by itself. All processes do for all stages."""
     points = {id(block) for block in model.network.blocks.values()}
+    places = [place_of(model.module, own.module) for own in model.network.passes]
+    ends = {id(block) for block, at_input in places if not at_input}
     owners: dict[int, tuple[int, str]] = {}
     for number, stage in enumerate(stages):
         part = _part(model, stage)
@@ -424,7 +426,11 @@ def _check_stages(model: FDFA, stages: list[list[str]]) -> None:
         behind: list[nn.Module] = []  # the last block or point
         for name in stage:
             child = part.get_submodule(name)
-            behind = [] if points.intersection(map(id, child.modules())) else [*behind, child]
+            inner = {*map(id, child.modules())}
+            if inner & points:
+                behind = []
+            if not inner & ends:
+                behind.append(child)
         if number < len(stages) - 1 and any(True for child in behind for _ in child.parameters()):
             raise ValueError(_behind(own[-1].name))
         for name, member in _members(part, points):

@@ -45,7 +45,7 @@ from fdfa_ext.jvp import (
 )
 from fdfa_ext.layers import OVERRIDABLE, Block, FDFABlock, FDFAConv2d
 from fdfa_ext.own_code import OwnCodeRules
-from fdfa_ext.points import BLOCKS, At, channels_first_at, check_output_name, find_points
+from fdfa_ext.points import BLOCKS, At, channels_first_at, check_output_name, find_points, place_of
 
 MakeForward = Callable[[Callable[..., Any]], Callable[..., Any]]
 _ONCE: Mapping[str, int] = {}
@@ -59,7 +59,7 @@ class Plan:
         module: the one planned.
         guard: `holds()` says whether the module stands as it did.
         perturbed: by name, in the order of the module: its blocks and, where the model has points, the
-            modules of other kinds that are perturbed at their output.
+            modules of other kinds that are perturbed at their output or input.
         blocks: the same for each of their uses in a forward, those after the first as "name:2".
         passes: those of the blocks, each with the block's calls.
         calls: the calls of a sequence, each given primal and tangent of what the one before returned.
@@ -137,7 +137,9 @@ class Plan:
                 elif isinstance(block, Block):
                     block.block_pass = own
                 else:
-                    points.append((block, partial(partial, own.point, first)))
+                    at_input = place_of(module, name)[1]
+                    point = own.point_at_input if at_input else own.point
+                    points.append((block, partial(partial, point, first)))
         self.has_points = bool(points) or output is not None
         self.backward_hooked = [name for name, member in named.items() if any(hooks_of(member)[2:])]
         self.overriding = {

@@ -1,6 +1,7 @@
-"""Perturbation points: the modules of a model that are perturbed at their output.
+"""Perturbation points: the modules of a model that are perturbed at their output, or at their input.
 
-A block brings its point along. `at` puts points on modules of any other kind.
+A block brings its point along. `at` puts points on modules of any other kind: by "name" on what the
+module returns, by "name.input" on what it is given.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from fdfa_ext.fusion import channels_first
 from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d, FDFALinear
 
 BLOCKS = (FDFALinear, FDFAConv2d, FDFABlock)
+
+_INPUT = "input"  # the last part of such a name
 
 # Names, classes, or a function of name and module that says whether the module is meant.
 At = Sequence[str | type[nn.Module]] | Callable[[str, nn.Module], Any] | None
@@ -45,8 +48,8 @@ def check_at(at: Any) -> None:
 
 
 def find_points(module: nn.Module, at: At = None) -> Iterator[tuple[str, Any]]:
-    """Blocks, and the modules that `at` means, by qualified name, in the order of the module; none that
-    is within a block.
+    """Blocks, and the modules that `at` means, by the names of their points, in the order of the
+    module; none that is within a block.
 
     Raises:
         ValueError: there is none, or the module is one itself; `at` names something else.
@@ -70,12 +73,18 @@ def find_points(module: nn.Module, at: At = None) -> Iterator[tuple[str, Any]]:
                     "FDFAConv2d or FDFABlock; put a module of another kind into an FDFABlock"
                 )
             inside.append(name)
-        elif not _is_meant(at, name, candidate):
-            continue
-        elif not name:
-            raise ValueError(
-                "FDFA: at means the model itself, whose output is not perturbed; name modules in it"
-            )
+        else:
+            before = point_at_input(name, candidate)
+            if before in names:
+                names.discard(before)
+                found = True
+                yield before, candidate
+            if not _is_meant(at, name, candidate):
+                continue
+            if not name:
+                raise ValueError(
+                    "FDFA: at means the model itself, whose output is not perturbed; name modules in it"
+                )
         names.discard(name)
         found = True
         yield name, candidate
@@ -90,10 +99,34 @@ def find_points(module: nn.Module, at: At = None) -> Iterator[tuple[str, Any]]:
         )
 
 
+def point_at_input(name: str, module: nn.Module) -> str | None:
+    """Name of the point at the input of this module, or None where that means a module within."""
+    return None if not name or _INPUT in module._modules else f"{name}.{_INPUT}"
+
+
+def place_of(root: nn.Module, name: str) -> tuple[nn.Module, bool]:
+    """The module that the name of a point means, and whether the point stands at its input.
+
+    Raises:
+        AttributeError: the name means none.
+    """
+    try:
+        return root.get_submodule(name), False
+    except AttributeError:
+        owner, _, end = name.rpartition(".")
+        if end != _INPUT or not owner:
+            raise
+        return root.get_submodule(owner), True
+
+
 def channels_first_at(root: nn.Module, name: str) -> bool | None:
-    """`channels_first` of what the module of this name returns. In a torch.nn.Sequential those before
-    it may tell."""
-    module = root.get_submodule(name)
+    """`channels_first` of the features at a point, or of what the module of this name returns. In a
+    torch.nn.Sequential those before it may tell."""
+    module, at_input = place_of(root, name)
+    if at_input:
+        while type(module) is nn.Sequential and len(module) > 0:
+            module = module[0]
+        return channels_first([module])
     if isinstance(module, Block):
         return module.returns_channels_first()
     parent = root.get_submodule(name.rpartition(".")[0])
@@ -120,6 +153,11 @@ def check_output_name(module: nn.Module, name: str) -> None:
 
 def _wrong_name(argument: str, module: nn.Module, name: str, inside: Sequence[str]) -> str:
     known = dict(module.named_modules(remove_duplicate=False))
+    owner = name.removesuffix(f".{_INPUT}")
+    if name not in known and argument == "at" and owner in known:
+        if owner in inside:
+            return f"FDFA: {argument} names '{name}', but a block is perturbed at its output alone"
+        name = owner
     if name not in known:
         return f"FDFA: {argument} names '{name}', but the model has no such module"
     for outer in inside:

@@ -17,9 +17,9 @@ class Point:
     """One place where the model is perturbed.
 
     Attributes:
-        name: of the module that ends there.
+        name: of the module that ends there, or with ".input" of the one that begins there.
         kind: its class.
-        features: shape of what it returns, without the samples.
+        features: shape of what is perturbed, without the samples.
         parameters: names of those that learn by its error δ.
         feedback_bytes: of B and its moments.
     """

@@ -27,6 +27,8 @@ class ModuleCall:
     # Of autograd, where they were then: a tensor that is changed in place moves on.
     read: list[GradientEdge | None]
     made: GradientEdge | None
+    results: list[Any]  # of autograd, the nodes of all tensors that it returns
+    first: Tensor | None  # its first argument, where that is a tensor
 
     @property
     def node(self) -> Any:
@@ -61,7 +63,11 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
         if inner in members:
             read = [t for t in tree_leaves((inputs, keywords)) if isinstance(t, Tensor)]
             output = first_tensor(result)
-            calls.append(ModuleCall(inner, read, output, [*map(_edge, read)], _edge(output)))
+            results = [t.grad_fn for t in tree_leaves(result) if isinstance(t, Tensor) and t.grad_fn]
+            edges = [*map(_edge, read)]
+            first = next(iter((*inputs, *keywords.values())), None)
+            first = first if isinstance(first, Tensor) else None
+            calls.append(ModuleCall(inner, read, output, edges, _edge(output), results, first))
 
     # A compiled module would show no calls.
     compiled = any(map(is_compiled, members))

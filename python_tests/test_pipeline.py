@@ -165,6 +165,9 @@ NETS = {
     "dense": Net(dense, (6,), (), ["1", "3", "4"]),
     "images": Net(images, (2, 8, 8), (), ["1", "3", "4"]),
     "plain": Net(plain, (6,), (), ["2", "4", "6"], {"at": [nn.ReLU], "output": "8"}),
+    "inputs": Net(
+        plain, (6,), (), ["2", "4", "6"], {"at": ["1", "3.input", "5", "8.input"], "output": "8"}
+    ),
     "tokens": Net(tokens, (4, 6), (4,), ["1", "2", "3"], {"at": ["0", "1", "2", "3"]}),
     "convolved": Net(convolved, (3, 6), (6,), ["1", "2", "3"], {"at": "auto"}),
     "pixels": Net(pixels, (3, 8, 8), (8, 8), ["1", "2", "4"], {"at": ["0", "1", "2", "4"]}),

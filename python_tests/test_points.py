@@ -226,14 +226,14 @@ class PreNorm(nn.Module):
 def test_auto_stands_behind_the_norms_of_layers_that_normalise_first() -> None:
     x = torch.randn(4, 5, 6)
     # What attention reads goes to other tokens, which B has no part of: norm1 has no point.
-    first = ["layers.0.norm2", "layers.1.norm2", "norm", "neck"]
+    first = ["layers.0.norm2", "layers.1.norm2", "norm", "head.input"]
     model = wrapped(PreNorm(), x, at="auto")
     assert model.block_names == first
     # Nothing cuts the skip connections before the last norm.
     learns = [point.name for point in model.summary(x).points if "stem.weight" in point.parameters]
     assert learns == first[:-1]
     last = wrapped(PreNorm(norm_first=False), x, at="auto").block_names
-    assert last == ["stem", "layers.0", "layers.1", "neck"]
+    assert last == ["stem", "layers.0", "layers.1", "head.input"]
 
 
 class MixerLayer(nn.Module):
@@ -864,7 +864,7 @@ def test_a_second_output_is_no_point_and_is_warned_of() -> None:
         UserWarning, match="no gradient of the output reaches parameter 'aux.weight' and 1 more"
     ):
         model = wrapped(TwoHeads(), x, at="auto")
-    assert model.block_names == ["a", "b"]
+    assert model.block_names == ["a", "head.input"]
     with pytest.warns(UserWarning, match=r"\['aux'\] of the model's result, a dict, keeps a hid"):
         model(x)
 
@@ -896,7 +896,7 @@ def test_auto_leaves_returned_features_to_their_own_loss(as_returned) -> None:
     torch.manual_seed(0)
     x, net = torch.randn(16, 6), Variational(as_returned)
     model = wrapped(net, x, at="auto")
-    assert model.block_names == ["encoder.1", "decoder.1"]
+    assert model.block_names == ["encoder.1", "decoder.0.input", "decoder.1"]
     with pytest.warns(UserWarning, match=r"\[1\] of the model's result, a tuple, keeps a hidden"):
         _, mean, log_variance = model(x)
     penalty = mean.square().sum() + log_variance.square().sum()
@@ -1128,8 +1128,11 @@ def test_a_checkpoint_that_computes_otherwise_is_an_error() -> None:
         wrapped(Checkpointed(), x, at=["stem"])(x).sum().backward()
 
 
+READ = ["a", "head.input"]
+
+
 @pytest.mark.parametrize(
-    ("output", "points"), [("aux", ["a"]), ("head", ["a", "b"]), ("b", ["a"]), (None, ["a", "b"])]
+    ("output", "points"), [("aux", ["a"]), ("head", READ), ("b", ["a"]), (None, READ)]
 )
 @pytest.mark.filterwarnings("ignore:FDFA. no gradient of the output reaches")
 def test_auto_goes_to_the_output_that_is_named(output: str | None, points: list[str]) -> None:
@@ -1161,7 +1164,9 @@ class OverPositions(nn.Module):
 
 
 def test_auto_leaves_out_what_does_not_keep_the_batch_first() -> None:
-    assert wrapped(OverPositions(), torch.randn(4, 5, 6), at="auto").block_names == ["inner"]
+    """What is read of it with the batch first has a point."""
+    points = wrapped(OverPositions(), torch.randn(4, 5, 6), at="auto").block_names
+    assert points == ["inner.input", "head.input"]
 
 
 def test_auto_sees_parametrized_layers() -> None:
@@ -1352,11 +1357,11 @@ def test_auto_takes_what_has_the_tokens_of_the_output() -> None:
     class Pooled(Mixing):
         def __init__(self) -> None:
             super().__init__()
-            self.pooler = nn.Linear(8, 8)
+            self.pooler, self.of_sample = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.embed(x)
-            return self.head(x + self.pooler(x.mean(1)).unsqueeze(1))
+            return self.head(x + self.of_sample(self.pooler(x.mean(1)).relu()).unsqueeze(1))
 
     net = Pooled()
     del net.layer
@@ -1364,7 +1369,7 @@ def test_auto_takes_what_has_the_tokens_of_the_output() -> None:
         UserWarning, match="puts no point after layer 'pooler', whose features have other"
     ):
         model = wrapped(net, torch.randn(4, 5, 6), at="auto")
-    assert model.block_names == ["embed"]
+    assert model.block_names == ["embed", "head.input"]
 
 
 class Swapped(nn.Module):

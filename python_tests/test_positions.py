@@ -285,8 +285,8 @@ def test_features_of_other_positions_are_refused() -> None:
     message = "'layer' must have features of each; got .*, of 2 x 8 x 6 pixels"
     with pytest.raises(ValueError, match=message):
         wrapped(Cropping(), torch.randn(2, 4, 8, 6), at=["layer"])
-    with pytest.raises(ValueError, match="finds no hidden layer"):
-        wrapped(Cropping(), torch.randn(2, 4, 8, 6), at="auto")
+    model = wrapped(Cropping(), torch.randn(2, 4, 8, 6), at="auto")
+    assert model.block_names == ["head.input"]  # which is cropped
 
 
 @pytest.mark.parametrize(
@@ -347,8 +347,8 @@ def test_nodes_of_graphs_have_their_graphs_error(blocks: bool, backend: str) -> 
 def test_feedback_of_nodes_is_the_mean_jacobian_of_a_node() -> None:
     torch.manual_seed(0)
     net = OfGraphs(nn.Linear(4, 5))
-    model = wrapped(net, (torch.randn(6, 4), GRAPH), at="auto", sample_index="graph", feedback_lr=0.003)
-    assert model.block_names == ["layer", "neck"]
+    options = {"at": ["layer", "neck"], "sample_index": "graph", "feedback_lr": 0.003}
+    model = wrapped(net, (torch.randn(6, 4), GRAPH), **options)
     graph = torch.arange(30).sort().values // 3
     for _ in range(2000):
         model(torch.randn(30, 4), graph).sum().backward()
@@ -376,7 +376,8 @@ def test_an_output_layer_behind_parts_is_autograds(method: str, backend: str) ->
 @pytest.mark.parametrize("method", ["dfa", "dkp", "fg-a"])
 def test_other_methods_train_nodes(method: str) -> None:
     net = OfGraphs(nn.Linear(4, 5))
-    model = wrapped(net, (torch.randn(6, 4), GRAPH), at="auto", sample_index="graph", method=method)
+    options = {"sample_index": "graph", "method": method}
+    model = wrapped(net, (torch.randn(6, 4), GRAPH), at=["layer", "neck"], **options)
     for _ in range(2):
         model.zero_grad()
         model(torch.randn(6, 4), GRAPH).square().sum().backward()
@@ -406,7 +407,6 @@ def test_what_gives_no_sample_of_a_row_is_refused(
     options: dict[str, Any], graph: Tensor, error: type, message: str
 ) -> None:
     x = torch.randn(6, 4)
+    own = {"at": ["layer", "neck"], "sample_index": "graph", **options}
     with pytest.raises(error, match=message):
-        wrapped(
-            OfGraphs(nn.Linear(4, 5)), (x, graph), at="auto", **{"sample_index": "graph", **options}
-        )(x, graph)
+        wrapped(OfGraphs(nn.Linear(4, 5)), (x, graph), **own)(x, graph)

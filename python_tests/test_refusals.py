@@ -264,7 +264,11 @@ class Transpose(nn.Module):
     ("net", "error", "message"),
     [
         (Pair(), TypeError, "FDFA: the module must return one tensor; got tuple"),
-        (Turned(), ValueError, r"FDFA: block 'block' must keep the batch first: expected \[2, \*feat"),
+        (
+            Turned(),
+            ValueError,
+            r"FDFA: block or point 'block' must keep the batch first: expected \[2, \*feat",
+        ),
         (Unused(), RuntimeError, "FDFA: block 'block' was not used by the forward pass"),
     ],
 )

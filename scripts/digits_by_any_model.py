@@ -32,6 +32,89 @@ class Recurrent(nn.Module):
         return self.output(self.norm(self.layers(x.squeeze(1))[0][:, -1]))
 
 
+class Functional(nn.Module):
+    """Two convolutions and a hidden dense layer, all else by functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
+        self.hidden, self.output = nn.Linear(128, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.first(x)), 2)
+        x = F.max_pool2d(F.relu(self.second(x)), 2).flatten(1)
+        return self.output(F.dropout(F.relu(self.hidden(x)), 0.5, self.training))
+
+
+class LastState(nn.Module):
+    """What a recurrent layer has in mind at the end of an image's rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.output = nn.LSTM(8, 64, 2, batch_first=True), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (state, _) = self.layers(x.squeeze(1))
+        return self.output(state[-1])
+
+
+class Attention(nn.Module):
+    """One of four heads over the rows of an image, by functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.positions = nn.Linear(8, 64), nn.Parameter(torch.randn(8, 64) * 0.1)
+        self.query, self.key, self.value = (nn.Linear(64, 64) for _ in range(3))
+        self.mix, self.output = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x.squeeze(1)) + self.positions)
+        heads = [m(x).unflatten(2, (4, 16)).transpose(1, 2) for m in (self.query, self.key, self.value)]
+        x = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return self.output(torch.relu(self.mix(x)).mean(1))
+
+
+class Gated(nn.Module):
+    """Four gated convolutions along the rows of an image, with skips, without a class of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(8, 64, 1)
+        self.layers = nn.ModuleList(nn.Conv1d(64, 128, 3, padding=1) for _ in range(4))
+        self.output = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.squeeze(1).transpose(1, 2))
+        for layer in self.layers:
+            x = (x + F.glu(layer(x), 1)) * 0.5**0.5
+        return self.output(x.amax(2))
+
+
+class WaveNet(nn.Module):
+    """Over the pixels of an image, without a class of its own for the four layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(1, 32, 1)
+        dilated = (nn.Conv1d(32, 64, 3, padding=2**i, dilation=2**i) for i in range(4))
+        self.dilated = nn.ModuleList(dilated)
+        self.residual = nn.ModuleList(nn.Conv1d(32, 32, 1) for _ in range(3))
+        self.skip = nn.ModuleList(nn.Conv1d(32, 32, 1) for _ in range(4))
+        self.mix, self.output = nn.Conv1d(32, 32, 1), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(2))
+        skips = []
+        for i, layer in enumerate(self.dilated):
+            value, gate = layer(x).chunk(2, 1)
+            gated = torch.tanh(value) * torch.sigmoid(gate)
+            skips.append(self.skip[i](gated))
+            if i < len(self.residual):
+                x = x + self.residual[i](gated)
+        total = skips[0] + skips[1] + skips[2] + skips[3]
+        return self.output(torch.relu(self.mix(torch.relu(total))).mean(2))
+
+
 class Dense(nn.Module):
     """Six convolutions that read all before them, without a class of their own."""
 
@@ -71,6 +154,11 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "dense": (Dense, 8),
     "lstm": (lambda: Recurrent(nn.LSTM), 8),
     "gru": (lambda: Recurrent(nn.GRU), 8),
+    "functional": (Functional, 8),
+    "last state": (LastState, 8),
+    "attention": (Attention, 8),
+    "gated": (Gated, 8),
+    "wavenet": (WaveNet, 8),
 }
 
 

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
 from fdfa_ext.methods import METHODS
 from fdfa_ext.patches import patch_means, patch_pixels, patch_shape, spread
+from fdfa_ext.points import place_of
 from fdfa_ext.reference import perturbation
 
 counts: Counter[str] = Counter()
@@ -383,8 +384,9 @@ def as_it_comes(draw: Draw) -> Net:
     modules = [*start, *residual * many, *last, f"nn.Linear({width}, {draw(integers(1, 4))})"]
     at = "'auto'"
     if draw(booleans()):
-        places = draw(st.sets(integers(0, len(start) + many - 1), min_size=1))
-        at = repr([str(place) for place in sorted(places)])
+        places = range(len(start) + many)
+        names = [name for i in places for name in (f"{i}", f"{i + 1}.input")]
+        at = repr(sorted(draw(st.sets(sampled(names), min_size=1))))
     return Net(f"nn.Sequential({', '.join(modules)})", shape, at)
 
 
@@ -619,8 +621,13 @@ def definition(model: FDFA, x: Tensor) -> Results:
 
     def forward(module: nn.Module, change: Callable[[str, Tensor], Tensor]) -> Tensor:
         for name in (name for name in names if ":" not in name):
-            hook = partial(lambda name, _, __, y: change(name, y), name)
-            module.get_submodule(name).register_forward_hook(hook)
+            place, at_input = place_of(module, name)
+            if at_input:
+                place.register_forward_pre_hook(
+                    partial(lambda name, _, args: change(name, args[0]), name)
+                )
+            else:
+                place.register_forward_hook(partial(lambda name, _, __, y: change(name, y), name))
         return module(x.contiguous())
 
     plain = copy.deepcopy(model.module)
