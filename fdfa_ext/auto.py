@@ -31,20 +31,25 @@ from fdfa_ext.warning import warn
 GRANULARITIES = ("block", "layer")
 
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+# The functions of shares, or of one in two, at the end of a network; and a view as [N].
+_SHARES = ("LogSoftmaxBackward", "SoftmaxBackward", "SigmoidBackward", "SqueezeBackward")
 # They change no value, so that a point before them has the shape that patches want.
 _VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity)
 
 
 def default_output(traced: Trace) -> str | None:
     """Name of the module whose result is the network's output: the layer that returns the model's
-    result, or the last behind that of its tensors which most layers are behind. None where the output
-    is what the model makes of one."""
+    result, or what it takes the shares of, since the mean Jacobian has not the slope of softmax. Or the
+    last behind that of its tensors which most layers are behind. None where the output is what the
+    model makes of one."""
     names = traced.names()
     times = Counter(call.module for call in traced.calls)
     layers = [call for call in traced.calls if is_layer(call.module) and own_parameters(call.module)]
     if isinstance(traced.result, Tensor) and traced.result.dim() > 0:
         # In training mode the model may return more.
-        ends = [call for call in layers if call.output is traced.result and times[call.module] == 1]
+        made = _before_shares(traced.result)
+        ends = [call for call in layers if call.node is made or call.output is traced.result]
+        ends = [call for call in ends if times[call.module] == 1]
         return names[ends[-1].module] if ends and ends[-1].module is not traced.module else None
     layers = [call for call in layers if call.makes_features]
     behind: list[ModuleCall] = []
@@ -65,6 +70,14 @@ def default_output(traced: Trace) -> str | None:
             "error; name the module that returns the output by output=",
         )
     return names[end.module]
+
+
+def _before_shares(result: Tensor) -> Any:
+    """The node of autograd that made what the result is the shares of, or the result itself."""
+    node: Any = result.grad_fn
+    while node is not None and node.name().startswith(_SHARES):
+        node = node.next_functions[0][0]
+    return node if node is not None else object()
 
 
 def auto_points(

@@ -484,3 +484,38 @@ def test_an_input_without_features_is_refused() -> None:
     message = r"point '0.input' is at the input of a module, whose first argument must be features .* got torch.int64 \[4, 5\]"
     with pytest.raises(TypeError, match=message):
         wrapped(net, torch.randint(9, (4, 5)), at=["0.input", "1"])
+
+
+@pytest.mark.parametrize(
+    ("shares", "loss"),
+    [
+        (lambda y: F.log_softmax(y, 1), F.nll_loss),
+        (nn.LogSoftmax(1), F.nll_loss),
+        (lambda y: torch.sigmoid(y).squeeze(1), F.binary_cross_entropy),
+    ],
+)
+def test_an_output_as_shares_trains_as_what_they_are_made_of(
+    shares: Callable[[Tensor], Tensor], loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """The error at the output layer is the exact one, that of the loss through the shares."""
+    is_binary = loss is F.binary_cross_entropy
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 6), torch.tensor([0, 1, 1, 0])
+    net = By(
+        lambda m, x: shares(m.o(torch.relu(m.a(x)))), a=linear(), o=linear(6, 1 if is_binary else 3)
+    )
+    as_logits = copy.deepcopy(net)
+    as_logits.run = lambda m, x: m.o(torch.relu(m.a(x)))
+    mine = wrapped(net, x, at="auto")
+    theirs = wrapped(as_logits, x, at="auto")
+    assert mine.network.output == "o"
+    target = y.float() if is_binary else y
+    loss(mine(x), target).backward()
+    logits = theirs(x)
+    if is_binary:
+        F.binary_cross_entropy_with_logits(logits.squeeze(1), target).backward()
+    else:
+        F.cross_entropy(logits, target).backward()
+    for a, b in zip(net.parameters(), as_logits.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    assert torch.equal(mine.feedback["o.input"], theirs.feedback["o.input"])
