@@ -130,8 +130,8 @@ class FDFA(nn.Module):
             repeat.
         output: name of the module whose result is the network's output, where the model returns
             something else: a dict, a loss of its own. What it makes of it is plain autograd. With `at`
-            the layer that returns the model's result, or what this is the softmax or sigmoid of, or leads
-            to it where that is no tensor.
+            the layer that returns the model's result, or that of which it is the softmax or sigmoid; or
+            that leads to it where it is no tensor.
         sample_index: name of the argument of the model's forward that says of which sample each row of
             features is, int64 [V] for features [V, *]: the graph of each node, where the nodes of N
             graphs are concatenated and the output is that of the graphs. A row then has B in common

@@ -572,7 +572,7 @@ def test_a_loss_within_the_forward_trains_the_output_module_exactly() -> None:
 
 def test_the_output_module_may_be_named() -> None:
     x = torch.randn(4, 6)
-    net = nn.Sequential(ResidualNet(), nn.Softmax(1))
+    net = nn.Sequential(ResidualNet(), nn.Tanh())
     model = wrapped(net, x, at="auto", output="0.head")
     by_default = wrapped(copy.deepcopy(net), x, at="auto")
     for m in (model, by_default):
@@ -580,7 +580,7 @@ def test_the_output_module_may_be_named() -> None:
     error = model.module[0].head.bias.grad
     assert error is not None
     torch.testing.assert_close(error, by_default.module[0].head.bias.grad)
-    # The tangent of the logits, not that of the softmax.
+    # The tangent of the head, not that of what the model makes of it.
     assert not torch.allclose(model.feedback["0.stem"], by_default.feedback["0.stem"])
 
 
