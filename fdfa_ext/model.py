@@ -124,8 +124,8 @@ class FDFA(nn.Module):
             that it is given in its first argument. What made them since the points before learns by
             their error, and what stands behind the last ones by exact gradients. "auto" finds them in a
             forward of example_input: after each layer, or each of a class of blocks that repeats, or
-            the norms in those that normalise first, or at the input of the layer behind a gate; none
-            after a layer that leads to no other, as the output's.
+            the norms in those that normalise first, or at the input of the layer that reads what
+            functions make of it; none after a layer that leads to no other, as the output's.
         granularity: of "auto": "block", or "layer" for a point after each layer even within blocks that
             repeat.
         output: name of the module whose result is the network's output, where the model returns
