@@ -156,6 +156,7 @@ class _Search:
         self.without = {inner for block in self._blocks for inner in block.modules()} | self._exact
         self.inside: set[nn.Module] = set()
         self.readers = Readers(traced)
+        self._gates: set[str] = set()  # the points behind them
 
     def points(self, granularity: str) -> list[str]:
         names = self.names
@@ -173,7 +174,7 @@ class _Search:
             module = call.module
             may_stand = module not in self.without and call not in uncut
             if has_matrices(module) and learns(module) and may_stand:
-                own = self._points_of_layer(call, granularity == "block", points)
+                own = self._points_of_layer(call, granularity == "block")
                 points += own
                 cut |= {module} if own else set()
         returned = {names[module] for module in self._returned()}
@@ -194,7 +195,7 @@ class _Search:
             raise ValueError(self._no_point())
         return list(dict.fromkeys(points))
 
-    def _points_of_layer(self, call: ModuleCall, by_block: bool, points: list[str]) -> list[str]:
+    def _points_of_layer(self, call: ModuleCall, by_block: bool) -> list[str]:
         if call not in self.calls:
             return self._points_of_readers(self._nodes.intersection(call.results))
         readers = self.readers
@@ -208,7 +209,8 @@ class _Search:
             if norms and all(n in self.calls and n.module not in self.without for n in norms):
                 return [self._name_of_group(norm) for norm in norms]
             found = self._gated(made)
-            reads_gate = point_at_input(self.names[call.module], call.module) in points
+            self._gates.update(found)
+            reads_gate = point_at_input(self.names[call.module], call.module) in self._gates
             if not found and reads_gate and all(readers.adds(r, made) for r in readers.of(made)):
                 return []  # it learns by the points of those that read the sum
             found = found or self._behind_functions(groups[0], made)

@@ -350,6 +350,26 @@ def test_auto_stands_behind_functions_as_behind_modules() -> None:
     assert wrapped(Functional(), x, at="auto", granularity="layer").block_names == layers
 
 
+def test_auto_stands_behind_a_sum_of_functions_too() -> None:
+    """Only behind a gate does a layer go without a point of its own."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = torch.relu(m.a(x))
+        return m.o(torch.relu(m.b(x) + m.c(x)))
+
+    net = By(forward, a=linear(), b=linear(), c=linear(), o=linear(6, 3))
+    assert wrapped(net, torch.randn(4, 6), at="auto").block_names == ["a", "o.input"]
+
+    def in_a_row(m: Any, x: Tensor) -> Tensor:
+        x = torch.relu(m.a(x))
+        x = torch.relu(m.b(x))
+        return m.o(torch.relu(m.c(x) + 0.5 * m.d(torch.ones_like(x))))
+
+    net = By(in_a_row, a=linear(), b=linear(), c=linear(), d=linear(), o=linear(6, 3))
+    points = wrapped(net, torch.randn(4, 6), at="auto").block_names
+    assert points == ["b.input", "c.input", "o.input"]
+
+
 def test_auto_cuts_a_layer_that_reads_itself_at_each_use() -> None:
     def cell(m: Any, x: Tensor) -> Tensor:
         h = x[:, 0]
