@@ -172,6 +172,7 @@ class DualPass:
     biased: list[int] = field(default_factory=list)  # their blocks' places in records
     rules: OwnCodeRules | None = None  # where user code runs
     in_checkpoint: bool = False  # whether all of it is
+    in_chain: bool = False  # whether chains perturb where modules have points
     walk: OutputWalk | None = None  # where blocks hand out activations with a graph
     exposed: list[Tensor] = field(default_factory=list)  # those
     end: NetworkEnd | None = None  # where the network ends within the model
@@ -415,7 +416,7 @@ class BlockPass:
             assert ty is not None
             return dual.make_dual(y, ty)
         with without_rules():
-            self._refuse_checkpoint(dual)
+            self.refuse_checkpoint(dual)
             tangent = None
             if dual.perturbs:
                 x, tangent = unpack_dual(x)
@@ -443,18 +444,20 @@ class BlockPass:
     def point(self, channels_first: bool | None, forward: Any, /, *args: Any, **kwargs: Any) -> Any:
         """What this forward of a module of any kind returns, perturbed: the tensor, or the first of a
         tuple. Autograd goes on from its gradient δ to all that made it behind the points before."""
-        if self.dual_here() is None:
+        dual = self.dual_here()
+        if dual is None or dual.in_chain:
             return forward(*args, **kwargs)
-        self._refuse_checkpoint(self._running_pass())
+        self.refuse_checkpoint(self._running_pass())
         return self.perturb_result(channels_first, forward(*args, **kwargs))
 
     def point_at_input(
         self, channels_first: bool | None, forward: Any, /, *args: Any, **kwargs: Any
     ) -> Any:
         """What this forward of a module returns for its first argument perturbed."""
-        if self.dual_here() is None:
+        dual = self.dual_here()
+        if dual is None or dual.in_chain:
             return forward(*args, **kwargs)
-        self._refuse_checkpoint(self._running_pass())
+        self.refuse_checkpoint(self._running_pass())
         args, kwargs = self.perturb_input(channels_first, args, kwargs)
         first = next(iter((*args, *kwargs.values())))
         version = first._version
@@ -606,12 +609,13 @@ class BlockPass:
         self, chain: Chain, x: Tensor, tangent: Tensor | None, pool: nn.MaxPool2d | None = None
     ) -> PrimalTangent:
         """Calls one after the other, perturbed at the end of the last; pool as in conv2d."""
-        dual = self._enter(x)
+        dual = self._enter(x, may_have_graph=chain.from_point)
         if dual is None:
             return self._of_next_use().chain(chain, x, tangent, pool)
-        x = x.detach()
-        if x.dim() == 4:
-            x = channels_last(x)
+        if not chain.from_point:
+            x = x.detach()
+            if x.dim() == 4:
+                x = channels_last(x)
         if tangent is not None:
             tangent = None if dual.tangents == "block" else tangent.detach()
         y, ty = x, tangent
@@ -678,7 +682,12 @@ class BlockPass:
             )
         return _of_rows(positions, output, ty)
 
-    def _refuse_checkpoint(self, dual: DualPass) -> None:
+    def uses_left(self, dual: DualPass) -> int:
+        """How many more may come in this pass."""
+        later = 0 if self.later is None else self.later.uses_left(dual)
+        return later + (self.index not in dual.seen)
+
+    def refuse_checkpoint(self, dual: DualPass) -> None:
         if is_in_checkpoint() and not dual.in_checkpoint:
             raise RuntimeError(
                 f"FDFA: block or point '{self.name}' is called within torch.utils.checkpoint, which "
@@ -836,7 +845,7 @@ class BlockPass:
         assert self.later is not None, "as _enter has it"
         return self.later
 
-    def _enter(self, x: Tensor) -> DualPass | None:
+    def _enter(self, x: Tensor, may_have_graph: bool = False) -> DualPass | None:
         """The pass that runs, once it is clear that it may go through this block; None where that of a
         later use is meant."""
         dual = self._running_pass()
@@ -858,7 +867,7 @@ class BlockPass:
                 f"FDFA: the input of block '{self.name}' is on the meta device, without values, and "
                 f"the model on {dual.noise_state.device}; give it an input there"
             )
-        if x.requires_grad:
+        if x.requires_grad and not may_have_graph:
             raise RuntimeError(
                 f"FDFA: the input of block '{self.name}' depends on parameters of a module before it "
                 "that is no block: they would get no gradient. Put that module, or one that computes "

@@ -66,6 +66,7 @@ class FusedTail:
                 # Otherwise torch has the words for it.
                 and (x.numel() > x.shape[1] == module.num_features)
             )
+        # A layer's operators give their input no gradient.
         return not x.requires_grad and x.dim() == (2 if isinstance(module, nn.Linear) else 4)
 
 
@@ -78,11 +79,14 @@ class Chain:
     tail: FusedTail | None = None
     makes_tangent: bool = False  # whether the tangent that the tail is given is nobody else's
     channels_first: bool | None = None  # of what it returns, as `channels_first` has it
+    from_point: bool = False  # whether it takes its input as it is, autograd's graph included
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module], channels_first: bool | None) -> "Chain":
+    def of(
+        cls, modules: Sequence[nn.Module], channels_first: bool | None, from_point: bool = False
+    ) -> "Chain":
         """The shortest way through modules one after the other, as long as none of them changes."""
-        tail = find_tail(modules)
+        tail = find_tail(modules) if modules else None
         before = [] if tail is None else modules[: tail.start]
         return cls(
             [rule_call(module) or forward_mode_call(module) for module in modules],
@@ -90,6 +94,7 @@ class Chain:
             tail,
             bool(before) and makes_tangent(before[-1]),
             channels_first,
+            from_point,
         )
 
 
@@ -144,10 +149,13 @@ def find_tail(modules: Sequence[nn.Module]) -> FusedTail | None:
     first = modules[position]
     kind = plain_type(first)
     normalizes = kind in BATCH_NORMS
-    # A layer's operators give their input no gradient.
-    if not normalizes and (position > 0 or not _is_layer(first)):
+    if not normalizes and (_has_parameters(modules[:position]) or not _is_layer(first)):
         return None
     return FusedTail(position, first, normalizes, activation or "identity", pool)
+
+
+def _has_parameters(modules: Iterable[nn.Module]) -> bool:
+    return any(True for module in modules for _ in module.parameters())
 
 
 def _suits(pool: Any, activation: str | None) -> bool:

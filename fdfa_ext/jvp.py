@@ -786,11 +786,11 @@ def _linear_module(module: Any, x: Tensor, tangent: Tensor | None) -> PrimalTang
 
 
 def _convolution_module(module: Any, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
-    if x.dim() == 4 and reference.skips_pixels(x, module.weight, module.stride, module.padding):
+    if x.dim() == 4 and module.padding_mode == "zeros":
         geometry = (module.stride, module.padding, module.dilation, module.groups)
         if tangent is not None:
-            tangent = reference.convolve(tangent, module.weight.detach(), None, *geometry)
-        return reference.convolve(x, module.weight, module.bias, *geometry), tangent
+            tangent = _conv2d(tangent, module.weight.detach(), None, *geometry)
+        return _conv2d(x, module.weight, module.bias, *geometry), tangent
     if tangent is not None:
         tangent = module._conv_forward(tangent, module.weight.detach(), None)
     return module(x), tangent

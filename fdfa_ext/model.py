@@ -433,9 +433,18 @@ class FDFA(nn.Module):
     def summary(self, *args: Any, **kwargs: Any) -> Summary:
         """The points with their features and bytes of feedback, and what each parameter learns by, from
         one forward in eval mode on these inputs, or on one argument that stands for them as an
-        example_input does."""
+        example_input does.
+
+        Raises:
+            TypeError: there are no inputs, and the forward takes some.
+        """
         if len(args) == 1 and not kwargs:
             args, kwargs = inputs_of(self.module, args[0])
+        if not (args or kwargs or _takes_keywords(self.module, {})):
+            raise TypeError(
+                f"FDFA: summary takes the inputs of {type(self.module).__name__}.forward, as "
+                "model.summary(x), for one forward in eval mode; got none"
+            )
         if not isinstance(self.method, BlockMethod):
             raise ValueError(f"FDFA: {type(self.method).__name__} has no points")
         self.network.look_at(self.module)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fdfa_ext._ops import fused
 from fdfa_ext._torch_internals import GLOBAL_HOOKS, is_in_checkpoint
+from fdfa_ext.chains import is_overridden
 from fdfa_ext.compiled import call_traced
 from fdfa_ext.dual_pass import BlockPass, DualPass
 from fdfa_ext.duals import (
@@ -36,7 +37,7 @@ from fdfa_ext.own_code import (
     kept_activation,
     nodes_behind,
 )
-from fdfa_ext.plan import MakeForward, Plan, is_overridden
+from fdfa_ext.plan import MakeForward, Plan
 from fdfa_ext.points import BLOCKS, At, channels_first_at, check_module, find_points
 from fdfa_ext.warning import warn
 
@@ -105,6 +106,13 @@ class Network:
         self._use(plan)
         return plan
 
+    def ends_within(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the output is known only in the midst of the module's forward."""
+        if self.output is None:
+            return False
+        compiling = torch.compiler.is_compiling()
+        return compiling or self.plan is None or self.plan.calls_for(args, kwargs) is None
+
     def channels_first(self, module: nn.Module) -> bool | None:
         """Of the output, as the module that returns it tells."""
         try:
@@ -140,6 +148,7 @@ class Network:
         plan = self.plan
         assert plan is not None, "as in _run"
         if plan.has_points:
+            dual.takes_biases = dual.takes_output_layer and dual.backend is fused
             return self._run(module, dual, args, kwargs)
         # Whether activations are kept is seen by their tangents.
         if plan.exposes if dual.perturbs else plan.own_code:
@@ -240,13 +249,14 @@ class Network:
                 own.dual = dual
                 if isinstance(block, Block) and block.block_pass is not own and own.name == own.module:
                     block.block_pass = own
-            if plan is not None and plan.forwards and not dual.compiling:
-                _replace_forwards(plan.forwards, replaced)
             if dual.compiling:
                 result = call_traced(module, dual, args, kwargs)
             else:
                 assert plan is not None, "the model has looked at its module"
-                calls = None if dual.exposes or kwargs or len(args) != 1 else plan.calls
+                within = dual.exposes or dual.end is not None
+                calls = None if within else plan.calls_for(args, kwargs)
+                if not plan.has_points or calls is None:  # else the calls perturb
+                    _replace_forwards(plan.forwards, replaced)
                 if plan.backward_hooked or plan.has_global_hooks:
                     calls = None
                     self.refuse_backward_hooks(None if dual.perturbs else self.blocks)

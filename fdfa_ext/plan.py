@@ -7,7 +7,6 @@ between calls. Parameters, buffers and all other attributes are no part of a pla
 anew. The comparison itself is in csrc/guard.h.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -24,8 +23,16 @@ from fdfa_ext._torch_internals import (
     hooks_of,
     is_compiled,
 )
+from fdfa_ext.chains import (
+    ChainsToPoints,
+    OnDualTensors,
+    PointsOf,
+    calls_of_blocks,
+    is_called_plainly,
+    is_overridden,
+    is_sequence,
+)
 from fdfa_ext.dual_pass import BlockPass
-from fdfa_ext.duals import forward_mode, make_dual, refuse_unknown, unpack_dual
 from fdfa_ext.jvp import (
     CALLED_FUNCTIONS,
     FORWARD_FUNCTIONS,
@@ -34,22 +41,15 @@ from fdfa_ext.jvp import (
     OPTIONS,
     Call,
     ModuleRule,
-    PrimalTangent,
     call_by_rule,
-    has_fused_pool,
-    has_own_forward,
-    is_patched,
     plain_type,
     registered_rule,
-    rule_call,
 )
-from fdfa_ext.layers import OVERRIDABLE, Block, FDFABlock, FDFAConv2d
-from fdfa_ext.own_code import OwnCodeRules
+from fdfa_ext.layers import OVERRIDABLE, Block
 from fdfa_ext.points import BLOCKS, At, channels_first_at, check_output_name, find_points, place_of
 
 MakeForward = Callable[[Callable[..., Any]], Callable[..., Any]]
 _ONCE: Mapping[str, int] = {}
-_BLOCK_FORWARDS = [kind.forward for kind in BLOCKS]
 
 
 class Plan:
@@ -63,10 +63,10 @@ class Plan:
         blocks: the same for each of their uses in a forward, those after the first as "name:2".
         passes: those of the blocks, each with the block's calls.
         calls: the calls of a sequence, each given primal and tangent of what the one before returned.
-            Blocks and modules with a JVP rule take them apart; any other module gets a dual tensor, as
-            one with a hook or another function put on it does, which may do anything. None for a net
-            with a forward of its own, with points that are no blocks, or with a module in it that is
-            compiled by itself, which are called as a whole.
+            Blocks, chains to points and modules with a JVP rule take them apart; any other module gets
+            a dual tensor, as one with a hook or another function put on it does, which may do
+            anything. None for a net with a forward of its own, with points and such a module, or with
+            a module in it that is compiled by itself, which are called as a whole.
         output_layer: the last of those, if it is a linear layer: `calls` does not have it.
         output_weight: weight of the linear output layer that the pass before found in a forward of the
             user's; None if it found none.
@@ -80,7 +80,8 @@ class Plan:
         has_points: whether there are such modules, or the output is that of a module within. Autograd
             then goes from point to point.
         forwards: modules that have another forward in a pass, each with the function that makes it of
-            the one it has: those at a point, the output, and those with a registered JVP rule.
+            the one it has: those at a point, the output, those with a registered JVP rule, and
+            sequences that call chains to points.
         overriding: by name, the forward of each block that may leave out that of its base class.
         backward_hooked: names of the modules with a backward hook.
         has_global_hooks: whether there are hooks for all modules.
@@ -111,6 +112,8 @@ class Plan:
         self.blocks: dict[str, Any] = {}
         self.passes: list[BlockPass] = []
         points = []
+        at_outputs: dict[nn.Module, tuple[BlockPass, bool | None]] = {}
+        at_inputs: dict[nn.Module, tuple[BlockPass, bool | None]] = {}
         saved: set[str] = set()  # their names in a state, which have no dot
         for name, block in self.perturbed.items():
             first = None if isinstance(block, Block) else channels_first_at(module, name)
@@ -140,6 +143,7 @@ class Plan:
                     at_input = place_of(module, name)[1]
                     point = own.point_at_input if at_input else own.point
                     points.append((block, partial(partial, point, first)))
+                    (at_inputs if at_input else at_outputs)[block] = own, first
         self.has_points = bool(points) or output is not None
         self.backward_hooked = [name for name, member in named.items() if any(hooks_of(member)[2:])]
         self.overriding = {
@@ -152,18 +156,25 @@ class Plan:
         self.own_code = [*filter(_is_own_code, _called_between_blocks(module))]
         self.buffers = [member._buffers for member in named.values()]
         self.calls = None
-        if (
+        chains: dict[nn.Module, ChainsToPoints] = {}
+        end = None if output is None else named.get(output)
+        if not (self.is_compiled or self.backward_hooked or self.has_global_hooks):
+            chains = dict(_chains_in(module, at_outputs, at_inputs, end))
+        if module in chains and end in (None, _last_of(module)):
+            self.calls = chains.pop(module).calls()
+        elif (
             isinstance(module, nn.Sequential)
-            and _is_sequence(module)
+            and is_sequence(module)
             and not (self.is_compiled or self.has_points)
         ):
             names = {member: name for name, member in named.items()}
-            self.calls = _calls_of(module, names, self.passes[0])
+            self.calls = calls_of_blocks(module, names, self.passes[0])
+        if self.calls is not None and isinstance(module, nn.Sequential):
             last: Any = module[-1]
             if plain_type(last) is nn.Linear:
                 self.output_layer = last
                 self.calls.pop()
-        self.has_unknown = any(isinstance(call, _OnDualTensors) for call in self.calls or ())
+        self.has_unknown = any(isinstance(call, OnDualTensors) for call in self.calls or ())
         running = self.passes[0]
         self.forwards: list[tuple[nn.Module, MakeForward]] = [
             (member, partial(_make_by_rule, running, member, rule))
@@ -176,7 +187,14 @@ class Plan:
             first = channels_first_at(module, output)
             end = partial(partial, _end_at_output, running, output, first)
             self.forwards.append((named[output], end))
+        self.forwards += [(sequence, partial(partial, own.forward)) for sequence, own in chains.items()]
         self.guard = self._watch(named.values())
+
+    def calls_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | None:
+        """The calls, where they take these arguments of the module."""
+        if self.calls is None or kwargs or len(args) != 1:
+            return None
+        return self.calls if not self.has_points or type(args[0]) is Tensor else None
 
     def may_stray(self, perturbs: bool) -> bool:
         """Whether user code, or a module that is given dual tensors, may do what a pass did not expect:
@@ -244,17 +262,6 @@ def _forward_by_rule(
     return result
 
 
-def is_overridden(block: Any) -> bool:
-    """Whether its call may leave out the forward of its base class, which perturbs."""
-    return has_own_forward(block) or type(block).forward not in _BLOCK_FORWARDS
-
-
-def _is_called_plainly(block: Any) -> bool:
-    """Whether it is its planned call and nothing else."""
-    hooked = any(hooks_of(block)) or any(GLOBAL_HOOKS)
-    return not (hooked or is_overridden(block) or is_patched(block.torch_type))
-
-
 def _called_between_blocks(module: nn.Module) -> Iterator[nn.Module]:
     yield module
     if not isinstance(module, Block):
@@ -265,93 +272,26 @@ def _called_between_blocks(module: nn.Module) -> Iterator[nn.Module]:
 def _is_own_code(module: nn.Module) -> bool:
     """Whether something else is called than a block's forward or torch's."""
     if isinstance(module, Block):
-        return not _is_called_plainly(module)
+        return not is_called_plainly(module)
     return plain_type(module) is None or not type(module).__module__.startswith("torch.nn.")
 
 
-def _is_sequence(module: nn.Module) -> bool:
-    # torch lets a child be None, and has the words for its call.
-    return plain_type(module) is nn.Sequential and None not in module._modules.values()
+def _last_of(module: nn.Module) -> nn.Module:
+    """The module whose result a sequence returns."""
+    while isinstance(module, nn.Sequential) and is_sequence(module) and len(module) > 0:
+        module = module[-1]
+    return module
 
 
-def _calls_of(sequence: nn.Sequential, names: dict[nn.Module, str], running: BlockPass) -> list[Call]:
-    """running: any block's, which knows the pass while one runs."""
-    calls: list[Call] = []
-    block: Any = None  # whose call is the last
-    for module in sequence:
-        if block is not None and _pools(block, module):
-            unpooled: Any = calls[-1]
-            calls[-1] = partial(unpooled, pool=module)
-            block = None
-            continue
-        block = module if isinstance(module, Block) and _is_called_plainly(module) else None
-        call: Call | None
-        if block is not None:
-            calls.append(block.block_pass.call)
-        elif isinstance(module, nn.Sequential) and _is_sequence(module):
-            calls += _calls_of(module, names, running)
-        elif (call := rule_call(module)) is not None:
-            calls.append(call)
-        else:
-            # Modules of unknown kind may hand each other more than one tensor.
-            last = calls[-1] if calls else None
-            if not isinstance(last, _OnDualTensors):
-                last = _OnDualTensors(running)
-                calls.append(last)
-            last.add(module, names[module])
-    return calls
-
-
-class _OnDualTensors:
-    """Modules of unknown kind, one after the other."""
-
-    def __init__(self, running: BlockPass) -> None:
-        self.running = running
-        self.modules: list[nn.Module] = []
-        self.has_block = False
-
-    def add(self, module: nn.Module, name: str) -> None:
-        self.modules.append(module)
-        self.last = f"module '{name}' ({type(module).__name__})"
-        self.has_block = self.has_block or any(isinstance(inner, Block) for inner in module.modules())
-
-    def __call__(self, x: Any, tangent: Tensor | None) -> PrimalTangent:
-        dual = self.running.dual
-        assert dual is not None, "a pass runs"
-        if dual.rules is None:
-            dual.rules = OwnCodeRules(None, dual.perturbs, exposes=False)
-        if tangent is None and not (self.has_block and dual.perturbs):
-            with dual.rules:
-                return self._call(x), None
-        with forward_mode():
-            value = x if tangent is None else make_dual(x, tangent)
-            dual.rules.watch(value)
-            with dual.rules:
-                try:
-                    result = self._call(value)
-                except NotImplementedError as error:
-                    refuse_unknown(self.last, error)
-                    raise
-            dual.rules.last = None
-            alone = object()
-            if sys.getrefcount(result) == sys.getrefcount(alone):  # nobody else has it
-                dual.rules.forget(result)
-            dual.rules.watch_attributes(self.modules)
-            if not isinstance(result, Tensor):
-                raise TypeError(
-                    f"FDFA: {self.last} must return one tensor; got {type(result).__name__}. Put it "
-                    "and what takes its result into one module"
-                )
-            y, ty = unpack_dual(result)
-            return y, None if ty is None else ty.detach()
-
-    def _call(self, value: Any) -> Any:
-        for module in self.modules:
-            value = module(value)
-        return value
-
-
-def _pools(block: Any, module: Any) -> bool:
-    """Whether it is a max-pool that the block before it can do."""
-    is_block = type(block) is FDFAConv2d or type(block) is FDFABlock
-    return is_block and plain_type(module) is nn.MaxPool2d and has_fused_pool(module)
+def _chains_in(
+    module: nn.Module, at_outputs: PointsOf, at_inputs: PointsOf, end: nn.Module | None
+) -> Iterator[tuple[nn.Module, ChainsToPoints]]:
+    """The outermost sequences with chains to points. end: the module whose result is the output."""
+    if isinstance(module, nn.Sequential) and is_sequence(module):
+        own = ChainsToPoints.of(module, at_outputs, at_inputs)
+        if own is not None and (end in own.rest or end not in {*module.modules()}):
+            yield module, own
+            return
+    if not isinstance(module, Block):
+        for child in module.children():
+            yield from _chains_in(child, at_outputs, at_inputs, end)

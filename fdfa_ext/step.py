@@ -52,7 +52,7 @@ class TrainingStep:
 
         takes_output_layer: whether the method can run a linear one itself, as in run_blocks.
         """
-        if self.network.output is None:
+        if not self.network.ends_within(self.args, self.kwargs):
             return self._finished(finish, *self.run_blocks(takes_output_layer))
         dual = self.new_pass(self.noise_state, self.feedback.ranks)
         end = dual.end = NetworkEnd(

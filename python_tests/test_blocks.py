@@ -75,6 +75,8 @@ def test_a_block_with_batch_norm_trains_as_the_reference(end: Any) -> None:
         (lambda: [nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(3, 2)], 1),
         (lambda: [nn.Dropout2d(0.0), nn.BatchNorm2d(2), nn.MaxPool2d(2)], 1),
         (lambda: [nn.Flatten(), nn.Linear(288, 9), nn.BatchNorm1d(9), nn.SiLU()], 2),
+        (lambda: [nn.Dropout2d(0.0), nn.Conv2d(2, 4, 3), nn.ReLU()], 1),
+        (lambda: [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(72, 9), nn.Tanh()], 2),
         # Each has something that the operators do not do.
         (lambda: [nn.Conv2d(2, 4, 3), nn.GELU(), nn.MaxPool2d(2)], None),
         (lambda: [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)], None),

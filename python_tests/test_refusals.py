@@ -414,3 +414,5 @@ def test_a_summary_takes_inputs_as_example_input_has_them() -> None:
     a, b = torch.randn(2, 4, 6)
     model = FDFA(Two(), example_input={"a": a, "b": b})
     assert model.summary({"a": a, "b": b}) == model.summary((a, b)) == model.summary(a, b=b)
+    with pytest.raises(TypeError, match=r"takes the inputs of Two\.forward, as model\.summary\(x\)"):
+        model.summary()
