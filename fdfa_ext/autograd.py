@@ -190,7 +190,7 @@ class _BlockBackward:
         ]
         gradients: list[Tensor | None] = [None] * len(matrices)
         # A process without samples still takes part in what all learn from.
-        if self.rule.feedback == "learned" and (len(error) > 0 or self.feedback.ranks is not None):
+        if self.feedback.rule != "fixed" and (len(error) > 0 or self.feedback.ranks is not None):
             gradient = self.rule.feedback_gradients(blocks)
             found = self._checked("feedback_gradient", gradient, [m.shape for m in matrices])
             if self.feedback.rule == "grad":
@@ -419,7 +419,7 @@ def attach_fused(
     output layer where the pass has left that to it."""
     layer = dual.output_layer
     weight, bias = (None, None) if layer is None else (layer.weight, layer.bias)
-    blocks = dual.gather(rule.reads_output)
+    blocks = dual.gather(rule.reads_output and feedback.rule != "fixed")
     shape = output.shape[0], output.shape[1] if weight is None else weight.shape[0]
     checks = dual.backend is fused and not dual.compiling  # the operator does
     if not checks or blocks.changed:

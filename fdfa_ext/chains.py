@@ -7,10 +7,12 @@ as is done where a module or a hook may do anything.
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fdfa_ext._torch_internals import GLOBAL_HOOKS, hooks_of
@@ -31,8 +33,19 @@ from fdfa_ext.layers import Block, FDFABlock, FDFAConv2d
 from fdfa_ext.own_code import OwnCodeRules
 from fdfa_ext.points import BLOCKS
 
-# By module the point that it has: its pass, and `channels_first` of the features there.
-PointsOf = Mapping[nn.Module, tuple[BlockPass, bool | None]]
+
+class InPass(partial[Any]):
+    """The forward that a module has in a pass alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class PointsOf:
+    """By module the points that they have: the pass, and `channels_first` of the features there."""
+
+    at_outputs: dict[nn.Module, tuple[BlockPass, bool | None]] = field(default_factory=dict)
+    at_inputs: dict[nn.Module, tuple[BlockPass, bool | None]] = field(default_factory=dict)
+
+
 _BLOCK_FORWARDS = [kind.forward for kind in BLOCKS]
 
 
@@ -143,52 +156,77 @@ class ChainsToPoints:
     Attributes:
         chains: the calls up to the last point, each given primal and tangent.
         rest: the modules behind it.
+        times: of the points' passes, how often the sequence comes to each.
     """
 
-    def __init__(self, chains: list[Call], passes: list[BlockPass], rest: list[nn.Module]) -> None:
+    def __init__(
+        self,
+        sequence: nn.Sequential,
+        chains: list[Call],
+        passes: list[BlockPass],
+        rest: list[nn.Module],
+        guard: Any,
+        replaced: Container[nn.Module],
+    ) -> None:
         self.chains = chains
         self.rest = rest
-        self._passes = Counter(passes)  # of the points, each with how often the sequence comes to it
+        self.times = Counter(passes)
+        self._guard = guard
+        members = [*sequence.modules()]
+        self._replaced = [vars(member) for member in members if member in replaced]
+        self._parameters = [member._parameters for member in members if member._parameters]
 
     @classmethod
     def of(
-        cls, sequence: nn.Sequential, at_outputs: PointsOf, at_inputs: PointsOf
+        cls, sequence: nn.Sequential, points: PointsOf, guard: Any, replaced: Container[nn.Module]
     ) -> "ChainsToPoints | None":
-        """None where it has no point, one at its own input, or a module that may do anything."""
+        """None where it has no point, one at its own input, or a module that may do anything.
+
+        guard: says whether its modules are as they are now, but for the forward of those that are
+            `replaced` in a pass.
+        """
         chains: list[Call] = []
         passes: list[BlockPass] = []
         chain: list[nn.Module] = []
 
         def end(point: tuple[BlockPass, bool | None]) -> None:
             own, first = point
-            chains.append(partial(own.chain, Chain.of(chain, first, from_point=True)))
+            chains.append(partial(_to_point, own, Chain.of(chain, first, from_point=True)))
             passes.append(own)
             chain.clear()
 
         for module, is_call in _members(sequence):
-            at_input = module in at_inputs
-            # A point at the input of a module that changes it has its words for it.
-            if at_input and (not is_call or getattr(module, "inplace", False)):
+            at_input = points.at_inputs.get(module)
+            # A point at the input of a module that may change it has its words for that.
+            if at_input is not None and (not is_call or hasattr(module, "inplace")):
                 return None
-            if at_input:
-                end(at_inputs[module])
+            if at_input is not None:
+                end(at_input)
             if is_call and not _returns_one_tensor(module):
                 return None
             if is_call:
                 chain.append(module)
-            if module in at_outputs:
-                end(at_outputs[module])
-        return cls(chains, passes, chain) if passes else None
+            if module in points.at_outputs:
+                end(points.at_outputs[module])
+        return cls(sequence, chains, passes, chain, guard, replaced) if passes else None
 
     def calls(self) -> list[Call]:
         """Those of the whole sequence."""
         return self.chains + [rule_call(module) or forward_mode_call(module) for module in self.rest]
 
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the calls take these arguments, and the parameters that the modules have now: what
+        may have code of its own goes by the modules' calls."""
+        if kwargs or len(args) != 1 or type(args[0]) is not Tensor or args[0].layout != torch.strided:
+            return False
+        plain = (nn.Parameter, type(None))
+        return all([type(p) in plain for owned in self._parameters for p in owned.values()])
+
     def forward(self, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """What the sequence returns in the midst of user code. forward: its own, by its modules."""
-        running = next(iter(self._passes))
+        running = next(iter(self.times))
         dual = running.dual_here()
-        if dual is None or not self._takes(dual, args, kwargs):
+        if dual is None or not (self.take(args, kwargs) and self._stands() and self._left(dual)):
             return forward(*args, **kwargs)
         running.refuse_checkpoint(dual)
         dual.in_chain = True
@@ -207,11 +245,22 @@ class ChainsToPoints:
         finally:
             dual.in_chain = False
 
-    def _takes(self, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the chains take these arguments: one tensor, while each point has uses left."""
-        if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
-            return False
-        return all([own.uses_left(dual) >= times for own, times in self._passes.items()])
+    def _stands(self) -> bool:
+        """Whether user code has left the modules as they were when the pass began."""
+        in_pass = [type(attributes.get("forward")) is InPass for attributes in self._replaced]
+        return all(in_pass) and self._guard.holds()
+
+    def _left(self, dual: DualPass) -> bool:
+        """Whether each point has as many uses left."""
+        return all([own.uses_left(dual) >= times for own, times in self.times.items()])
+
+
+def _to_point(own: BlockPass, chain: Chain, x: Tensor, tangent: Tensor | None) -> PrimalTangent:
+    try:
+        return own.chain(chain, x, tangent)
+    except (RuntimeError, TypeError, ValueError) as error:
+        error.add_note(f"FDFA: raised on the way to point '{own.name}'")
+        raise
 
 
 def _members(sequence: nn.Sequential) -> Iterator[tuple[nn.Module, bool]]:
@@ -226,13 +275,11 @@ def _members(sequence: nn.Sequential) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def _returns_one_tensor(module: nn.Module) -> bool:
-    """Whether it is torch's own code, which is given one tensor and returns one."""
+    """Whether it is torch's own code, or has a rule, and is given one tensor and returns one."""
+    kind = plain_type(module)
+    if kind is None or module._modules:  # within which may be points
+        return False
     if rule_call(module) is not None:
         return True
-    kind = plain_type(module)
-    return (
-        kind is not None
-        and kind.__module__.startswith("torch.nn.modules.")
-        and not (module._modules or getattr(module, "return_indices", False))
-        and not isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-    )
+    other = isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or getattr(module, "return_indices", False)
+    return kind.__module__.startswith("torch.nn.modules.") and not other

@@ -476,10 +476,7 @@ class BlockPass:
             return result
         first = first_tensor(result)
         if not _is_features(first):
-            raise TypeError(
-                f"FDFA: module '{self.name}' has a point, so it must return features [N, *features], "
-                f"alone or first in a tuple; got {_told(result if first is None else first)}"
-            )
+            raise self._no_features(result if first is None else first)
         return with_first(result, own._perturbed_features(first, channels_first))
 
     def perturb_input(
@@ -499,6 +496,12 @@ class BlockPass:
         if args:
             return (perturbed, *args[1:]), kwargs
         return args, kwargs | {next(iter(kwargs)): perturbed}
+
+    def _no_features(self, got: Any) -> TypeError:
+        return TypeError(
+            f"FDFA: module '{self.name}' has a point, so it must return features [N, *features], "
+            f"alone or first in a tuple; got {_told(got)}"
+        )
 
     def _use(self) -> "BlockPass | None":
         """The pass of this use of a point: this one or that of a later use, also one that began within
@@ -625,7 +628,7 @@ class BlockPass:
                 # The tangent that a layer just made is nobody else's: it may be overwritten.
                 donated = ty if chain.makes_tangent else None
                 return self._fused_tail(dual, tail, y, ty, donated, pool)
-            which = f"block '{self.name}': its module {position} ({chain.names[position]})"
+            which = f"block or point '{self.name}': its module {position} ({chain.names[position]})"
             try:
                 y, ty = call(y, ty)
             except NotImplementedError as error:
@@ -641,6 +644,8 @@ class BlockPass:
                     f"FDFA: {which} dropped the tangent; it is not differentiable in torch's forward "
                     "mode"
                 )
+        if chain.from_point and not _is_features(y):
+            raise self._no_features(y)
         if y.dim() == 0 or y.is_meta != dual.noise_state.is_meta:
             got = "a single number" if y.dim() == 0 else f"a tensor on {y.device}"
             raise TypeError(

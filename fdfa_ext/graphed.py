@@ -19,9 +19,10 @@ def make_graphed_step(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Captures forward, loss, backward and optimizer step; returns step(input, target) → loss.
 
-    Each call replays the graph: fresh noise, the same result as the eager step. Making it leaves
-    parameters, feedback, noise and optimizer as they were. While it is made, no output or loss of an
-    earlier step may be alive: it would tie the capture to that step's stream.
+    Each call replays the graph: fresh noise, the same result as the eager step. What FDFA is set to, as
+    feedback_lr and learns_feedback, is a part of the graph. Making it leaves parameters, feedback,
+    noise and optimizer as they were. While it is made, no output or loss of an earlier step may be
+    alive: it would tie the capture to that step's stream.
 
     Args:
         model: in training mode, on a CUDA device; FDFA or any other.
@@ -32,7 +33,8 @@ def make_graphed_step(
 
     Raises:
         ValueError: a batch is not on a CUDA device or not like the example, the optimizer cannot be
-            captured, or the model is not in training mode or has not seen an input yet.
+            captured, the model is not in training mode or has not seen an input yet, or a setting of
+            FDFA has changed.
     """
     if not all(group.get("capturable", True) for group in optimizer.param_groups):
         raise ValueError(f"make_graphed_step: make {type(optimizer).__name__} with capturable=True")
@@ -57,7 +59,8 @@ def make_graphed_step(
         optimizer.step()
         return loss.detach()
 
-    saved = _saved_state(model, optimizer)
+    models = [module for module in model.modules() if isinstance(module, FDFA)]
+    saved, settings = _saved_state(model, optimizer), [*map(_settings, models)]
     device = static[0].device
     # Streams and graphs belong to the current device, which need not be the model's.
     with torch.cuda.device(device):
@@ -74,6 +77,8 @@ def make_graphed_step(
     _restore_state(model, optimizer, saved)
 
     def step(input: Tensor, target: Tensor) -> Tensor:
+        for captured, now in zip(settings, map(_settings, models), strict=True):
+            _refuse_changes(captured, now)
         for name, mine, given in zip(("input", "target"), static, (input, target), strict=True):
             if given.shape != mine.shape or given.dtype != mine.dtype:
                 raise ValueError(
@@ -86,6 +91,21 @@ def make_graphed_step(
         return static_loss.clone()
 
     return step
+
+
+def _settings(model: FDFA) -> dict[str, Any]:
+    """What a graph keeps of them that may be set at any time."""
+    names = ("feedback_lr", "learns_feedback", "betas", "eps", "noise", "backend")
+    return {name: getattr(model, name) for name in names}
+
+
+def _refuse_changes(captured: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in captured.items():
+        if now[name] != value:
+            raise ValueError(
+                f"graphed step: {name} was {value!r} when the graph was made, and is {now[name]!r}; "
+                "make a graph for each"
+            )
 
 
 def _saved_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:

@@ -47,6 +47,10 @@ class Method:
         """Whether no later module may change the outputs of blocks in place."""
         return self.reads_output or self.local_heads
 
+    def tangents_of_error(self) -> str:
+        """Where tangents run in a step that learns no feedback."""
+        return self.tangents
+
     def forward(self, step: TrainingStep) -> Any:
         """What the module returns: its output [N, K], or what it makes of it."""
         raise NotImplementedError(_UNDEFINED.format(type(self).__name__, "forward"))
@@ -322,6 +326,9 @@ class ForwardFeedback(ProjectedError):
 
     tangents = "network"
     feedback = "learned"
+
+    def tangents_of_error(self) -> str:
+        return "none" if type(self) is ForwardFeedback else self.tangents  # whose δ may want them
 
     def feedback_gradient(self, block: BlockStep) -> Tensor:
         return block.feedback - block.tangent.t() @ block.perturbation / max(len(block.error), 1)

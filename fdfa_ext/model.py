@@ -170,6 +170,9 @@ class FDFA(nn.Module):
             batch's first sample, or first token. In several processes the first one's counts, and the
             samples of the processes before this one are added.
         updates: int64 [1]: number of Adam steps that B has made.
+        learns_feedback: whether training steps learn B, True at first; may be set before any of them,
+            as by `model.learns_feedback = step % 4 == 0`. A step of FDFA that does not has neither
+            noise nor tangent, and takes DFA's time. No part of a saved state.
         local_outputs: method "lg-fg-a": outputs [N, K] of the local heads in the last training forward,
             each of which wants the loss too.
 
@@ -259,6 +262,7 @@ class FDFA(nn.Module):
         self.feedback_lr = feedback_lr
         self.betas = betas
         self.eps = eps
+        self._learns_feedback = method.feedback == "learned"
         self.noise = noise
         self.patch = patch
         self.backend = backend
@@ -327,6 +331,25 @@ class FDFA(nn.Module):
         # A tensor, to which a compiled program does not specialise; a new one, since a forward pass
         # leaves the one it found to its backward. On the CPU, where the operators read it.
         self.learning_rate = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+    @property
+    def learns_feedback(self) -> bool:
+        """Whether training steps learn B."""
+        return self._learns_feedback
+
+    @learns_feedback.setter
+    def learns_feedback(self, value: bool) -> None:
+        if self.method.feedback != "learned":
+            raise ValueError(
+                f"FDFA: learns_feedback is no choice for {type(self.method).__name__}, whose feedback "
+                "does not learn"
+            )
+        if self.rule == "grad":
+            raise ValueError(
+                'FDFA: learns_feedback is no choice for feedback="grad", whose B moves when its '
+                "optimizer takes a step; take none"
+            )
+        self._learns_feedback = bool(value)
 
     @property
     def prepared(self) -> bool:
@@ -401,7 +424,8 @@ class FDFA(nn.Module):
     ) -> TrainingStep:
         modules: dict[str, Any] = self._modules
         buffers: dict[str, Any] = self._buffers
-        rule = self.rule if self.method.feedback == "learned" else "fixed"
+        learns = self._learns_feedback
+        rule = self.rule if learns else "fixed"
         has_moments = rule == "adam"
         return TrainingStep(
             module,
@@ -409,7 +433,7 @@ class FDFA(nn.Module):
             kwargs,
             self.network,
             BACKENDS[self.backend],
-            self.method.tangents,
+            self.method.tangents if learns else self.method.tangents_of_error(),
             self.noise,
             self.patch,
             buffers["noise_state"],
@@ -422,7 +446,7 @@ class FDFA(nn.Module):
                 self.learning_rate,
                 self.betas,
                 self.eps,
-                self.feedback_update,
+                self.feedback_update if learns else None,
                 ranks,
             ),
             modules["heads"],
@@ -679,7 +703,7 @@ class FDFA(nn.Module):
             self._versions_before = versions
             return
         before = self.__dict__.pop("_versions_before", {})
-        if self.method.feedback != "learned" or self.noise_state.is_meta:
+        if not self._learns_feedback or self.noise_state.is_meta:
             return
         if self.noise_state.is_cuda and torch.cuda.is_current_stream_capturing():
             return

@@ -7,7 +7,7 @@ between calls. Parameters, buffers and all other attributes are no part of a pla
 anew. The comparison itself is in csrc/guard.h.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from fdfa_ext._torch_internals import (
 )
 from fdfa_ext.chains import (
     ChainsToPoints,
+    InPass,
     OnDualTensors,
     PointsOf,
     calls_of_blocks,
@@ -67,6 +68,7 @@ class Plan:
             a dual tensor, as one with a hook or another function put on it does, which may do
             anything. None for a net with a forward of its own, with points and such a module, or with
             a module in it that is compiled by itself, which are called as a whole.
+        chains: those to points that the calls begin with, if there are any.
         output_layer: the last of those, if it is a linear layer: `calls` does not have it.
         output_weight: weight of the linear output layer that the pass before found in a forward of the
             user's; None if it found none.
@@ -112,8 +114,7 @@ class Plan:
         self.blocks: dict[str, Any] = {}
         self.passes: list[BlockPass] = []
         points = []
-        at_outputs: dict[nn.Module, tuple[BlockPass, bool | None]] = {}
-        at_inputs: dict[nn.Module, tuple[BlockPass, bool | None]] = {}
+        points_of = PointsOf()
         saved: set[str] = set()  # their names in a state, which have no dot
         for name, block in self.perturbed.items():
             first = None if isinstance(block, Block) else channels_first_at(module, name)
@@ -142,8 +143,9 @@ class Plan:
                 else:
                     at_input = place_of(module, name)[1]
                     point = own.point_at_input if at_input else own.point
-                    points.append((block, partial(partial, point, first)))
-                    (at_inputs if at_input else at_outputs)[block] = own, first
+                    points.append((block, partial(InPass, point, first)))
+                    of_kind = points_of.at_inputs if at_input else points_of.at_outputs
+                    of_kind[block] = own, first
         self.has_points = bool(points) or output is not None
         self.backward_hooked = [name for name, member in named.items() if any(hooks_of(member)[2:])]
         self.overriding = {
@@ -155,26 +157,6 @@ class Plan:
         self.has_global_hooks = any(GLOBAL_HOOKS)
         self.own_code = [*filter(_is_own_code, _called_between_blocks(module))]
         self.buffers = [member._buffers for member in named.values()]
-        self.calls = None
-        chains: dict[nn.Module, ChainsToPoints] = {}
-        end = None if output is None else named.get(output)
-        if not (self.is_compiled or self.backward_hooked or self.has_global_hooks):
-            chains = dict(_chains_in(module, at_outputs, at_inputs, end))
-        if module in chains and end in (None, _last_of(module)):
-            self.calls = chains.pop(module).calls()
-        elif (
-            isinstance(module, nn.Sequential)
-            and is_sequence(module)
-            and not (self.is_compiled or self.has_points)
-        ):
-            names = {member: name for name, member in named.items()}
-            self.calls = calls_of_blocks(module, names, self.passes[0])
-        if self.calls is not None and isinstance(module, nn.Sequential):
-            last: Any = module[-1]
-            if plain_type(last) is nn.Linear:
-                self.output_layer = last
-                self.calls.pop()
-        self.has_unknown = any(isinstance(call, OnDualTensors) for call in self.calls or ())
         running = self.passes[0]
         self.forwards: list[tuple[nn.Module, MakeForward]] = [
             (member, partial(_make_by_rule, running, member, rule))
@@ -185,23 +167,62 @@ class Plan:
         if output is not None:
             check_output_name(module, output)
             first = channels_first_at(module, output)
-            end = partial(partial, _end_at_output, running, output, first)
-            self.forwards.append((named[output], end))
-        self.forwards += [(sequence, partial(partial, own.forward)) for sequence, own in chains.items()]
+            ends = partial(InPass, _end_at_output, running, output, first)
+            self.forwards.append((named[output], ends))
+        self.calls = None
+        self.chains: ChainsToPoints | None = None
+        chains: dict[nn.Module, ChainsToPoints] = {}
+        end = None if output is None else named[output]
+        if not (self.is_compiled or self.backward_hooked or self.has_global_hooks):
+            chains = dict(self._chains_in(module, points_of, end))
+        if module in chains and end in (None, _last_of(module)):
+            own_chains = chains.pop(module)
+            if all(uses.get(own.module, 1) >= times for own, times in own_chains.times.items()):
+                self.chains, self.calls = own_chains, own_chains.calls()
+        elif (
+            isinstance(module, nn.Sequential)
+            and is_sequence(module)
+            and not (self.is_compiled or self.has_points)
+        ):
+            names = {member: name for name, member in named.items()}
+            self.calls = calls_of_blocks(module, names, running)
+        if self.calls is not None and isinstance(module, nn.Sequential):
+            last: Any = module[-1]
+            if plain_type(last) is nn.Linear:
+                self.output_layer = last
+                self.calls.pop()
+        self.has_unknown = any(isinstance(call, OnDualTensors) for call in self.calls or ())
+        self.forwards += [(sequence, partial(InPass, own.forward)) for sequence, own in chains.items()]
         self.guard = self._watch(named.values())
 
     def calls_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | None:
         """The calls, where they take these arguments of the module."""
         if self.calls is None or kwargs or len(args) != 1:
             return None
-        return self.calls if not self.has_points or type(args[0]) is Tensor else None
+        return self.calls if self.chains is None or self.chains.take(args, kwargs) else None
 
     def may_stray(self, perturbs: bool) -> bool:
         """Whether user code, or a module that is given dual tensors, may do what a pass did not expect:
         it is made anew then."""
         return bool(self.own_code) or (self.has_unknown and perturbs and not self.exposes)
 
-    def _watch(self, members: Iterable[nn.Module]) -> Any:
+    def _chains_in(
+        self, module: nn.Module, points: PointsOf, end: nn.Module | None
+    ) -> Iterator[tuple[nn.Module, ChainsToPoints]]:
+        """The outermost sequences with chains to points. end: the module whose result is the output."""
+        if isinstance(module, nn.Sequential) and is_sequence(module):
+            replaced = {member for member, _ in self.forwards} | {module}
+            guard = self._watch([*module.modules()], replaced)
+            own = ChainsToPoints.of(module, points, guard, replaced)
+            if own is not None and (end in own.rest or end not in {*module.modules()}):
+                yield module, own
+                return
+        if not isinstance(module, Block):
+            for child in module.children():
+                yield from self._chains_in(child, points, end)
+
+    def _watch(self, members: Iterable[nn.Module], replaced: Container[nn.Module] = ()) -> Any:
+        """replaced: those whose forward is another in a pass, where the guard is asked."""
         guard = extension.Guard()
         for member in members:
             guard.watch_type(member)
@@ -216,7 +237,8 @@ class Plan:
                 guard.watch_contents(attributes[name])
             overridable = OVERRIDABLE if isinstance(member, Block) else FORWARD_NAMES
             for name in (*overridable, COMPILED_CALL, *OPTIONS.get(type(member), ())):
-                guard.watch_entry(attributes, name)
+                if name != "forward" or member not in replaced:
+                    guard.watch_entry(attributes, name)
         for hooks in (*GLOBAL_HOOKS, MODULE_RULES):
             guard.watch_contents(hooks)
         for kind in {kind for member in members for kind in type(member).__mro__}:
@@ -233,7 +255,7 @@ class Plan:
 def _make_by_rule(
     running: BlockPass, module: nn.Module, rule: ModuleRule, forward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    return partial(_forward_by_rule, running, module, rule)
+    return InPass(_forward_by_rule, running, module, rule)
 
 
 def _end_at_output(
@@ -281,17 +303,3 @@ def _last_of(module: nn.Module) -> nn.Module:
     while isinstance(module, nn.Sequential) and is_sequence(module) and len(module) > 0:
         module = module[-1]
     return module
-
-
-def _chains_in(
-    module: nn.Module, at_outputs: PointsOf, at_inputs: PointsOf, end: nn.Module | None
-) -> Iterator[tuple[nn.Module, ChainsToPoints]]:
-    """The outermost sequences with chains to points. end: the module whose result is the output."""
-    if isinstance(module, nn.Sequential) and is_sequence(module):
-        own = ChainsToPoints.of(module, at_outputs, at_inputs)
-        if own is not None and (end in own.rest or end not in {*module.modules()}):
-            yield module, own
-            return
-    if not isinstance(module, Block):
-        for child in module.children():
-            yield from _chains_in(child, at_outputs, at_inputs, end)

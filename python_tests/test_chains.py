@@ -1,16 +1,19 @@
 """Points in a torch.nn.Sequential of torch's modules: chains that end at points do what its modules do."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
-from fdfa_ext import FDFA, FDFALinear
+from fdfa_ext import FDFA, FDFALinear, register_jvp
 from fdfa_ext.chains import ChainsToPoints
 
 OPTIONS: dict[str, Any] = {"feedback": "ema", "feedback_lr": 0.3}
@@ -231,3 +234,143 @@ def test_blocks_in_a_sequence_with_points_are_called() -> None:
     pairs = [states_after_steps(net, X, by_modules, at=["3"]) for by_modules in (False, True)]
     for key, value in pairs[0][1].items():
         torch.testing.assert_close(value, pairs[1][1][key], rtol=1e-5, atol=1e-5, msg=key)
+
+
+class Changing(nn.Module):
+    """Does something to its sequence before it calls it."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        layers = [nn.Linear(10, 7), nn.LeakyReLU(), nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 3)]
+        self.body = nn.Sequential(*layers)
+        self.other = nn.Linear(10, 7)
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        body: Any = self.body
+        first, undo = body[0], contextlib.ExitStack()
+        with undo:
+            if self.change == "a hook":
+                undo.callback(first.register_forward_hook(lambda m, i, out: out * 0.5).remove)
+            if self.change == "a hook on all":
+                undo.callback(register_module_forward_hook(lambda m, i, out: out * 0.9).remove)
+            if self.change == "another layer":
+                body[0] = self.other
+                undo.callback(body.__setitem__, 0, first)
+            if self.change == "one more":
+                body.append(nn.Tanh())
+                undo.callback(body.__delitem__, 5)
+            if self.change in ("a layer's forward", "a point's forward"):
+                member = first if self.change == "a layer's forward" else body[1]
+                forward, had = member.forward, member.__dict__.get("forward")
+                member.forward = lambda x: forward(x) * 0.5
+                undo.callback(setattr, member, "forward", had or forward)
+            if self.change == "an option":
+                body[1].negative_slope = 0.5
+                undo.callback(setattr, body[1], "negative_slope", 0.01)
+            if self.change == "a function":
+                undo.enter_context(mock.patch.object(F, "leaky_relu", lambda x, *_, **__: x * 0.7))
+            result: Tensor = body(x)
+            return result
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("a hook", "a hook on all", "another layer", "one more", "a layer's forward"),
+        *("a point's forward", "an option", "a function"),
+    ],
+)
+def test_what_a_forward_changes_before_it_calls_a_sequence_counts(change: str) -> None:
+    torch.manual_seed(0)
+    x, net = torch.randn(6, 10), Changing(change)
+    model = FDFA(net, at=["body.1", "body.3"], example_input=x)
+    output = model(x)
+    torch.testing.assert_close(output, net(x))
+    assert not torch.allclose(output, nn.Sequential(*net.body)(x), rtol=1e-3)
+    output.sum().backward()
+    assert (net.body[0].weight.grad is None) == (change == "another layer")
+
+
+def test_a_point_that_is_used_once_more_lets_the_use_through() -> None:
+    act, x = nn.Tanh(), torch.randn(6, 10)
+    net = nn.Sequential(nn.Linear(10, 7), act, nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 3))
+    model = FDFA(net, at=["1"], example_input=x)
+    model(x)
+    net[3] = act
+    model(x).sum().backward()
+    assert net[2].weight.grad is not None
+
+
+def test_what_comes_to_change_its_input_is_refused_at_a_point() -> None:
+    x, net = torch.randn(6, 10), nn.Sequential(nn.Linear(10, 7), nn.ELU(), nn.Linear(7, 3))
+    model = FDFA(net, at=["1.input"], example_input=x)
+    model(x)
+    net[1].inplace = True
+    with pytest.raises(
+        RuntimeError, match=r"point '1\.input' is at the input of a module that changes it"
+    ):
+        model(x)
+
+
+class Ruled(nn.Module):
+    """Has a JVP rule, and points within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(7, 7), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x) + x
+        return y
+
+
+@register_jvp(Ruled)
+def _ruled(module: Ruled, x: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+    y = module.layers(x)
+    within = tangent @ module.layers[0].weight.detach().T
+    return y + x, tangent + (1 - y.detach() ** 2) * within
+
+
+def test_points_within_a_module_with_a_rule_are_points() -> None:
+    torch.manual_seed(0)
+    x, gradients = torch.randn(6, 10), []
+    net = nn.Sequential(nn.Linear(10, 7), nn.ReLU(), Ruled(), nn.ReLU(), nn.Linear(7, 3))
+    for by_modules in (False, True):
+        own = copy.deepcopy(net)
+        if by_modules:
+            own[0].register_forward_hook(lambda *_: None)
+        torch.manual_seed(3)
+        model = FDFA(own, at=["1", "2.layers.1", "3"], example_input=x, method="dfa")
+        F.cross_entropy(model(x), Y).backward()
+        gradients.append([parameter.grad for parameter in own.parameters()])
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+class Halved(Tensor):
+    """A weight with code of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return (result * 0.5).as_subclass(Tensor) if func is F.linear else result
+
+
+@pytest.mark.parametrize("method", ["fdfa", "dfa"])
+def test_tensors_with_code_of_their_own_go_by_the_modules(method: str) -> None:
+    x, net = torch.randn(6, 10), nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 3))
+    model = FDFA(net, at=["1"], example_input=x, method=method)
+    torch.testing.assert_close(model(x.to_sparse()), net(x))
+    net[0].weight = nn.Parameter(net[0].weight.detach().as_subclass(Halved))
+    torch.testing.assert_close(model(x), net(x))
+
+
+def test_errors_name_the_point() -> None:
+    x, net = torch.randn(6, 10), nn.Sequential(nn.Linear(10, 7), nn.ReLU(), nn.Linear(7, 3))
+    model = FDFA(net, at=["1"], example_input=x)
+    with pytest.raises(TypeError, match="module '1' has a point, so it must return features"):
+        model(x[0])
+    with pytest.raises(RuntimeError, match="x must be") as raised:
+        model(x[:, :9])
+    assert raised.value.__notes__ == ["FDFA: raised on the way to point '1'"]

@@ -212,6 +212,7 @@ class Run:
     micro_batches: int = 1  # that are accumulated for one step of the optimizer
     averages: bool = False  # whether processes average ∇B of small nets too, in place of gathering d
     resumes: bool = False  # whether all is saved and loaded anew half-way
+    learns_every: int = 1  # the steps of which one learns feedback
 
     def sizes(self, step: int, world: int) -> list[int]:
         """Samples of each process; as many for all in even steps alone."""
@@ -264,6 +265,9 @@ RUNS: dict[str, Run] = (
         "unused parameters": Run(data_parallel={"find_unused_parameters": True}),
         "accumulated": Run(micro_batches=2),
         "accumulated, as parameters": Run(options={"feedback": "grad"}, micro_batches=2),
+        "learning feedback now and then": Run("plain images", backend="fused", learns_every=2),
+        "Kolen and Pollack's now and then": Run(options={"method": "dkp"}, learns_every=2),
+        "an own method's now and then": Run(options={"method": OwnRule()}, learns_every=2),
         "within a model": Run(around=Inner),
         "checkpointed": Run(around=Checkpointed),
         "an update of one's own": Run(options={"feedback": Descent()}),
@@ -335,6 +339,8 @@ def train(run: Run, rank: int = 0, world: int = 1, processes: int = 1) -> dict[s
             optimizer.load_state_dict(saved[1])
         torch.manual_seed(100 + step)
         sizes = run.sizes(step, processes)
+        if run.learns_every > 1:
+            model.learns_feedback = step % run.learns_every == 0
         optimizer.zero_grad()
         for micro_batch in range(run.micro_batches):
             x, y = make_batch(sum(sizes))

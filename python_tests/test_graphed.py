@@ -1,6 +1,7 @@
 """The graphed step is the eager one."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from nets import NETS, batch, step
 
 from fdfa_ext import FDFA, make_graphed_step
-from fdfa_ext.graphed import _restore_state, _saved_state
+from fdfa_ext.graphed import _refuse_changes, _restore_state, _saved_state, _settings
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -42,6 +43,29 @@ def test_graphed_step_refuses_another_shape() -> None:
     run = make_graphed_step(model, F.cross_entropy, optimizer, (x, y))
     with pytest.raises(ValueError, match="input must be"):
         run(x[:-1], y[:-1])
+
+
+@needs_cuda
+@pytest.mark.parametrize(("name", "value"), [("learns_feedback", False), ("feedback_lr", 1e-5)])
+def test_graphed_step_refuses_other_settings(name: str, value: Any) -> None:
+    x, y = batch("mlp", torch.device("cuda"))
+    model = FDFA(NETS["mlp"][0]().cuda(), example_input=x)
+    optimizer = torch.optim.Adam(model.parameters(), capturable=True)
+    run = make_graphed_step(model, F.cross_entropy, optimizer, (x, y))
+    setattr(model, name, value)
+    with pytest.raises(ValueError, match=f"{name} was"):
+        run(x, y)
+
+
+def test_settings_that_a_graph_keeps_are_told_apart() -> None:
+    model = FDFA(NETS["mlp"][0]())
+    captured = _settings(model)
+    _refuse_changes(captured, _settings(model))
+    model.learns_feedback = False
+    with pytest.raises(
+        ValueError, match="learns_feedback was True when the graph was made, and is False"
+    ):
+        _refuse_changes(captured, _settings(model))
 
 
 def test_what_the_warm_up_changed_is_restored_in_place() -> None:

@@ -300,7 +300,7 @@ class Doubles(nn.Module):
         (nn.Sequential(FDFALinear(6, 4), Doubles(), nn.Linear(4, 3)), r"module '1' \(Doubles\)"),
         (
             nn.Sequential(FDFALinear(6, 6), FDFABlock(nn.Linear(6, 4), Doubles()), nn.Linear(4, 3)),
-            r"block '1': its module 1 \(Doubles\)",
+            r"block or point '1': its module 1 \(Doubles\)",
         ),
         (Own(lambda self, out: Doubles()(out)), "a function in the module's forward"),
     ],

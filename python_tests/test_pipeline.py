@@ -187,6 +187,7 @@ class Run:
     frozen: str = ""  # modules whose names begin so
     scale: float = 1.0  # of the loss
     accumulates: bool = False  # whether the optimizer takes a step after two batches
+    learns_every: int = 1  # the steps of which one learns feedback
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,6 +223,8 @@ RUNS = {
     "all frozen": Run("dense", frozen=""),
     "a scaled loss": Run("dense", scale=1000.0),
     "accumulated": Run("dense", {"feedback": "grad"}, accumulates=True),
+    "learning feedback now and then": Run("plain", learns_every=2),
+    "an own method's now and then": Run("dense", {"method": OwnRule()}, learns_every=3),
 }
 RUNS["all frozen"].frozen = "module"
 OF_FOUR = (
@@ -260,6 +263,8 @@ def train(run: Run, rank: int = 0, world: int = 1) -> dict[str, Any]:
             model.load_state_dict(saved[0])
             optimizer.load_state_dict(saved[1])
         torch.manual_seed(100 + step)
+        if run.learns_every > 1:
+            model.learns_feedback = step % run.learns_every == 0
         x = torch.randn(samples, *net.shape, dtype=run.dtype)
         y = torch.randint(5, (samples, *net.positions))
         if not (run.accumulates and step % 2):

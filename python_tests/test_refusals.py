@@ -51,7 +51,7 @@ class Unused(nn.Module):
         (
             nn.Sequential(FDFALinear(6, 4), FDFABlock(nn.ReLU(), Drop()), nn.Linear(4, 3)),
             RuntimeError,
-            r"FDFA: block '1': its module 1 \(Drop\) dropped the tangent",
+            r"FDFA: block or point '1': its module 1 \(Drop\) dropped the tangent",
         ),
         (
             nn.Sequential(FDFALinear(6, 4), nn.Linear(4, 3), nn.Unflatten(1, (3, 1, 1, 1, 1))),
@@ -332,7 +332,7 @@ def test_a_pool_whose_indices_would_get_lost_is_refused_by_name() -> None:
     model = FDFA(net, example_input=x)
     pool.return_indices = True
     for refused in (lambda: model(x), lambda: FDFA(net, example_input=x)):
-        with pytest.raises(TypeError, match=r"block '1': its module 2 \(MaxPool2d\) returned a tuple"):
+        with pytest.raises(TypeError, match=r"block or point '1': its module 2 \(MaxPool2d\) returned a tuple"):
             refused()
 
 

@@ -279,6 +279,8 @@ def test_the_command_line_resumes(tmp_path, capsys):
         ("--model cnn --method dfa --weights zero", "--weights zero cannot train cnn: what batch norm"),
         ("--method lg-fg-a --weights zero", "--weights zero is not for lg-fg-a: no tangent passes"),
         ("--feedback ema --feedback-lr 2", "--feedback ema needs a --feedback-lr below 1; got 2"),
+        ("--feedback grad --feedback-every 2", "--feedback-every is not for --feedback grad, whose B"),
+        ("--feedback-every 0", "'0' is not a whole number from 1"),
         ("--device meta", "there is no device 'meta' here"),
         ("--checkpoint {tmp}", "--checkpoint {tmp} is a folder: give a file"),
         ("--output {tmp}/bad.pt", "File exists: '{tmp}/bad.pt'"),

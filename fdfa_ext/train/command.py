@@ -75,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATE",
     )
     add(
+        "--feedback-every",
+        whole,
+        "steps of which one learns the feedback; the others take the time of dfa (default "
+        f"{default.feedback_every})",
+        metavar="STEPS",
+    )
+    add(
         "--weights",
         str,
         f"W at the start; zero is for dfa (default {default.weights})",

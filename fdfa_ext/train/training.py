@@ -46,8 +46,8 @@ class Config:
 
     ``hidden`` and ``width`` are for the mlp alone, where None means 1 and 800 (1000 for cifar10).
     ``method``, ``feedback``, ``feedback_lr``, ``noise``, ``patch`` and ``backend`` are FDFA's
-    arguments, of which each method takes what it has a use for. ``weights`` are those at the start,
-    "random" or "zero".
+    arguments, of which each method takes what it has a use for. ``feedback_every`` is the number of
+    steps of which the first learns feedback. ``weights`` are those at the start, "random" or "zero".
     """
 
     model: str = "mlp"
@@ -57,6 +57,7 @@ class Config:
     method: str = "fdfa"
     feedback: str = "adam"
     feedback_lr: float = 1e-4
+    feedback_every: int = 1
     noise: str = "gaussian"
     patch: int = 1
     backend: str = "fused"
@@ -85,6 +86,8 @@ class Config:
             raise UserError(f"--weights zero is not for {self.method}: no tangent passes such weights")
         if self.feedback == "ema" and not self.feedback_lr < 1:
             raise UserError(f"--feedback ema needs a --feedback-lr below 1; got {self.feedback_lr:g}")
+        if self.feedback == "grad" and self.feedback_every > 1:
+            raise UserError("--feedback-every is not for --feedback grad, whose B has an optimizer")
 
 
 def _check_number(name: str, value: object, whole: bool) -> None:
@@ -213,6 +216,8 @@ class Run:
         data = (self.data.train_images, self.data.train_labels, self.config.batch_size, self._order)
         for images, labels in islice(batches(*data), epoch.steps, None):
             n, images, labels = len(labels), own_part(images), own_part(labels)
+            if self.config.feedback_every > 1 and self.model.method.feedback == "learned":
+                self.model.learns_feedback = self.steps % self.config.feedback_every == 0
             for optimizer in self._optimizers:
                 optimizer.zero_grad()
             logits = self._trained(self._prepared(images))
