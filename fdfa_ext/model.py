@@ -647,9 +647,11 @@ class FDFA(nn.Module):
                 )
         if untrained:
             others = f" and {len(untrained) - 1} more" if len(untrained) > 1 else ""
+            end = self.network.output
+            named = "" if end is None else f"; the output is that of '{end}': output= names another"
             warn(
                 f"FDFA: no gradient of the output reaches parameter '{untrained[0]}'{others} in eval "
-                "mode; model.summary(input) lists what each learns by",
+                f"mode; model.summary(input) lists what each learns by{named}",
             )
         blocks = self.network.blocks
         unused = [name for name in blocks if name not in {record.name for record in dual.records}]

@@ -332,7 +332,9 @@ def test_a_pool_whose_indices_would_get_lost_is_refused_by_name() -> None:
     model = FDFA(net, example_input=x)
     pool.return_indices = True
     for refused in (lambda: model(x), lambda: FDFA(net, example_input=x)):
-        with pytest.raises(TypeError, match=r"block or point '1': its module 2 \(MaxPool2d\) returned a tuple"):
+        with pytest.raises(
+            TypeError, match=r"block or point '1': its module 2 \(MaxPool2d\) returned a tuple"
+        ):
             refused()
 
 

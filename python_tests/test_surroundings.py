@@ -305,9 +305,7 @@ def test_a_block_of_more_than_one_tensor_is_refused_by_name(
     method: str, after: list[nn.Module], module: nn.Module, kind: str
 ) -> None:
     net = nn.Sequential(FDFABlock(module, *after), nn.Linear(8, 3))
-    message = (
-        rf"block or point '0': its module 0 \(.*\) returned a {kind}, but a block's modules must return one"
-    )
+    message = rf"block or point '0': its module 0 \(.*\) returned a {kind}, but a block's modules must return one"
     with pytest.raises(TypeError, match=message):
         FDFA(net, method=method)(torch.randn(5, 8))
 
