@@ -382,9 +382,10 @@ class FDFA(nn.Module):
             self._hook_points()
         else:
             self.network.look_at(module)
-            self.network.forwards += 1
-            if self.network.forwards in (1, _FORWARDS_TO_MOVE):
-                self._look_for_still_feedback()
+            if not is_measuring():  # which puts feedback back
+                self.network.forwards += 1
+                if self.network.forwards in (1, _FORWARDS_TO_MOVE):
+                    self._look_for_still_feedback()
         if not self.network.checked:
             self._prepare(args, kwargs)
             self._in_step_by = _nothing

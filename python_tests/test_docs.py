@@ -476,6 +476,11 @@ def test_the_documented_longer_runs_are_those_of_the_records() -> None:
         last = accuracies[90:100]
         assert row["mean of 91 to 100"] == (f"{mean(last):.2f}" if len(last) == 10 else "")
         assert row["training, epoch 40"] == f"{100 * record[39]['train_accuracy']:.1f}"
+    last = [100 * r["test_accuracy"] for r in read_patch_run("FDFA after the pool, patches of 4", 1)][
+        90:
+    ]
+    seed_1 = f"Its seed 1 has {last[-1]:.2f} there, and {mean(last):.2f} as the mean of 91 to 100."
+    assert seed_1 in (DOCS / "estimation.md").read_text()
 
 
 @pytest.mark.parametrize(

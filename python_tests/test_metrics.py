@@ -1,5 +1,6 @@
 """Alignment and variance against values known in closed form, and models left as they were."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -311,3 +312,11 @@ def test_what_the_user_gets_wrong_is_said() -> None:
         feedback_alignment(model, data[0])
     with pytest.raises(ValueError, match="has not seen an input yet"):
         gradient_alignment(FDFA(NETS["mlp"][0]()), data)
+
+
+def test_draws_are_no_steps_that_move_nothing() -> None:
+    """The model counts forwards to say which feedback has not moved, and metrics put it back."""
+    model = make("mlp", "fdfa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimator_variance(model, batch("mlp"), draws=40)

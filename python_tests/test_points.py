@@ -861,7 +861,8 @@ class TwoHeads(nn.Module):
 def test_a_second_output_is_no_point_and_is_warned_of() -> None:
     x = torch.randn(4, 6)
     with pytest.warns(
-        UserWarning, match="'aux.weight' and 1 more.*the output is that of 'head': output= names another"
+        UserWarning,
+        match="'aux.weight' and 1 more.*the output is that of 'head': output= names another",
     ):
         model = wrapped(TwoHeads(), x, at="auto")
     assert model.block_names == ["a", "head.input"]

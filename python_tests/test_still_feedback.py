@@ -48,6 +48,16 @@ class OwnError(ForwardFeedback):
         return super().delta(block) + 0 * block.tangent.sum()
 
 
+class WithoutTangents(OwnError):
+    """Its error is e B, as it says."""
+
+    def tangents_of_error(self) -> str:
+        return "none"
+
+    def delta(self, block: BlockStep) -> Tensor:
+        return ForwardFeedback.delta(self, block)
+
+
 def step_of(model: FDFA) -> list[Tensor | None]:
     """The gradients of one step."""
     model.zero_grad()
@@ -70,6 +80,7 @@ LEARNS: list[dict[str, Any]] = [
     {"method": "dkp"},
     {"method": "dkp", "backend": "reference"},
     {"method": OwnError()},
+    {"method": WithoutTangents()},
     {"feedback": Still()},
 ]
 
@@ -92,7 +103,7 @@ def test_a_step_that_learns_no_feedback_is_one_by_a_fixed_one(
         fixed.feedback[name].copy_(matrix)
     model.learns_feedback = False
     # A method of one's own may make its error of d, and keeps its noise.
-    assert moved_in_step(model) == ["noise_state"] * isinstance(model.method, OwnError)
+    assert moved_in_step(model) == ["noise_state"] * (type(model.method) is OwnError)
     for gradient, expected in zip(step_of(model), step_of(fixed), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
     update = model.feedback_update
