@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.modules import module as nn_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._device import DeviceContext
 from torch.utils.hooks import RemovableHandle
 
 # Dual tensors while a compiler traces, which forward_ad's functions hide behind Python that it cannot
@@ -52,6 +53,18 @@ def exit_dual_level() -> None:
 
 def is_in_dual_level() -> bool:
     return forward_ad._current_level >= 0
+
+
+# What else sees a call than the package's own mode: fused operators would hide the functions from it.
+# torch.device and torch.set_default_device are such modes too, which only mind what makes tensors.
+
+
+def function_modes() -> int:
+    """How many torch function modes are on, but for those of devices."""
+    if torch._C._len_torch_function_stack() == 0:
+        return 0
+    modes = torch.overrides._get_current_function_mode_stack()
+    return sum([not isinstance(mode, DeviceContext) for mode in modes])
 
 
 class without_forward_mode:

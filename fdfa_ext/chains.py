@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdfa_ext._torch_internals import GLOBAL_HOOKS, hooks_of
+from fdfa_ext._torch_internals import GLOBAL_HOOKS, function_modes, hooks_of
 from fdfa_ext.dual_pass import BlockPass, DualPass
 from fdfa_ext.duals import forward_mode, make_dual, refuse_unknown, unpack_dual
 from fdfa_ext.fusion import Chain
@@ -168,6 +168,7 @@ class ChainsToPoints:
         guard: Any,
         replaced: Container[nn.Module],
     ) -> None:
+        self.sequence = sequence
         self.chains = chains
         self.rest = rest
         self.times = Counter(passes)
@@ -214,9 +215,14 @@ class ChainsToPoints:
         """Those of the whole sequence."""
         return self.chains + [rule_call(module) or forward_mode_call(module) for module in self.rest]
 
-    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], modes: int = 0) -> bool:
         """Whether the calls take these arguments, and the parameters that the modules have now: what
-        may have code of its own goes by the modules' calls."""
+        may have code of its own goes by the modules' calls.
+
+        modes: torch function modes that are the pass's own.
+        """
+        if function_modes() > modes:
+            return False
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor or args[0].layout != torch.strided:
             return False
         plain = (nn.Parameter, type(None))
@@ -226,8 +232,12 @@ class ChainsToPoints:
         """What the sequence returns in the midst of user code. forward: its own, by its modules."""
         running = next(iter(self.times))
         dual = running.dual_here()
-        if dual is None or not (self.take(args, kwargs) and self._stands() and self._left(dual)):
-            return forward(*args, **kwargs)
+        if dual is None or not (
+            self.take(args, kwargs, modes=1) and self._stands() and self._left(dual)
+        ):
+            # Its class may have another by now; that with a point of its own is the pass's.
+            pointed = type(forward) is InPass
+            return forward(*args, **kwargs) if pointed else self._plain_forward(*args, **kwargs)
         running.refuse_checkpoint(dual)
         dual.in_chain = True
         try:
@@ -244,6 +254,9 @@ class ChainsToPoints:
             return x
         finally:
             dual.in_chain = False
+
+    def _plain_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.sequence).forward(self.sequence, *args, **kwargs)
 
     def _stands(self) -> bool:
         """Whether user code has left the modules as they were when the pass began."""

@@ -83,9 +83,9 @@ def estimator_variance(
 ) -> dict[str, float]:
     """Variance of the estimate over the noise, mean over a parameter's elements  (z₂ of eq. 18).
 
-    Every draw starts from the same feedback, which moves by the model's own rule as in training: with
-    rule "ema" this is the variance of Proposition 2. Zero for methods without noise, but for what
-    random modules add, such as dropout.
+    Every draw starts from the same feedback, which moves by the model's own rule as in a step that
+    learns it: with rule "ema" this is the variance of Proposition 2. Zero for methods without noise,
+    but for what random modules add, such as dropout.
 
     Args:
         model: an FDFA of any method.
@@ -551,13 +551,17 @@ def _untouched(model: FDFA) -> Iterator[None]:
     gradients = {p: p.grad for p in model.parameters()}
     put_back = put_back_later(model.feedback_parameters())
     modes = {module: module.training for module in model.modules()}
-    local_outputs = model.local_outputs
+    local_outputs, learns = model.local_outputs, model.learns_feedback
     try:
+        if model.method.feedback == "learned" and not learns:
+            model.learns_feedback = True
         with torch.enable_grad(), _own_randomness(model):
             yield
     finally:
         _restore(model, state)
         model.local_outputs = local_outputs
+        if model.learns_feedback != learns:
+            model.learns_feedback = learns
         for p, gradient in gradients.items():
             p.grad = gradient
         put_back()

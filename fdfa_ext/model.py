@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -349,7 +350,10 @@ class FDFA(nn.Module):
                 'FDFA: learns_feedback is no choice for feedback="grad", whose B moves when its '
                 "optimizer takes a step; take none"
             )
-        self._learns_feedback = bool(value)
+        item = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if not isinstance(item, (bool, np.bool_)):
+            raise TypeError(f"FDFA: learns_feedback must be True or False; got {value!r}")
+        self._learns_feedback = bool(item)
 
     @property
     def prepared(self) -> bool:
@@ -382,7 +386,7 @@ class FDFA(nn.Module):
             self._hook_points()
         else:
             self.network.look_at(module)
-            if not is_measuring():  # which puts feedback back
+            if self._learns_feedback and not is_measuring():  # which puts feedback back
                 self.network.forwards += 1
                 if self.network.forwards in (1, _FORWARDS_TO_MOVE):
                     self._look_for_still_feedback()
@@ -422,10 +426,12 @@ class FDFA(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         ranks: Ranks | None = None,
+        learns: bool | None = None,
     ) -> TrainingStep:
+        """learns: whether it learns feedback; as the model is set, by default."""
+        learns = self._learns_feedback if learns is None else learns
         modules: dict[str, Any] = self._modules
         buffers: dict[str, Any] = self._buffers
-        learns = self._learns_feedback
         rule = self.rule if learns else "fixed"
         has_moments = rule == "adam"
         return TrainingStep(
@@ -604,7 +610,8 @@ class FDFA(nn.Module):
                     "cannot be trained; make the module outside"
                 )
         if isinstance(self.method, BlockMethod):
-            self._prepare_blocks(self.method, self._step(self.module, args, kwargs))
+            learns = self.method.feedback == "learned"  # as a later step will
+            self._prepare_blocks(self.method, self._step(self.module, args, kwargs, learns=learns))
         self._keep_blocks()
         self.network.checked = True
         self._share()
@@ -706,7 +713,7 @@ class FDFA(nn.Module):
             self._versions_before = versions
             return
         before = self.__dict__.pop("_versions_before", {})
-        if not self._learns_feedback or self.noise_state.is_meta:
+        if self.noise_state.is_meta:
             return
         if self.noise_state.is_cuda and torch.cuda.is_current_stream_capturing():
             return

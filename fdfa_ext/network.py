@@ -60,7 +60,8 @@ class Network:
         sample_index: name of the argument that says of which sample each row of features is.
         uses: how often a forward uses a block, as a dry run found it, where that is more than once.
         dimensions: of the output, as a dry run found them: beyond two a token or pixel is a sample.
-        forwards: training forwards that ran without a compiler, but for those of metrics.
+        forwards: training forwards to learn feedback by that ran without a compiler, but for those of
+            metrics.
         first_index: the first block's place in the noise, in a stage of a larger model; None in a whole
             one.
     """
@@ -280,7 +281,7 @@ class Network:
                 own.dual = outer
             for inner, forward in reversed(replaced):
                 if forward is None:
-                    del inner.__dict__["forward"]
+                    inner.__dict__.pop("forward", None)  # user code may have taken it away
                 else:
                     inner.__dict__["forward"] = forward
             if outer is None:

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fdfa_ext import FDFA, FDFALinear, register_jvp
+from fdfa_ext._torch_internals import function_modes
 from fdfa_ext.chains import ChainsToPoints
 
 OPTIONS: dict[str, Any] = {"feedback": "ema", "feedback_lr": 0.3}
@@ -236,6 +238,19 @@ def test_blocks_in_a_sequence_with_points_are_called() -> None:
         torch.testing.assert_close(value, pairs[1][1][key], rtol=1e-5, atol=1e-5, msg=key)
 
 
+class Halving(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x) * 0.5
+        return x
+
+
+class HalvingMode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result * 0.5 if func is F.leaky_relu else result
+
+
 class Changing(nn.Module):
     """Does something to its sequence before it calls it."""
 
@@ -268,6 +283,18 @@ class Changing(nn.Module):
             if self.change == "an option":
                 body[1].negative_slope = 0.5
                 undo.callback(setattr, body[1], "negative_slope", 0.01)
+            if self.change == "its class":
+                body.__class__ = Halving
+                undo.callback(setattr, body, "__class__", nn.Sequential)
+            if self.change == "its class's forward":
+                halved = Halving.forward
+                undo.enter_context(mock.patch.object(nn.Sequential, "forward", halved))
+            if self.change == "its own forward":
+                forward = body.forward
+                body.forward = lambda x: forward(x) * 0.5
+                undo.callback(delattr, body, "forward")
+            if self.change == "a mode":
+                undo.enter_context(HalvingMode())
             if self.change == "a function":
                 undo.enter_context(mock.patch.object(F, "leaky_relu", lambda x, *_, **__: x * 0.7))
             result: Tensor = body(x)
@@ -278,7 +305,8 @@ class Changing(nn.Module):
     "change",
     [
         *("a hook", "a hook on all", "another layer", "one more", "a layer's forward"),
-        *("a point's forward", "an option", "a function"),
+        *("a point's forward", "an option", "a function", "a mode"),
+        *("its class", "its class's forward", "its own forward"),
     ],
 )
 def test_what_a_forward_changes_before_it_calls_a_sequence_counts(change: str) -> None:
@@ -364,6 +392,22 @@ def test_tensors_with_code_of_their_own_go_by_the_modules(method: str) -> None:
     torch.testing.assert_close(model(x.to_sparse()), net(x))
     net[0].weight = nn.Parameter(net[0].weight.detach().as_subclass(Halved))
     torch.testing.assert_close(model(x), net(x))
+
+
+def test_modes_of_users_see_the_functions() -> None:
+    x, net = torch.randn(6, 10), nn.Sequential(nn.Linear(10, 7), nn.LeakyReLU(), nn.Linear(7, 3))
+    model = FDFA(net, at=["1"], example_input=x)
+    with HalvingMode():
+        torch.testing.assert_close(model(x), net(x))
+        assert not torch.allclose(model(x), net[2](net[1].forward(net[0](x)) * 2))
+
+
+def test_the_mode_of_a_device_is_no_users() -> None:
+    assert function_modes() == 0
+    with torch.device("cpu"):
+        assert function_modes() == 0
+        with HalvingMode():
+            assert function_modes() == 1
 
 
 def test_errors_name_the_point() -> None:

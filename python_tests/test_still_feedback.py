@@ -1,18 +1,21 @@
 """Steps that learn no feedback: those of a fixed one, at the price of it."""
 
 import copy
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from nets import conv_net
 from torch import Tensor, nn
 
-from fdfa_ext import FDFA
+from fdfa_ext import FDFA, FDFALinear
 from fdfa_ext.autograd import BlockStep
 from fdfa_ext.feedback import FeedbackUpdate
 from fdfa_ext.methods import ForwardFeedback
+from fdfa_ext.metrics import estimator_variance
 from fdfa_ext.train.data import load_dataset
 from fdfa_ext.train.training import Config, Run, read_checkpoint
 
@@ -157,6 +160,62 @@ def test_feedback_that_does_not_learn_by_itself_has_no_choice(
     model = FDFA(conv_net(), **options)
     with pytest.raises(ValueError, match=why):
         model.learns_feedback = False
+
+
+@pytest.mark.parametrize("value", ["no", None, 0, 2.5, torch.tensor([True, False])])
+def test_it_learns_or_it_does_not(value: Any) -> None:
+    model = FDFA(conv_net())
+    with pytest.raises(TypeError, match="learns_feedback must be True or False; got"):
+        model.learns_feedback = value
+    for truth in (np.bool_(False), torch.tensor(False)):
+        model.learns_feedback = truth  # type: ignore[assignment]
+        assert model.learns_feedback is False
+
+
+@pytest.mark.parametrize(("every", "phase"), [(4, 0), (2, 1), (32, 31)])
+@pytest.mark.parametrize("is_dead", [True, False])
+def test_feedback_that_has_not_moved_is_said_of_steps_that_learn(
+    every: int, phase: int, is_dead: bool
+) -> None:
+    class Dead(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 0.0 if is_dead else x
+
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 10), torch.arange(6) % 3
+    net = nn.Sequential(nn.Linear(10, 7), nn.ReLU(), Dead(), nn.Linear(7, 3))
+    said = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = FDFA(net, at=["1"], example_input=x)
+        optimizer = torch.optim.SGD(model.forward_parameters(), lr=0.01)
+        for step in range(33 * every):
+            model.learns_feedback = step % every == phase
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            said = [step for each in caught if "has not moved" in str(each.message)]
+    assert bool(said) == is_dead
+
+
+def test_a_model_is_prepared_as_for_a_step_that_learns() -> None:
+    class Drops(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach().clone()
+
+    model = FDFA(nn.Sequential(FDFALinear(6, 6), Drops(), nn.Linear(6, 3)))
+    model.learns_feedback = False
+    with pytest.raises(RuntimeError, match="the output has no tangent"):
+        model(torch.randn(4, 6))
+
+
+def test_the_variance_is_that_of_steps_that_learn() -> None:
+    torch.manual_seed(0)
+    model = FDFA(conv_net(), example_input=X, feedback="ema", feedback_lr=0.1)
+    expected = estimator_variance(model, (X, Y), draws=3)
+    model.learns_feedback = False
+    assert estimator_variance(model, (X, Y), draws=3) == expected
+    assert model.learns_feedback is False
 
 
 def test_a_copy_learns_or_not_as_its_original_did() -> None:
