@@ -464,6 +464,20 @@ def test_the_documented_losses_in_patches_are_those_of_the_records() -> None:
     assert len(losses) == 6
 
 
+def test_the_documented_runs_that_learn_feedback_now_and_then_are_those_of_the_records() -> None:
+    rows = table((DOCS / "estimation.md").read_text(), "| method | B learns in |")
+    assert len(rows) == 4
+    for row in rows:
+        every = "" if row["B learns in"] == "each step" else "-every4"
+        record = read_record(RECORDS / f"cifar10-{PATCH_RUNS[row['method']]}{every}-seed0.csv")
+        for epoch in (1, 2, 3, 10, 20):
+            known = epoch <= len(record)
+            loss = f"{record[epoch - 1]['train_loss']:.3f}" if known else "not run"
+            assert row[f"loss {epoch}"] == loss
+        last = [100 * epoch["test_accuracy"] for epoch in record][10:20]
+        assert row["test accuracy, mean of 11 to 20"] == (f"{mean(last):.2f}" if last else "not run")
+
+
 def test_the_documented_longer_runs_are_those_of_the_records() -> None:
     rows = table((DOCS / "estimation.md").read_text(), "| method | epoch 10 |")
     assert len(rows) == 4
