@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow_but
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
@@ -112,10 +113,22 @@ def states_after_steps(
     return model, model.state_dict()
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp", "fg-a", "lg-fg-a"])
-@pytest.mark.parametrize("patch", [1, 2])
-@pytest.mark.parametrize("backend", ["fused", "reference"])
+BY_ALL_METHODS = ("images", "tokens", "parts with points at inputs")
+CASES = [
+    (name, method, patch, backend)
+    for name in NETS
+    for method in ("fdfa", "dfa", "dkp", "fg-a", "lg-fg-a")
+    for patch in (1, 2)
+    for backend in ("fused", "reference")
+    if method in ("fdfa", "dfa") or name in BY_ALL_METHODS
+    if patch == 1 or name in ("images", "nested", "tokens")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "patch", "backend"),
+    slow_but(CASES, *[case for case in CASES if case[1] == "fdfa" or case[0] == "images"]),
+)
 def test_chains_do_what_modules_do(name: str, method: str, patch: int, backend: str) -> None:
     """Weights, statistics, B and the noise's step after three steps, dropout included."""
     torch.manual_seed(0)
