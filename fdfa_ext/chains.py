@@ -179,12 +179,16 @@ class ChainsToPoints:
 
     @classmethod
     def of(
-        cls, sequence: nn.Sequential, points: PointsOf, guard: Any, replaced: Container[nn.Module]
+        cls,
+        sequence: nn.Sequential,
+        points: PointsOf,
+        watch: Callable[[], Any],
+        replaced: Container[nn.Module],
     ) -> "ChainsToPoints | None":
         """None where it has no point, one at its own input, or a module that may do anything.
 
-        guard: says whether its modules are as they are now, but for the forward of those that are
-            `replaced` in a pass.
+        watch: makes the guard, which says whether its modules are as they are now, but for the forward
+            of those that are `replaced` in a pass.
         """
         chains: list[Call] = []
         passes: list[BlockPass] = []
@@ -209,7 +213,7 @@ class ChainsToPoints:
                 chain.append(module)
             if module in points.at_outputs:
                 end(points.at_outputs[module])
-        return cls(sequence, chains, passes, chain, guard, replaced) if passes else None
+        return cls(sequence, chains, passes, chain, watch(), replaced) if passes else None
 
     def calls(self) -> list[Call]:
         """Those of the whole sequence."""

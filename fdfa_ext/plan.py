@@ -212,8 +212,8 @@ class Plan:
         """The outermost sequences with chains to points. end: the module whose result is the output."""
         if isinstance(module, nn.Sequential) and is_sequence(module):
             replaced = {member for member, _ in self.forwards} | {module}
-            guard = self._watch([*module.modules()], replaced)
-            own = ChainsToPoints.of(module, points, guard, replaced)
+            watch = partial(self._watch, [*module.modules()], replaced)
+            own = ChainsToPoints.of(module, points, watch, replaced)
             if own is not None and (end in own.rest or end not in {*module.modules()}):
                 yield module, own
                 return
