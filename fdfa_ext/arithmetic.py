@@ -86,12 +86,14 @@ def _added_product(function: Any, *given: Any, **named: Any) -> Tensor | None:
     y = function(c, a, b, **named)
     beta, alpha = named.get("beta", 1), named.get("alpha", 1)
     with torch.no_grad():
-        terms = [alpha * torch.matmul(*pair) for pair in ((ta, b), (a, tb)) if None not in pair]
+        terms = [torch.matmul(*pair) for pair in ((ta, b), (a, tb)) if None not in pair]
+        terms = terms if alpha == 1 else [term.mul_(alpha) for term in terms]
         if tc is not None and beta != 0:
-            terms.append((beta * tc).expand(y.shape))
-        ty = torch.zeros_like(y) if not terms else torch.empty_like(y).copy_(terms[0])
+            terms.append(beta * tc.expand(y.shape))
+        ty = terms[0] if terms else torch.zeros_like(y)
         for term in terms[1:]:
             ty += term
+        ty = ty.to(y.dtype)
     return make_dual_of_fresh(y, ty)
 
 

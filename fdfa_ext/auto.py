@@ -30,6 +30,8 @@ from fdfa_ext.warning import warn
 
 GRANULARITIES = ("block", "layer")
 
+_WIDE = 4  # outputs of the output layer for each of its features, above which B is of the features
+
 _TRANSFORMER_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # The functions of shares, or of one in two, at the end of a network; and a view as [N].
 _SHARES = ("LogSoftmaxBackward", "SoftmaxBackward", "SigmoidBackward", "SqueezeBackward")
@@ -70,6 +72,28 @@ def default_output(traced: Trace) -> str | None:
             "error; name the module that returns the output by output=",
         )
     return names[end.module]
+
+
+def before_wide_layer(traced: Trace, output: str) -> str | None:
+    """Name of the module whose features [N, T, D] the output layer of this name reads, token by token,
+    where that is dense and far wider than they are, as one of a vocabulary is, and a norm made them.
+    With the error of these features, exact through that layer, B is [D, D] and not [K, D]: for each
+    point a K of 4 D costs a ninth of what backpropagation takes for a transformer layer."""
+    names = traced.names()
+    layer = next(call for call in reversed(traced.calls) if names[call.module] == output)
+    made, read = layer.output, layer.first
+    if not isinstance(layer.module, nn.Linear) or made is None or read is None or made.dim() < 3:
+        return None
+    if made.shape[-1] <= _WIDE * read.shape[-1]:
+        return None
+    readers = Readers(traced)
+    times = Counter(call.module for call in traced.calls)
+    norm = next((norm for norm in readers.norms if readers.reads_alone(layer, norm)), None)
+    if norm is None:
+        return None
+    same = [call for call in traced.calls if call.output is norm.output and call.is_tensor]
+    alone = [names[call.module] for call in same if times[call.module] == 1]
+    return alone[-1] if alone else None
 
 
 def _before_shares(result: Tensor) -> Any:
@@ -177,6 +201,8 @@ class _Search:
                 own = self._points_of_layer(call, granularity == "block")
                 points += own
                 cut |= {module} if own else set()
+        at_end = {names[call.module] for call in self.traced.calls if call.output is self.end}
+        points = [point for point in points if point not in at_end]
         returned = {names[module] for module in self._returned()}
         points = [point for point in points if point not in returned] or points
         left = [

@@ -142,6 +142,7 @@ class NetworkEnd:
     channels_first: bool | None = None  # of the output, as that module tells
     reached: bool = False
     output: Tensor | None = None  # that result
+    returned: Any = None  # what the model makes of it, in a dry run
 
 
 @dataclass(slots=True)

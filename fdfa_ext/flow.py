@@ -34,6 +34,7 @@ _VIEWS = {
     "Permute",
     "T",
 }
+_SCALED = {"Mul", "Div", "Slice"}  # by numbers, where they have one operand; and a part
 
 
 class Readers:
@@ -73,6 +74,15 @@ class Readers:
         """Whether functions make more than a view of what these nodes made before it comes to a
         reader."""
         return any(name not in _VIEWS for name, _ in self._between(reader, made))
+
+    def reads_alone(self, reader: ModuleCall, call: ModuleCall) -> bool:
+        """Whether a reader reads what a call returns alone, as a whole, in part or times a number."""
+        (node,) = _nodes_of(reader.read[:1]) or (None,)
+        while node is not None and node is not call.node:
+            operands = [after for after, _ in node.next_functions if after is not None]
+            is_scaled = node.name().partition("Backward")[0] in _VIEWS | _SCALED and len(operands) == 1
+            node = operands[0] if is_scaled else None
+        return node is not None
 
     def recurs(self, made: Set[Any]) -> bool:
         """Whether a layer made one of these of another."""

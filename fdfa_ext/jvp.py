@@ -504,6 +504,30 @@ def _softmax(
     return y, aten._softmax_backward_data(tangent, y.detach(), dim, x.dtype)
 
 
+def _dropout(
+    function: Any,
+    x: Tensor,
+    tangent: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """The same mask for both, drawn as torch draws it."""
+    features = _DROPOUT_OF_FEATURES.get(function)
+    if inplace or not training or not 0 < p < 1 or x.numel() == 0 or features not in (None, x.dim()):
+        return None
+    if features is None and x.device.type == "cuda":
+        y, keep = torch.native_dropout(x, p, True)
+        return y, aten.native_dropout_backward(tangent, keep, 1 / (1 - p))
+    mask = torch.empty_like(x) if features is None else x.new_empty(*x.shape[:2], *[1] * (features - 2))
+    mask.bernoulli_(1 - p).div_(1 - p)
+    return x * mask, tangent * mask
+
+
+# By function, the dimensions of a batch whose features it drops as a whole.
+_DROPOUT_OF_FEATURES = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}
+
+
 def _refuse_gradient(function: Any, outputs: Any, *args: Any, **named: Any) -> None:
     """Of torch.autograd.grad: rules leave no tangents in the graph, and its results would have none."""
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
@@ -540,6 +564,7 @@ _FUNCTION_RULES: dict[Any, FunctionRule] = {
     F.group_norm: _group_norm,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool2d),
     F.rms_norm: _rms_norm,
+    **dict.fromkeys((F.dropout, *_DROPOUT_OF_FEATURES), _dropout),
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _power),
     **dict.fromkeys((torch.square, Tensor.square), _square),
     **dict.fromkeys((torch.clamp, Tensor.clamp, torch.clip, Tensor.clip), _clamp),

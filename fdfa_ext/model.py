@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 from fdfa_ext._torch_internals import COMPILED_CALL
-from fdfa_ext.auto import GRANULARITIES, auto_points, default_output
+from fdfa_ext.auto import GRANULARITIES, auto_points, before_wide_layer, default_output
 from fdfa_ext.autograd import check_blocks
 from fdfa_ext.compiled import hook_points
 from fdfa_ext.data_parallel import Ranks, is_measuring, ranks_of_step
@@ -132,7 +132,8 @@ class FDFA(nn.Module):
         output: name of the module whose result is the network's output, where the model returns
             something else: a dict, a loss of its own. What it makes of it is plain autograd. With `at`
             the layer that returns the model's result, or that of which it is the softmax or sigmoid; or
-            that leads to it where it is no tensor.
+            that leads to it where it is no tensor. "auto" takes the norm whose features [N, T, D] that
+            layer reads where it has more than 4 D outputs, and B is then [D, D].
         sample_index: name of the argument of the model's forward that says of which sample each row of
             features is, int64 [V] for features [V, *]: the graph of each node, where the nodes of N
             graphs are concatenated and the output is that of the graphs. A row then has B in common
@@ -235,14 +236,7 @@ class FDFA(nn.Module):
             raise ValueError(f"FDFA: eps must be finite and not negative; got {eps}")
         if not isinstance(patch, int) or isinstance(patch, bool) or not 1 <= patch < 2**63:
             raise ValueError(f"FDFA: patch must be a whole number of pixels, 1 or more; got {patch!r}")
-        if isinstance(method, str):
-            if method not in METHODS:
-                raise ValueError(
-                    f"FDFA: method must be one of {', '.join(METHODS)}, or a Method; got {method!r}"
-                )
-            method = METHODS[method]()
-        if not isinstance(method, Method):
-            raise TypeError(f"FDFA: method must be a name or a Method, not its class; got {method!r}")
+        method = _method_of(method)
         for attribute, known in (("tangents", TANGENTS), ("feedback", FEEDBACK)):
             value = getattr(method, attribute)
             if value not in known:
@@ -278,8 +272,8 @@ class FDFA(nn.Module):
         self.local_outputs: list[Tensor] = []
         args, kwargs = inputs_of(module, example_input)
         if example_input is not None:
-            found = _found_points(module, at, granularity, output, sample_index, patch, args, kwargs)
-            at, output = found
+            options = (granularity, output, sample_index, patch, method.feedback != "none")
+            at, output = _found_points(module, at, *options, args, kwargs)
         # A list of the user's may change, and the plan would not know.
         self.network = Network(tuple(at) if isinstance(at, Sequence) else at, output, sample_index)
         self._copies: weakref.WeakSet[FDFA] = weakref.WeakSet([self])
@@ -902,16 +896,20 @@ def _found_points(
     output: str | None,
     sample_index: str | None,
     patch: int,
+    has_feedback: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[At, str | None]:
-    """`at` and `output` as a forward on an example tells them."""
+    """`at` and `output` as a forward on an example tells them. has_feedback: whether the method has."""
     if at is None:
         return at, output
     with _naming_example(), trace(module, args, kwargs) as traced:
+        is_named = output is not None
         output = output or default_output(traced)
         if at != "auto":
             return at, output
+        if has_feedback and output is not None and not is_named:
+            output = before_wide_layer(traced, output) or output
         index = None if sample_index is None else sample_index_of(module, sample_index, args, kwargs)
         rows = None if index is None else len(index)
         return auto_points(traced, granularity, output, rows, patch), output
@@ -934,8 +932,9 @@ def check(
     """
     check_module(module)
     args, kwargs = inputs_of(module, example_input)
-    patch = options.get("patch", 1)
-    found = _found_points(module, at, granularity, output, sample_index, patch, args, kwargs)
+    has_feedback = _method_of(options.get("method", "fdfa")).feedback != "none"
+    named = (granularity, output, sample_index, options.get("patch", 1), has_feedback)
+    found = _found_points(module, at, *named, args, kwargs)
     with torch.random.fork_rng(devices=[]):  # the model draws a seed
         model = FDFA(module, at=found[0], output=found[1], sample_index=sample_index, **options)
     return model.summary(*args, **kwargs)
@@ -955,6 +954,19 @@ def _takes_keywords(module: nn.Module, inputs: dict[str, Any]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _method_of(method: Any) -> Method:
+    """The one of this name, or the method itself."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(
+                f"FDFA: method must be one of {', '.join(METHODS)}, or a Method; got {method!r}"
+            )
+        return METHODS[method]()
+    if not isinstance(method, Method):
+        raise TypeError(f"FDFA: method must be a name or a Method, not its class; got {method!r}")
+    return method
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -143,6 +143,8 @@ class TrainingStep:
             return self.dry_run(keeps_graph)
         if dual.end is not None and not found:
             raise _unused_output(self.network.output)
+        if dual.end is not None:
+            dual.end.returned = result[0]
         output, tangent = found[0] if found else result
         check_output(output)
         if output.dim() != dual.dimensions:

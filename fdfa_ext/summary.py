@@ -1,11 +1,13 @@
 """What a model's points are, and what each of its parameters learns by."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from fdfa_ext.own_code import leaves_behind
+from fdfa_ext.dual_pass import NetworkEnd
+from fdfa_ext.own_code import leaves_behind, nodes_behind
 from fdfa_ext.patches import patch_shape
 from fdfa_ext.step import TrainingStep
 
@@ -39,7 +41,8 @@ class Summary:
         points: in the order of the forward.
         output: name of the module whose result is the network's output; None for the model's own.
         outputs: K.
-        exact: names of the parameters that the output's exact gradient trains.
+        exact: names of the parameters that the exact gradient trains, of the output or of what is made
+            of it.
         untrained: those that nothing trains, though they require a gradient.
     """
 
@@ -88,11 +91,21 @@ def summarize(step: TrainingStep, matrices: int) -> Summary:
         kind = type(step.network.blocks[record.name]).__name__
         features = tuple(record.shape[1:])
         points.append(Point(record.name, kind, features, learning, matrices * size * _FLOAT32))
-    exact = _names_behind(output, names)
+    ends = [output] if dual.end is None else [output, *_made_of(dual.end)]
+    found = {name for end in ends for name in _names_behind(end, names)}
+    exact = [name for name in names.values() if name in found]
     trained.update(exact)
     wanting = [name for parameter, name in names.items() if parameter.requires_grad]
     untrained = [name for name in wanting if name not in trained]
     return Summary(points, step.network.output, output.shape[1], exact, untrained)
+
+
+def _made_of(end: NetworkEnd) -> Iterator[Tensor]:
+    """What the model returns of the network's output."""
+    node = None if end.output is None else end.output.grad_fn
+    for t in tree_leaves(end.returned):
+        if isinstance(t, Tensor) and node is not None and node in nodes_behind(t):
+            yield t
 
 
 def _names_behind(end: Tensor, names: dict[nn.Parameter, str]) -> list[str]:

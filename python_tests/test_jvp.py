@@ -267,7 +267,23 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "of a part in place": lambda x: _in_part(x.clone()),
     "a weight with a tangent": lambda x: F.linear(x[0, 0], x[0, 1], x[0, 2, 0]),
     "by its name": lambda x: F.relu(input=x),
+    "dropout": lambda x: _seeded(F.dropout, x, 0.3),
+    "dropout of features": lambda x: (
+        _seeded(F.dropout2d, x, 0.3)
+        + _seeded(F.dropout3d, x[None], 0.3)[0]
+        + _seeded(F.dropout1d, x[0], 0.3)
+        + _seeded(F.dropout1d, x[0, 0], 0.3)
+    ),
+    "dropout of nothing and all": lambda x: (
+        F.dropout(x, 0.0) + F.dropout(x, 1.0) + F.dropout(x, 0.5, False)
+    ),
+    "dropout in place": lambda x: _seeded(F.dropout, x * 1, 0.3, True, True),
 }
+
+
+def _seeded(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    torch.manual_seed(2)
+    return function(*arguments)
 
 
 def _turned_in_place(x: Tensor) -> Tensor:

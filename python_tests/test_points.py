@@ -236,6 +236,71 @@ def test_auto_stands_behind_the_norms_of_layers_that_normalise_first() -> None:
     assert last == ["stem", "layers.0", "layers.1", "head.input"]
 
 
+class Vocabulary(nn.Module):
+    """A language model whose output layer has more outputs than `width` features."""
+
+    def __init__(self, outputs: int, width: int = 8, factor: float | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(outputs, width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True, norm_first=True)
+            for _ in range(2)
+        )
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs, bias=False)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = layer(x)
+        features = self.norm(x)[:, slice(0, None)]
+        features = features if self.factor is None else features * self.factor
+        return {"logits": self.head(features)}
+
+
+@pytest.mark.parametrize("factor", [None, 0.5])
+@pytest.mark.parametrize("method", ["fdfa", "dfa", "dkp"])
+@pytest.mark.filterwarnings("error")
+def test_auto_takes_the_features_before_a_vocabulary_for_the_output(
+    method: str, factor: float | None
+) -> None:
+    """B is then [D, D], and all behind the last point has backpropagation's gradient."""
+    x = torch.randint(40, (4, 5))
+    net = Vocabulary(40, factor=factor)
+    model = FDFA(net, at="auto", method=method, example_input=x)
+    assert model.block_names == ["layers.0.norm2", "layers.1.norm2"]
+    summary = model.summary(x)
+    assert (summary.output, summary.outputs) == ("norm", 8)
+    assert {"head.weight", "norm.weight"} <= {*summary.exact}
+    assert not summary.untrained
+    assert all(B.shape == (8, 8) for B in model.feedback.values())
+    F.cross_entropy(model(x)["logits"].flatten(0, 1), x.flatten()).backward()
+    found = {name: p.grad for name, p in net.named_parameters()}
+    assert all(gradient is not None for gradient in found.values())
+    net.zero_grad()
+    F.cross_entropy(net(x)["logits"].flatten(0, 1), x.flatten()).backward()
+    behind = ["norm.weight", "head.weight", "layers.1.linear1.weight", "layers.1.linear2.weight"]
+    for name in behind:
+        torch.testing.assert_close(found[name], net.get_parameter(name).grad, msg=name)
+
+
+def test_auto_takes_the_output_layers_own_unless_a_vocabulary_is_far_wider_than_its_features() -> None:
+    def outputs(net: nn.Module, **options: Any) -> tuple[str | None, int]:
+        summary = FDFA(net, at="auto", example_input=x, **options).summary(x)
+        return summary.output, summary.outputs
+
+    x = torch.randint(32, (4, 5))
+    assert outputs(Vocabulary(32)) == ("head", 32)
+    assert outputs(Vocabulary(33)) == ("norm", 8)
+    assert outputs(Vocabulary(33), output="head") == ("head", 33)
+    # Local heads make outputs of their own, and others have no feedback that could be smaller.
+    for method in ("lg-fg-a", "fg-a"):
+        assert outputs(Vocabulary(33), method=method) == ("head", 33)
+    assert outputs(Vocabulary(33), output="norm") == ("norm", 8)
+    assert check(Vocabulary(33), x).outputs == 8
+    assert check(Vocabulary(33), x, method="lg-fg-a").outputs == 33
+
+
 class MixerLayer(nn.Module):
     """A branch that mixes positions, by weights that may be zero, and one that does not; each behind a
     norm of its own."""

@@ -33,6 +33,19 @@ def _torchvision(name: str, samples: int, side: int, **options: Any) -> tuple[nn
     return net, torch.randn(samples, 3, side, side)
 
 
+def _transformers(name: str, kind: str, samples: int, **options: Any) -> tuple[nn.Module, Tensor]:
+    """Four layers of width 128, a vocabulary of 1000 and pieces of 64 tokens."""
+    library_of_models = library("transformers")
+    sizes = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
+    if name != "GPT2":
+        sizes["intermediate_size"] = 512
+    tokens = dict(vocab_size=1000, bos_token_id=0, eos_token_id=0)
+    config = getattr(library_of_models, f"{name}Config")(**sizes, **tokens, **options)
+    joined = "" if name == "GPT2" else "For"
+    net = getattr(library_of_models, f"{name}{joined}{kind}")(config)
+    return net, torch.randint(1000, (samples, 64))
+
+
 def _cnn() -> tuple[nn.Module, Tensor]:
     """The paper's, of torch's modules."""
     layers = [nn.Conv2d(3, 15, 5, bias=False), nn.BatchNorm2d(15), nn.ReLU()]
@@ -62,6 +75,13 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "vgg11_bn": lambda: _torchvision("vgg11_bn", 16, 64),
     "vit": lambda: _torchvision("vit", 32, 32),
     "language model": lambda: (_LanguageModel(), torch.randint(100, (32, 64))),
+    "resnet50": lambda: _torchvision("resnet50", 16, 64),
+    "mobilenet_v2": lambda: _torchvision("mobilenet_v2", 16, 64),
+    "densenet121": lambda: _torchvision("densenet121", 16, 64),
+    "convnext_tiny": lambda: _torchvision("convnext_tiny", 8, 64),
+    "bert": lambda: _transformers("Bert", "SequenceClassification", 32, num_labels=10),
+    "gpt2": lambda: _transformers("GPT2", "LMHeadModel", 16),
+    "llama": lambda: _transformers("Llama", "CausalLM", 16, num_key_value_heads=4),
 }
 
 
@@ -74,7 +94,8 @@ class Trained:
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        output = self.model(self.x).flatten(0, -2)
+        result = self.model(self.x)
+        output = (result if isinstance(result, Tensor) else result.logits).flatten(0, -2)
         F.cross_entropy(output, torch.arange(len(output)) % 10).backward()
         self.optimizer.step()
 
