@@ -74,26 +74,28 @@ def default_output(traced: Trace) -> str | None:
     return names[end.module]
 
 
-def before_wide_layer(traced: Trace, output: str) -> str | None:
-    """Name of the module whose features [N, T, D] the output layer of this name reads, token by token,
-    where that is dense and far wider than they are, as one of a vocabulary is, and a norm made them.
-    With the error of these features, exact through that layer, B is [D, D] and not [K, D]: for each
-    point a K of 4 D costs a ninth of what backpropagation takes for a transformer layer."""
+def before_wide_layer(traced: Trace, points: Sequence[str], output: str) -> tuple[Sequence[str], str]:
+    """Points and output where the features [N, T, D] that the output layer reads, token by token, are
+    the network's output in its place, or else these. So they are if the layer is dense and far wider,
+    as one of a vocabulary is, and a norm made them. With their error, exact through that layer, B is
+    [D, D] and not [K, D]: for each point a K of 4 D costs a ninth of what backpropagation takes for a
+    transformer layer."""
     names = traced.names()
     layer = next(call for call in reversed(traced.calls) if names[call.module] == output)
     made, read = layer.output, layer.first
     if not isinstance(layer.module, nn.Linear) or made is None or read is None or made.dim() < 3:
-        return None
-    if made.shape[-1] <= _WIDE * read.shape[-1]:
-        return None
+        return points, output
     readers = Readers(traced)
-    times = Counter(call.module for call in traced.calls)
-    norm = next((norm for norm in readers.norms if readers.reads_alone(layer, norm)), None)
-    if norm is None:
-        return None
-    same = [call for call in traced.calls if call.output is norm.output and call.is_tensor]
-    alone = [names[call.module] for call in same if times[call.module] == 1]
-    return alone[-1] if alone else None
+    found = [(norm, way) for norm in readers.norms if (way := readers.way_from(layer, norm))]
+    if made.shape[-1] <= _WIDE * read.shape[-1] or not found:
+        return points, output
+    norm, way = found[0]
+    times = sum(call.module is norm.module for call in traced.calls)
+    at_end = {f"{output}.input", *(names[call.module] for call in traced.calls if call.node in way)}
+    left = [point for point in points if point not in at_end]
+    if not left or times > 1 or _shape(norm.output) != read.shape:
+        return points, output
+    return left, names[norm.module]
 
 
 def _before_shares(result: Tensor) -> Any:
@@ -115,12 +117,12 @@ def auto_points(
     model's repeats, each of several layers, a point stands after each of these instead, unless
     granularity is "layer". If these are transformer layers that normalise their input first, nothing
     cuts the skip connections, and points stand after their norms and the norm that reads the last one's
-    output. A norm has none whose features go to other positions within the layer, as attention's
-    keys do: B is that of a position by itself. Residual and dense blocks of images that normalise
-    first, and residual ones that have no norm after their last layer, have one point each, after the
-    first norm with its activation. So has a layer whose output norms alone read, through sums or
-    concatenations: a point before a norm drives the features up, since the norm cancels the error along
-    them.
+    output, unless the output layer alone reads that one. A norm has none whose features go to other
+    positions within the layer, as attention's keys do: B is that of a position by itself. Residual and
+    dense blocks of images that normalise first, and residual ones that have no norm after their last
+    layer, have one point each, after the first norm with its activation. So has a layer whose output
+    norms alone read, through sums or concatenations: a point before a norm drives the features up,
+    since the norm cancels the error along them.
 
     Where functions stand between a layer and the only one that reads it, the point stands at the input
     of that, as behind modules that do the same; an image that is read as one row has no patches there.
@@ -396,8 +398,13 @@ class _Search:
         stream = [c for c in calls if norms.get(c.module) or c.module in single]
 
         def ends_stream(call: ModuleCall) -> bool:
-            reads = any(readers.reads(call, before) for before in stream)
-            return reads and call.module not in self.inside and call in readers.norms
+            if call.module in self.inside or call not in readers.norms:
+                return False
+            before = [c for c in stream if readers.reads(call, c)]
+            # Of tokens, all learn late if B has to learn first what the output layer tells exactly.
+            after = readers.of({call.node}) if all(norms.get(c.module) for c in before) else []
+            is_last = bool(after) and all(reader.module in self._exact for reader in after)
+            return bool(before) and not is_last
 
         def end_of(norm: ModuleCall) -> nn.Module:
             if not isinstance(norm.module, WIDE_NORMS):

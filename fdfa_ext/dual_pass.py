@@ -226,11 +226,20 @@ class DualPass:
             )
         if end.reached:
             raise RuntimeError(f"FDFA: output module '{name}' was used twice in one forward pass")
+        self.refuse_checkpoint(f"output module '{name}'")
         end.reached, end.channels_first = True, channels_first
         with self.apart():
             output, tangent = self.unpack(result)
             end.output = end.finish(output, None if tangent is None else tangent.detach())
             return end.output
+
+    def refuse_checkpoint(self, what: str) -> None:
+        if is_in_checkpoint() and not self.in_checkpoint:
+            raise RuntimeError(
+                f"FDFA: {what} is called within torch.utils.checkpoint, which would compute it again "
+                "outside the step; put the checkpoint into an FDFABlock or around the whole model, or "
+                "points and output outside it"
+            )
 
     def apart(self) -> AbstractContextManager[Any]:
         """Within it primal and tangent are computed with apart, and no rule is asked."""
@@ -417,7 +426,7 @@ class BlockPass:
             assert ty is not None
             return dual.make_dual(y, ty)
         with without_rules():
-            self.refuse_checkpoint(dual)
+            dual.refuse_checkpoint(f"block or point '{self.name}'")
             tangent = None
             if dual.perturbs:
                 x, tangent = unpack_dual(x)
@@ -448,7 +457,7 @@ class BlockPass:
         dual = self.dual_here()
         if dual is None or dual.in_chain:
             return forward(*args, **kwargs)
-        self.refuse_checkpoint(self._running_pass())
+        self._running_pass().refuse_checkpoint(f"block or point '{self.name}'")
         return self.perturb_result(channels_first, forward(*args, **kwargs))
 
     def point_at_input(
@@ -458,7 +467,7 @@ class BlockPass:
         dual = self.dual_here()
         if dual is None or dual.in_chain:
             return forward(*args, **kwargs)
-        self.refuse_checkpoint(self._running_pass())
+        self._running_pass().refuse_checkpoint(f"block or point '{self.name}'")
         args, kwargs = self.perturb_input(channels_first, args, kwargs)
         first = next(iter((*args, *kwargs.values())))
         version = first._version
@@ -692,14 +701,6 @@ class BlockPass:
         """How many more may come in this pass."""
         later = 0 if self.later is None else self.later.uses_left(dual)
         return later + (self.index not in dual.seen)
-
-    def refuse_checkpoint(self, dual: DualPass) -> None:
-        if is_in_checkpoint() and not dual.in_checkpoint:
-            raise RuntimeError(
-                f"FDFA: block or point '{self.name}' is called within torch.utils.checkpoint, which "
-                "would compute it again outside the step; put the checkpoint into an FDFABlock or "
-                "around the whole model, or points outside it"
-            )
 
     def _end_sequence(
         self,

@@ -70,7 +70,8 @@ def refuse_unknown(what: str, error: NotImplementedError) -> None:
     if "forward AD" in str(error) or "jvp" in str(error):
         raise RuntimeError(
             f"FDFA: {what} cannot carry a tangent, since torch has no forward mode for it; use a "
-            f"method without tangents, such as dfa or dkp, or another module. torch says: {error}"
+            "method without tangents, such as dfa or dkp, another module, or a JVP rule for its class "
+            f"(fdfa_ext.register_jvp). torch says: {error}"
         ) from error
 
 

@@ -34,7 +34,8 @@ _VIEWS = {
     "Permute",
     "T",
 }
-_SCALED = {"Mul", "Div", "Slice"}  # by numbers, where they have one operand; and a part
+# That keep the order of positions and features: by numbers, where they have one operand, and of a part.
+_SCALED = {"Mul", "Div", "Slice", "View", "UnsafeView", "ReshapeAlias", "Alias"}
 
 
 class Readers:
@@ -75,14 +76,17 @@ class Readers:
         reader."""
         return any(name not in _VIEWS for name, _ in self._between(reader, made))
 
-    def reads_alone(self, reader: ModuleCall, call: ModuleCall) -> bool:
-        """Whether a reader reads what a call returns alone, as a whole, in part or times a number."""
+    def way_from(self, reader: ModuleCall, call: ModuleCall) -> set[Any]:
+        """The nodes from what a call returns to a reader that reads it alone, as a whole, in part or
+        times a number; none where it reads something else."""
         (node,) = _nodes_of(reader.read[:1]) or (None,)
+        way: set[Any] = set()
         while node is not None and node is not call.node:
+            way.add(node)
             operands = [after for after, _ in node.next_functions if after is not None]
-            is_scaled = node.name().partition("Backward")[0] in _VIEWS | _SCALED and len(operands) == 1
+            is_scaled = node.name().partition("Backward")[0] in _SCALED and len(operands) == 1
             node = operands[0] if is_scaled else None
-        return node is not None
+        return set() if node is None else way | {node}
 
     def recurs(self, made: Set[Any]) -> bool:
         """Whether a layer made one of these of another."""

@@ -514,7 +514,9 @@ def _dropout(
 ) -> tuple[Tensor, Tensor] | None:
     """The same mask for both, drawn as torch draws it."""
     features = _DROPOUT_OF_FEATURES.get(function)
-    if inplace or not training or not 0 < p < 1 or x.numel() == 0 or features not in (None, x.dim()):
+    if inplace or not training or x.numel() == 0 or features not in (None, x.dim()):
+        return None
+    if isinstance(p, Tensor) or not 0 < p < 1:  # torch draws from a tensor otherwise
         return None
     if features is None and x.device.type == "cuda":
         y, keep = torch.native_dropout(x, p, True)

@@ -904,15 +904,15 @@ def _found_points(
     if at is None:
         return at, output
     with _naming_example(), trace(module, args, kwargs) as traced:
-        is_named = output is not None
-        output = output or default_output(traced)
+        named, output = output, output or default_output(traced)
         if at != "auto":
             return at, output
-        if has_feedback and output is not None and not is_named:
-            output = before_wide_layer(traced, output) or output
         index = None if sample_index is None else sample_index_of(module, sample_index, args, kwargs)
         rows = None if index is None else len(index)
-        return auto_points(traced, granularity, output, rows, patch), output
+        points = auto_points(traced, granularity, output, rows, patch)
+        if has_feedback and output is not None and named is None:
+            return before_wide_layer(traced, points, output)
+        return points, output
 
 
 @torch.inference_mode(False)

@@ -397,6 +397,18 @@ def _replace_forwards(
         replaced.append((inner, own))
 
 
+def _raising(module: nn.Module, error: BaseException, otherwise: str) -> str:
+    """The innermost module within this one whose code raised the error, if there is one."""
+    names = {member: name for name, member in module.named_modules() if name}
+    found, traceback = otherwise, error.__traceback__
+    while traceback is not None:
+        inner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(inner, nn.Module) and inner in names:
+            found = f"module '{names[inner]}' ({type(inner).__name__})"
+        traceback = traceback.tb_next
+    return found
+
+
 def _through_points(
     plan: Plan, module: nn.Module, dual: DualPass, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Tensor | None]:
@@ -411,7 +423,7 @@ def _through_points(
             try:
                 result = module(*args, **kwargs)
             except NotImplementedError as error:
-                refuse_unknown("a function in the model's forward", error)
+                refuse_unknown(_raising(module, error, "a function in the model's forward"), error)
                 raise
         if module.training and not plan.was_searched:  # no dry run
             plan.was_searched = True
@@ -461,7 +473,7 @@ def _on_dual_tensors(
             try:
                 output = only_tensor(module(*args, **kwargs))
             except NotImplementedError as error:
-                refuse_unknown("a function in the module's forward", error)
+                refuse_unknown(_raising(module, error, "a function in the module's forward"), error)
                 raise
         # It has one holder more than `rules`, rules.last, unless user code keeps it too. The
         # pass holds `rules` as well.

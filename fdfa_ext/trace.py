@@ -29,7 +29,6 @@ class ModuleCall:
     made: GradientEdge | None
     results: list[Any]  # of autograd, the nodes of all tensors that it returns
     first: Tensor | None  # its first argument, where that is a tensor
-    is_tensor: bool  # whether the output is all that it returns
 
     @property
     def node(self) -> Any:
@@ -68,8 +67,7 @@ def trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> I
             edges = [*map(_edge, read)]
             first = next(iter((*inputs, *keywords.values())), None)
             first = first if isinstance(first, Tensor) else None
-            made, is_tensor = _edge(output), isinstance(result, Tensor)
-            calls.append(ModuleCall(inner, read, output, edges, made, results, first, is_tensor))
+            calls.append(ModuleCall(inner, read, output, edges, _edge(output), results, first))
 
     # A compiled module would show no calls.
     compiled = any(map(is_compiled, members))

@@ -294,6 +294,16 @@ class Doubles(nn.Module):
         return doubled
 
 
+class WithDoubles(nn.Module):
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.doubles, self.output = first, Doubles(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.output(self.doubles(torch.relu(self.first(x))))
+        return output
+
+
 @pytest.mark.parametrize(
     ("net", "what"),
     [
@@ -303,11 +313,14 @@ class Doubles(nn.Module):
             r"block or point '1': its module 1 \(Doubles\)",
         ),
         (Own(lambda self, out: Doubles()(out)), "a function in the module's forward"),
+        (WithDoubles(FDFALinear(6, 4)), r"module 'doubles' \(Doubles\)"),
+        (WithDoubles(nn.Linear(6, 4)), r"module 'doubles' \(Doubles\)"),
     ],
 )
 def test_a_function_without_a_forward_mode_is_refused_with_its_place(net: nn.Module, what: str) -> None:
+    at = ["first"] if isinstance(getattr(net, "first", None), nn.Linear) else None
     with pytest.raises(RuntimeError, match=f"FDFA: {what} cannot carry a tangent"):
-        FDFA(net, example_input=torch.randn(5, 6))
+        FDFA(net, at=at, example_input=torch.randn(5, 6))
 
 
 # Code that does what few do.

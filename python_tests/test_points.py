@@ -232,6 +232,10 @@ def test_auto_stands_behind_the_norms_of_layers_that_normalise_first() -> None:
     # Nothing cuts the skip connections before the last norm.
     learns = [point.name for point in model.summary(x).points if "stem.weight" in point.parameters]
     assert learns == first[:-1]
+    # The last norm has none where the output layer alone reads it.
+    net = PreNorm()
+    net.neck, net.head = nn.Identity(), nn.Linear(8, 3)
+    assert wrapped(net, x, at="auto").block_names == first[:2]
     last = wrapped(PreNorm(norm_first=False), x, at="auto").block_names
     assert last == ["stem", "layers.0", "layers.1", "head.input"]
 
@@ -284,6 +288,79 @@ def test_auto_takes_the_features_before_a_vocabulary_for_the_output(
         torch.testing.assert_close(found[name], net.get_parameter(name).grad, msg=name)
 
 
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class Turned(Vocabulary):
+    """The norm at the end reads its features in another layout than the output layer."""
+
+    def __init__(self, to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(40)
+        self.to_layout, self.back = to, back
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(self.back(self.norm(self.to_layout(x))))
+        return logits
+
+
+def test_an_output_within_a_checkpoint_is_refused() -> None:
+    class Checkpointed(Vocabulary):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layers[1](self.layers[0](self.embedding(x)))
+            return torch.utils.checkpoint.checkpoint(
+                lambda features: self.head(self.norm(features)), x, use_reentrant=False
+            )
+
+    x = torch.randint(40, (4, 5))
+    with pytest.raises(RuntimeError, match="output module 'norm' is called within"):
+        FDFA(Checkpointed(40), at="auto", example_input=x)(x)
+
+
+@pytest.mark.parametrize(
+    ("to", "back"),
+    [
+        (lambda x: x.transpose(0, 1), lambda x: x.transpose(0, 1)),
+        (lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, (-1, 5))),
+    ],
+)
+def test_auto_takes_no_features_of_another_layout_for_the_output(
+    to: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+) -> None:
+    model = FDFA(Turned(to, back), at="auto", example_input=torch.randint(40, (4, 5)))
+    assert (model.block_names, model.network.output) == (["layers.0.norm2", "layers.1.norm2"], "head")
+
+
+def test_auto_has_points_where_they_were_before_features_that_are_the_output() -> None:
+    """No layer is cut from the norm behind it, whose place was the last point."""
+    x = torch.randint(40, (4, 5))
+    chain = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU())
+    chain.extend([nn.LayerNorm(8), nn.Linear(8, 40)])
+    model = FDFA(chain, at="auto", example_input=x)
+    assert (model.block_names, model.network.output) == (["2"], "5")
+    net = Vocabulary(40)
+    net.norm = nn.Identity()
+    for layer in net.layers:
+        layer.norm_first = False
+    model = FDFA(net, at="auto", example_input=x)
+    assert (model.block_names, model.network.output) == (["layers.0"], "layers.1.norm2")
+    chain[5] = nn.Sequential(nn.LayerNorm(8), Times(0.5))
+    model = FDFA(chain, at="auto", example_input=x)
+    assert (model.block_names, model.network.output) == (["2"], "5.0")
+    model(x).sum().backward()
+    single = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 40))
+    model = FDFA(single, at="auto", example_input=x)
+    assert (model.block_names, model.network.output) == (["2"], "3")
+
+
 def test_auto_takes_the_output_layers_own_unless_a_vocabulary_is_far_wider_than_its_features() -> None:
     def outputs(net: nn.Module, **options: Any) -> tuple[str | None, int]:
         summary = FDFA(net, at="auto", example_input=x, **options).summary(x)
@@ -322,7 +399,7 @@ class MixerLayer(nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"zero": True}, {"causal": True}])
 def test_auto_lets_the_error_through_what_mixes_positions(options: dict[str, bool]) -> None:
-    x, names = torch.randn(4, 5, 8), ["1.norm2", "2.norm2", "3"]
+    x, names = torch.randn(4, 5, 8), ["1.norm2", "2.norm2"]
     layers = [MixerLayer(5, each=True, **options) for _ in range(2)]
     net = nn.Sequential(nn.Linear(8, 8), *layers, nn.LayerNorm(8), nn.Linear(8, 3))
     assert wrapped(net, x, at="auto").block_names == names
@@ -349,9 +426,9 @@ def test_auto_looks_as_far_as_the_next_norm_for_what_mixes_positions() -> None:
     x = torch.randn(4, 5, 8)
     stages = [Stage(*(MixerLayer(5, each=True) for _ in range(2))) for _ in range(2)]
     found = wrapped(of_layers(*stages), x, at="auto").block_names
-    assert found == ["1.0.norm2", "1.1.norm2", "2.0.norm2", "2.1.norm2", "3"]
+    assert found == ["1.0.norm2", "1.1.norm2", "2.0.norm2", "2.1.norm2"]
     net = of_layers(*(FeedForwardFirst(5, each=True) for _ in range(2)))
-    assert wrapped(net, x, at="auto").block_names == ["1.norm1", "2.norm1", "3"]
+    assert wrapped(net, x, at="auto").block_names == ["1.norm1", "2.norm1"]
 
 
 class Scale(nn.Module):
@@ -374,7 +451,7 @@ def test_auto_knows_norms_by_what_they_do(norm: Any) -> None:
     net[3] = Scale()
     inner = "" if norm is Scale else ".0"
     found = wrapped(net, 1e-3 * torch.randn(4, 5, 8), at="auto").block_names
-    assert found == [f"1.norm2{inner}", f"2.norm2{inner}", "3"]
+    assert found == [f"1.norm2{inner}", f"2.norm2{inner}"]
 
 
 def test_auto_takes_norms_over_positions_for_parts_of_layers() -> None:
@@ -386,9 +463,9 @@ def test_auto_takes_norms_over_positions_for_parts_of_layers() -> None:
 
 def test_auto_stands_within_a_single_layer_and_one_that_is_used_again() -> None:
     x, layer = torch.randn(4, 5, 8), MixerLayer(5, each=True)
-    assert wrapped(of_layers(layer), x, at="auto").block_names == ["1.norm2", "2"]
+    assert wrapped(of_layers(layer), x, at="auto").block_names == ["1.norm2"]
     shared = wrapped(of_layers(layer, layer), x, at="auto")
-    assert shared.block_names == ["1.norm2", "1.norm2:2", "3"]
+    assert shared.block_names == ["1.norm2", "1.norm2:2"]
 
 
 def test_auto_asks_frozen_layers_too_and_leaves_them_frozen() -> None:
@@ -397,7 +474,7 @@ def test_auto_asks_frozen_layers_too_and_leaves_them_frozen() -> None:
     net[1].norm1.requires_grad_(False)
     frozen = [name for name, p in net.named_parameters() if not p.requires_grad]
     model = wrapped(net, torch.randn(4, 5, 8), at="auto")
-    assert model.block_names == ["1.norm2", "2.norm2", "3"]
+    assert model.block_names == ["1.norm2", "2.norm2"]
     assert [name for name, p in net.named_parameters() if not p.requires_grad] == frozen != []
 
 
@@ -425,7 +502,7 @@ def test_auto_says_where_a_backward_in_eval_mode_fails() -> None:
         UserWarning, match="puts points after all norms of transformer layers; a backward"
     ):
         model = wrapped(net, torch.randn(4, 5, 8), at="auto")
-    assert model.block_names == ["1.norm1", "1.norm2", "2.norm1", "2.norm2", "3"]
+    assert model.block_names == ["1.norm1", "1.norm2", "2.norm1", "2.norm2"]
 
 
 def test_auto_stands_behind_norms_that_all_mix_positions_for_want_of_others() -> None:
@@ -433,7 +510,7 @@ def test_auto_stands_behind_norms_that_all_mix_positions_for_want_of_others() ->
     net = nn.Sequential(nn.Linear(8, 8), *layers, nn.LayerNorm(8), nn.Linear(8, 3))
     for inner in (net[1], net[2]):
         inner.norm2 = nn.Identity()
-    assert wrapped(net, torch.randn(4, 5, 8), at="auto").block_names == ["1.norm1", "2.norm1", "3"]
+    assert wrapped(net, torch.randn(4, 5, 8), at="auto").block_names == ["1.norm1", "2.norm1"]
 
 
 class ImageBlock(nn.Module):

@@ -227,6 +227,12 @@ def _timm(name: str, **options: Any) -> Callable[[], Case]:
     return make
 
 
+def _convmixer() -> Case:
+    """Smaller than those that timm has names for."""
+    kind = library("timm.models.convmixer").ConvMixer
+    return Case(kind(32, 4, patch_size=7, num_classes=4, act_layer=nn.ReLU), _images(), entropy)
+
+
 _BERT = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -236,6 +242,8 @@ _BERT = {
 }
 _DISTILBERT = {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64, "vocab_size": 100}
 _GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 100, "n_positions": 16}
+# Its vocabulary is more than four times as wide as its features.
+_LLAMA = _BERT | {"vocab_size": 200}
 _T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 100}
 
 
@@ -284,11 +292,12 @@ LIBRARIES: dict[str, Callable[[], Case]] = {
     "deeplab": _segmentation("deeplabv3_mobilenet_v3_large"),
     "vit_tiny": _timm("vit_tiny_patch16_224", img_size=64, depth=3),
     "mixer": _timm("mixer_s32_224", img_size=64),
-    "convmixer": _timm("convmixer_768_32"),
+    "convmixer": _convmixer,
     "bert": _text("BertForSequenceClassification", "BertConfig", **_BERT),
     "bert_tagger": _text("BertForTokenClassification", "BertConfig", "tags", **_BERT),
     "albert": _text("AlbertForSequenceClassification", "AlbertConfig", embedding_size=16, **_BERT),
     "gpt2": _text("GPT2LMHeadModel", "GPT2Config", "tokens", **_GPT2),
+    "llama": _text("LlamaForCausalLM", "LlamaConfig", "tokens", **_LLAMA),
     "distilbert": _text("DistilBertForSequenceClassification", "DistilBertConfig", **_DISTILBERT),
     "t5_encoder": _t5,
 }

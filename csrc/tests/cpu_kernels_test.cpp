@@ -46,7 +46,7 @@ int main() {
       std::printf("%s: not on this CPU\n", isa);
       continue;
     }
-    test::test_kernels<Cpu>(sizes, test::all_patches(), 11, 7);
+    test::test_kernels<Cpu>(sizes, test::all_patches(), 23, 13);
     test::test_feedback_of_long_sums<Cpu>();
     test::test_feedback_of_many_blocks<Cpu>();
     test::test_transposed_epilogue<Cpu, float>(sizes);

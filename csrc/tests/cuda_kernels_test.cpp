@@ -73,7 +73,7 @@ int main(int argc, char** argv) {
   test_next_noise();
   if (argc > 1 && std::strcmp(argv[1], "small") == 0) {
     test_output_bias_grad({33});
-    test::test_kernels<EmulatedCuda>({{33}, {33, 64}, {65}}, {{2, 3, 5, 4}}, 307, 47);
+    test::test_kernels<EmulatedCuda>({{33}, {33, 64}, {65}}, {{2, 3, 5, 4}}, 613, 97);
   } else {
     test_output_bias_grad({1, 33, 70});
     test::test_kernels<EmulatedCuda>(test::all_sizes(), test::all_patches(), 307, 97);
