@@ -226,7 +226,8 @@ class DualPass:
             )
         if end.reached:
             raise RuntimeError(f"FDFA: output module '{name}' was used twice in one forward pass")
-        self.refuse_checkpoint(f"output module '{name}'")
+        if not self.compiling:
+            self.refuse_checkpoint(f"output module '{name}'")
         end.reached, end.channels_first = True, channels_first
         with self.apart():
             output, tangent = self.unpack(result)
