@@ -169,6 +169,8 @@ NETS = {
         plain, (6,), (), ["2", "4", "6"], {"at": ["1", "3.input", "5", "8.input"], "output": "8"}
     ),
     "tokens": Net(tokens, (4, 6), (4,), ["1", "2", "3"], {"at": ["0", "1", "2", "3"]}),
+    # The features before the last layer are the output, as before a vocabulary.
+    "tail": Net(tokens, (4, 6), (4,), ["1", "2", "3"], {"at": ["0", "1", "2", "3"], "output": "4"}),
     "convolved": Net(convolved, (3, 6), (6,), ["1", "2", "3"], {"at": "auto"}),
     "pixels": Net(pixels, (3, 8, 8), (8, 8), ["1", "2", "4"], {"at": ["0", "1", "2", "4"]}),
     "twice": Net(twice, (6,), (), ["1", "3"]),
@@ -292,7 +294,7 @@ def train(run: Run, rank: int = 0, world: int = 1) -> dict[str, Any]:
 
 def loss_of(run: Run) -> Callable[[Tensor, Tensor], Tensor]:
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        if run.net == "tokens":
+        if NETS[run.net].positions == (4,):
             output = output.transpose(1, 2)
         return run.scale * F.cross_entropy(output, target)
 
