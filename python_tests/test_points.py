@@ -322,7 +322,7 @@ def test_an_output_within_a_checkpoint_is_refused() -> None:
 
     x = torch.randint(40, (4, 5))
     with pytest.raises(RuntimeError, match="output module 'norm' is called within"):
-        FDFA(Checkpointed(40), at="auto", example_input=x)(x)
+        FDFA(Checkpointed(40), at="auto", method="dfa", example_input=x)(x)
 
 
 @pytest.mark.parametrize(
