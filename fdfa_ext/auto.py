@@ -85,9 +85,11 @@ def before_wide_layer(traced: Trace, points: Sequence[str], output: str) -> tupl
     made, read = layer.output, layer.first
     if not isinstance(layer.module, nn.Linear) or made is None or read is None or made.dim() < 3:
         return points, output
+    if made.shape[-1] <= _WIDE * read.shape[-1]:
+        return points, output
     readers = Readers(traced)
     found = [(norm, way) for norm in readers.norms if (way := readers.way_from(layer, norm))]
-    if made.shape[-1] <= _WIDE * read.shape[-1] or not found:
+    if not found:
         return points, output
     norm, way = found[0]
     times = sum(call.module is norm.module for call in traced.calls)

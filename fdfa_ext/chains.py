@@ -242,7 +242,7 @@ class ChainsToPoints:
             # Its class may have another by now; that with a point of its own is the pass's.
             pointed = type(forward) is InPass
             return forward(*args, **kwargs) if pointed else self._plain_forward(*args, **kwargs)
-        dual.refuse_checkpoint(f"block or point '{running.name}'")
+        dual.refuse_checkpoint("block or point", running.name)
         dual.in_chain = True
         try:
             with dual.apart():

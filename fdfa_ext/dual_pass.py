@@ -227,19 +227,19 @@ class DualPass:
         if end.reached:
             raise RuntimeError(f"FDFA: output module '{name}' was used twice in one forward pass")
         if not self.compiling:
-            self.refuse_checkpoint(f"output module '{name}'")
+            self.refuse_checkpoint("output module", name)
         end.reached, end.channels_first = True, channels_first
         with self.apart():
             output, tangent = self.unpack(result)
             end.output = end.finish(output, None if tangent is None else tangent.detach())
             return end.output
 
-    def refuse_checkpoint(self, what: str) -> None:
+    def refuse_checkpoint(self, what: str, name: str) -> None:
         if is_in_checkpoint() and not self.in_checkpoint:
             raise RuntimeError(
-                f"FDFA: {what} is called within torch.utils.checkpoint, which would compute it again "
-                "outside the step; put the checkpoint into an FDFABlock or around the whole model, or "
-                "points and output outside it"
+                f"FDFA: {what} '{name}' is called within torch.utils.checkpoint, which would compute "
+                "it again outside the step; put the checkpoint into an FDFABlock or around the whole "
+                "model, or points and output outside it"
             )
 
     def apart(self) -> AbstractContextManager[Any]:
@@ -427,7 +427,7 @@ class BlockPass:
             assert ty is not None
             return dual.make_dual(y, ty)
         with without_rules():
-            dual.refuse_checkpoint(f"block or point '{self.name}'")
+            dual.refuse_checkpoint("block or point", self.name)
             tangent = None
             if dual.perturbs:
                 x, tangent = unpack_dual(x)
@@ -458,7 +458,7 @@ class BlockPass:
         dual = self.dual_here()
         if dual is None or dual.in_chain:
             return forward(*args, **kwargs)
-        self._running_pass().refuse_checkpoint(f"block or point '{self.name}'")
+        self._running_pass().refuse_checkpoint("block or point", self.name)
         return self.perturb_result(channels_first, forward(*args, **kwargs))
 
     def point_at_input(
@@ -468,7 +468,7 @@ class BlockPass:
         dual = self.dual_here()
         if dual is None or dual.in_chain:
             return forward(*args, **kwargs)
-        self._running_pass().refuse_checkpoint(f"block or point '{self.name}'")
+        self._running_pass().refuse_checkpoint("block or point", self.name)
         args, kwargs = self.perturb_input(channels_first, args, kwargs)
         first = next(iter((*args, *kwargs.values())))
         version = first._version

@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from fdfa_ext import FDFA, FDFABlock, FDFAConv2d, FDFALinear
 
 
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 def mlp(activation: str = "relu") -> nn.Sequential:
     """[N, 6] → [N, 3] over blocks '0' and '1'."""
     return nn.Sequential(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from nets import step
+from nets import Times, step
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFALinear, check
@@ -286,15 +286,6 @@ def test_auto_takes_the_features_before_a_vocabulary_for_the_output(
     behind = ["norm.weight", "head.weight", "layers.1.linear1.weight", "layers.1.linear2.weight"]
     for name in behind:
         torch.testing.assert_close(found[name], net.get_parameter(name).grad, msg=name)
-
-
-class Times(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
 
 
 class Turned(Vocabulary):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import make, mlp
+from nets import Times, make, mlp
 from torch import Tensor, nn
 
 from fdfa_ext import FDFA, FDFABlock, FDFALinear
@@ -94,15 +94,6 @@ def test_a_module_that_drops_the_tangent_of_some_blocks_is_warned_of() -> None:
     net = nn.Sequential(FDFALinear(6, 4), Drop(), FDFALinear(4, 4), nn.Linear(4, 3))
     with pytest.warns(UserWarning, match=r"FDFA: module '1' \(Drop\) drops the tangent"):
         FDFA(net, example_input=torch.randn(2, 6))
-
-
-class Times(nn.Module):
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e38])
